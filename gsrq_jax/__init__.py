@@ -1,0 +1,1 @@
+"""Gain-shape residual quantization of key-value caches in JAX."""

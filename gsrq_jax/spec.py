@@ -1,0 +1,192 @@
+"""What a quantised cache looks like: rates, stages, frame, window, sinks.
+
+Frozen and hashable, so a spec can be a static argument of ``jit`` and the metadata of a pytree.
+Bits are derived from the shape of the code, never stored beside it.
+"""
+
+import dataclasses
+from typing import Any, Literal, Self
+
+from gsrq_jax.errors import InputError
+
+Frame = Literal["block", "pre", "post"]
+FRAMES: tuple[Frame, ...] = ("block", "pre", "post")
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualSpec:
+    """The code of one vector: ``dim`` channels in groups of ``group``, each in ``stages`` stages.
+
+    Attributes:
+        dim: channels of a vector (head_dim).
+        group: channels quantised together; divides ``dim``. ``dim`` itself is the default choice.
+        stages: residual stages, each one codeword index per group.
+        codewords: codewords of a stage, a power of two from 2 to 256.
+
+    Raises:
+        InputError: if the numbers do not fit each other.
+    """
+
+    dim: int
+    group: int
+    stages: int
+    codewords: int = 256
+
+    def __post_init__(self):
+        if self.dim < 1 or self.group < 1 or self.dim % self.group:
+            raise InputError(
+                f"group {self.group} does not divide the head size {self.dim}; "
+                "choose a group that does, or leave it out to quantise whole heads"
+            )
+        if self.stages < 1:
+            raise InputError(f"stages must be at least 1, got {self.stages}")
+        if not 2 <= self.codewords <= 256 or self.codewords & (self.codewords - 1):
+            raise InputError(
+                f"codewords must be a power of two from 2 to 256, got {self.codewords}"
+            )
+
+    @classmethod
+    def from_bits(
+        cls, bits: float, dim: int, *, codewords: int = 256, group: int | None = None
+    ) -> Self:
+        """The spec with ``bits`` bits a number, or an error naming the nearest rates that exist."""
+        group = dim if group is None else group
+        probe = cls(dim=dim, group=group, stages=1, codewords=codewords)
+        stages = bits / probe.bits
+        if stages < 1 or stages != int(stages):
+            low, high = max(1, int(stages)), int(stages) + 1
+            raise InputError(
+                f"{bits:g} bits cannot be had with {codewords} codewords on groups of {group} "
+                f"channels, where a stage costs {probe.bits:g} bits; the nearest rates are "
+                + " and ".join(f"{n * probe.bits:g}" for n in sorted({low, high}))
+            )
+        return dataclasses.replace(probe, stages=int(stages))
+
+    @property
+    def groups(self) -> int:
+        """Channel groups of a vector."""
+        return self.dim // self.group
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one codeword index."""
+        return self.codewords.bit_length() - 1
+
+    @property
+    def codes(self) -> int:
+        """Codeword indices of one vector, over groups and stages."""
+        return self.groups * self.stages
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one packed vector."""
+        return -(-self.codes * self.code_bits // 8)
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits a number."""
+        return self.stages * self.code_bits / self.group
+
+    @property
+    def codebook_shape(self) -> tuple[int, int, int, int]:
+        """``(groups, stages, codewords, group)``: one head's codewords."""
+        return self.groups, self.stages, self.codewords, self.group
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """A quantised KV cache.
+
+    Attributes:
+        key: the code of a key vector.
+        value: the code of a value vector, of the same ``dim``.
+        frame: rotary frame in which keys are quantised. ``block``: rotated by the offset inside
+            its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
+        block: tokens encoded together.
+        window: recent tokens that stay exact (at least; up to ``window + block - 1`` do).
+        sinks: first tokens of a sequence that stay exact.
+
+    Raises:
+        InputError: if the numbers do not fit each other.
+    """
+
+    key: ResidualSpec
+    value: ResidualSpec
+    frame: Frame = "block"
+    block: int = 128
+    window: int = 128
+    sinks: int = 4
+
+    def __post_init__(self):
+        if self.key.dim != self.value.dim:
+            raise InputError(
+                f"keys have {self.key.dim} channels and values {self.value.dim}; "
+                "a head has one size for both"
+            )
+        if self.frame not in FRAMES:
+            raise InputError(f"unknown frame {self.frame!r}; choose one of {', '.join(FRAMES)}")
+        for name, least in (("block", 1), ("window", 0), ("sinks", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @classmethod
+    def from_bits(
+        cls,
+        bits: float,
+        head_dim: int,
+        *,
+        codewords: int = 256,
+        group: int | None = None,
+        **fields: Any,
+    ) -> Self:
+        """Keys and values alike at ``bits`` nominal bits a number; ``fields`` are the others."""
+        code = ResidualSpec.from_bits(bits, head_dim, codewords=codewords, group=group)
+        return cls(key=code, value=code, **fields)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key or value vector."""
+        return self.key.dim
+
+    @property
+    def ring(self) -> int:
+        """Slots of the exact window."""
+        return self.window + self.block
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits a number, keys and values together."""
+        return (self.key.bits + self.value.bits) / 2
+
+    def __str__(self) -> str:
+        def code(c: ResidualSpec) -> str:
+            split = "" if c.groups == 1 else f" × {c.groups} groups"
+            return f"{c.stages} stages × {c.codewords} codewords{split}"
+
+        both = (
+            code(self.key)
+            if self.key == self.value
+            else f"keys {code(self.key)}, values {code(self.value)}"
+        )
+        return (
+            f"{self.bits:g} bit, {both}, head {self.head_dim}, frame {self.frame}, "
+            f"blocks of {self.block}, window {self.window}, sinks {self.sinks}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and strings, for metadata; ``from_json`` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The spec that ``to_json`` wrote.
+
+        Raises:
+            InputError: if a field is missing, unknown or unusable.
+        """
+        try:
+            rest = dict(data)
+            key, value = ResidualSpec(**rest.pop("key")), ResidualSpec(**rest.pop("value"))
+            return cls(key=key, value=value, **rest)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"not a quantisation spec ({error}): {data}") from error
