@@ -2,6 +2,11 @@
 
 import dataclasses
 
+import numpy as np
+from jaxtyping import Float32
+
+from gsrq_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -39,6 +44,9 @@ class LlamaConfig:
         attention_bias: biases on q, k, v (and o) projections.
         mlp_bias: biases in the MLP.
         bos_token / eos_tokens: token ids, where the files name them.
+
+    Raises:
+        InputError: if the numbers do not fit each other.
     """
 
     family: str
@@ -59,3 +67,45 @@ class LlamaConfig:
     mlp_bias: bool = False
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+        for name in (*sizes, "head_dim", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"the model's {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.heads % self.kv_heads:
+            raise InputError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key and value heads evenly"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"rotary positions need an even head_dim, got {self.head_dim}")
+
+    @property
+    def inv_freq(self) -> Float32[np.ndarray, " half"]:
+        """Rotary frequencies of the channel pairs of a head."""
+        return inverse_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | float | None = None
+) -> Float32[np.ndarray, " half"]:
+    """``theta^(-2i / head_dim)``, scaled; in float32 step by step, as transformers computes it.
+
+    Args:
+        head_dim: channels of a head, even.
+        theta: base of the frequencies.
+        scaling: LLaMA 3.1's, or the factor of linear scaling, or None.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = np.float32(1) / np.power(np.float32(theta), exponents)
+    if scaling is None:
+        return plain
+    if not isinstance(scaling, RopeScaling):
+        return plain / np.float32(scaling)
+    slowed = plain / np.float32(scaling.factor)
+    turns = np.float32(scaling.original_length) / (np.float32(2 * np.pi) / plain)
+    span = np.float32(scaling.high_factor - scaling.low_factor)
+    smooth = np.clip((turns - np.float32(scaling.low_factor)) / span, 0, 1)
+    return (1 - smooth) * slowed + smooth * plain

@@ -1,0 +1,201 @@
+"""The LLaMA family as one Flax NNX model that does not own its attention.
+
+Split once, ``graphdef, params = nnx.split(model)``; from there on everything is a pure function of
+``params`` (:func:`apply`, :func:`logits`). Modules and parameters carry the names of a Hugging Face
+checkpoint, so that loading is a rule and not a table.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.rope import rotate
+
+Attention = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+"""``attention(q[B,T,Q,d], k[B,T,H,d], v[B,T,H,d], x_layer) -> (out[B,T,Q,d], y_layer)``.
+
+Queries and keys arrive rotated. The function scales scores by ``1/sqrt(d)``, masks them, and lets
+query head ``j`` see KV head ``j // (Q/H)``.
+"""
+
+
+class SelfAttention(nnx.Module):
+    """Projections, head norms and rotation around an attention function."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.config = config
+
+        def linear(n_in: int, n_out: int) -> nnx.Linear:
+            bias = config.attention_bias
+            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+        wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, wide)
+        self.k_proj = linear(config.hidden_size, narrow)
+        self.v_proj = linear(config.hidden_size, narrow)
+        self.o_proj = linear(wide, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm = _norm(config, config.head_dim, rngs, dtype)
+            self.k_norm = _norm(config, config.head_dim, rngs, dtype)
+
+    def __call__(self, h, positions, attention: Attention, x_layer):
+        c = self.config
+        q = self.q_proj(h).reshape(*h.shape[:-1], c.heads, c.head_dim)
+        k = self.k_proj(h).reshape(*h.shape[:-1], c.kv_heads, c.head_dim)
+        v = self.v_proj(h).reshape(*h.shape[:-1], c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(x, positions[..., None], c.inv_freq) for x in (q, k))
+        out, y_layer = attention(q, k, v, x_layer)
+        return self.o_proj(out.reshape(*h.shape[:-1], -1).astype(h.dtype)), y_layer
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        def linear(n_in: int, n_out: int) -> nnx.Linear:
+            bias = config.mlp_bias
+            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, h):
+        return self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each after a norm and beside a residual."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.input_layernorm = _norm(config, config.hidden_size, rngs, dtype)
+        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype)
+        self.post_attention_layernorm = _norm(config, config.hidden_size, rngs, dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, h, positions, attention: Attention, x_layer):
+        out, y_layer = self.self_attn(self.input_layernorm(h), positions, attention, x_layer)
+        h = h + out
+        return h + self.mlp(self.post_attention_layernorm(h)), y_layer
+
+
+class Llama(nnx.Module):
+    """A LLaMA-family decoder whose layers are stacked on a leading axis and scanned.
+
+    Args:
+        config: its sizes.
+        rngs: keys for random parameters.
+        dtype: of parameters and activations; norms take their statistics, rotations their angles
+            and logits their sums in float32 whatever it is.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, rngs=rngs, dtype=dtype)
+
+        self.layers = stack(rngs)
+        self.norm = _norm(config, config.hidden_size, rngs, dtype)
+        if not config.tied_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=dtype,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attention: Attention,
+        per_layer: Any = None,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T hidden"], Any]:
+        """Hidden states after the final norm, and what ``attention`` returned for each layer.
+
+        Args:
+            tokens: token ids; one outside the vocabulary yields NaN.
+            positions: of the tokens in their sequences; rotation alone uses them.
+            attention: see :data:`Attention`; the only place where tokens meet.
+            per_layer: pytree with a leading axis of layers, whose slices are ``attention``'s
+                ``x_layer``.
+            remat: recompute each layer in the backward pass instead of keeping its activations.
+
+        Returns:
+            Hidden states in the parameters' dtype; the ``y_layer`` stacked on a leading axis.
+        """
+        graphdef, state = nnx.split(self.layers)
+
+        def body(h, layer):
+            state, x_layer = layer
+            return nnx.merge(graphdef, state)(h, positions, attention, x_layer)
+
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        h, y = jax.lax.scan(body, self.embed_tokens(tokens), (state, per_layer))
+        return self.norm(h), y
+
+    def logits(self, hidden: Float[Array, "*n hidden"]) -> Float32[Array, "*n vocab"]:
+        """Scores of the next token from hidden states, float32."""
+        if self.config.tied_embeddings:
+            table = self.embed_tokens.embedding[...].T
+        else:
+            table = self.lm_head.kernel[...]
+        return jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
+
+
+def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.RMSNorm:
+    return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def apply(
+    graphdef: nnx.GraphDef[Llama],
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    attention: Attention,
+    per_layer: Any = None,
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T hidden"], Any]:
+    """:meth:`Llama.__call__` as a pure function of the parameters."""
+    model = nnx.merge(graphdef, params)
+    return model(tokens, positions, attention, per_layer, remat=remat)
+
+
+def logits(
+    graphdef: nnx.GraphDef[Llama], params: nnx.State, hidden: Float[Array, "*n hidden"]
+) -> Float32[Array, "*n vocab"]:
+    """:meth:`Llama.logits` as a pure function of the parameters."""
+    return nnx.merge(graphdef, params).logits(hidden)
+
+
+def abstract(
+    config: LlamaConfig, dtype: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """``nnx.split`` of a model without making its arrays: parameters are ``ShapeDtypeStruct``."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+
+def count(params: Any) -> int:
+    """Numbers in a pytree of arrays or of ``ShapeDtypeStruct``."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
