@@ -1,0 +1,477 @@
+"""Clustering of vectors into codewords: one Lloyd loop, three centroid rules.
+
+`kmeans` is the baseline, `spherical` clusters directions, `gskm` is the paper's gain-shape k-means
+(GSRQ, arXiv 2607.01065): a codeword is ``g·u`` with ``‖u‖ = 1``, the shape learned from directions
+and the gain from projections, so that averaging in high dimension does not shorten codewords.
+
+Points are read in chunks, so no array of points × codewords exists beyond a chunk, and everything
+is summed in float32. All functions work under ``jit``, ``vmap``, ``pmap`` and ``shard_map``; with
+``axis_name`` each device holds a share of the points and all of them end with the same centroids.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gsrq_jax.errors import InputError
+
+Rule = Literal["kmeans", "spherical", "gskm"]
+ShapeUpdate = Literal["unit", "raw"]
+AxisName = str | tuple[str, ...] | None
+Totals = dict[str, Array]
+
+CHUNK = 2048
+LEAST_GAIN = 1e-4
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_exact_dot = functools.partial(
+    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KMeansResult:
+    """The best iterate of a clustering, and how it came about.
+
+    Attributes:
+        centroids: ``[K, d]`` float32.
+        objective: weighted mean squared error of these centroids; for `spherical` that of the
+            points' directions.
+        dead: cells of these centroids without any weight, int32.
+        angle: weighted mean of ``1 − cos`` between a point and its centroid.
+        counts: ``[K]`` weight in each cell.
+        history: ``[iterations]`` objective of every iterate; ``objective`` is the least of them.
+    """
+
+    centroids: Array
+    objective: Array
+    dead: Array
+    angle: Array
+    counts: Array
+    history: Array
+
+
+@functools.partial(
+    jax.jit, static_argnames=("codewords", "iterations", "chunk", "axis_name"), inline=True
+)
+def kmeans(
+    rng: PRNGKeyArray,
+    points: Float[Array, "n d"],
+    codewords: int,
+    weights: Float[Array, " n"] | None = None,
+    *,
+    init: Float[Array, "k d"] | None = None,
+    iterations: int = 15,
+    chunk: int = CHUNK,
+    axis_name: AxisName = None,
+) -> KMeansResult:
+    """Weighted k-means: a centroid is the weighted mean of its cell.
+
+    Args:
+        rng: key of the initial draw and of what re-seeds empty cells.
+        points: ``[n, d]``, any float type; with ``axis_name`` this device's share, the same number
+            on every device. Points of weight 0 may hold anything, NaN too.
+        codewords: centroids to find, ``K``.
+        weights: ``[n]``, not negative; None means all equal.
+        init: ``[K, d]`` centroids to start from; by default random points, drawn by weight.
+        iterations: passes over the points, each judging an iterate and computing the next.
+        chunk: points handled at a time.
+        axis_name: mapped axis or axes over which the points are spread.
+
+    Returns:
+        The best iterate.
+
+    Raises:
+        InputError: if there are more codewords than points, or shapes do not fit.
+    """
+    return _cluster(
+        rng, points, weights, codewords, init, "kmeans", iterations, chunk, axis_name
+    ).result
+
+
+@functools.partial(
+    jax.jit, static_argnames=("codewords", "iterations", "chunk", "axis_name"), inline=True
+)
+def spherical(
+    rng: PRNGKeyArray,
+    points: Float[Array, "n d"],
+    codewords: int,
+    weights: Float[Array, " n"] | None = None,
+    *,
+    init: Float[Array, "k d"] | None = None,
+    iterations: int = 15,
+    chunk: int = CHUNK,
+    axis_name: AxisName = None,
+) -> KMeansResult:
+    """Weighted k-means of directions ``x/‖x‖`` with unit centroids; zero vectors do not count.
+
+    Arguments, result and errors are those of `kmeans`.
+    """
+    return _cluster(
+        rng, points, weights, codewords, init, "spherical", iterations, chunk, axis_name
+    ).result
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("codewords", "shape_update", "iterations", "warmup", "chunk", "axis_name"),
+    inline=True,
+)
+def gskm(
+    rng: PRNGKeyArray,
+    points: Float[Array, "n d"],
+    codewords: int,
+    weights: Float[Array, " n"] | None = None,
+    *,
+    init: Float[Array, "k d"] | None = None,
+    shape_update: ShapeUpdate = "unit",
+    iterations: int = 10,
+    warmup: int = 5,
+    chunk: int = CHUNK,
+    axis_name: AxisName = None,
+) -> KMeansResult:
+    """Weighted gain-shape k-means (paper): codewords ``g·u``, one gain for each codeword.
+
+    Starts from `spherical` directions with the mean norm of each cell as gain. A shape becomes
+    ``normalise(Σ w·x/‖x‖)`` over its cell, its gain the weighted mean of ``⟨x, u⟩``, at least 1e-4.
+
+    Args:
+        shape_update: ``unit`` as above (paper), or ``raw``, ``normalise(Σ w·x)`` (authors' figure
+            code), which makes the fixed point that of `kmeans`.
+        iterations: passes after the start.
+        warmup: passes of the spherical start; not used if ``init`` is given.
+
+    The other arguments, the result and the errors are those of `kmeans`.
+    """
+    rule = _gskm_rule(shape_update)
+    if init is None:
+        start = _cluster(
+            rng, points, weights, codewords, None, "spherical", warmup, chunk, axis_name
+        )
+        gains = start.totals["norm"] / jnp.maximum(start.totals["count"], _TINY)
+        init = jnp.maximum(gains, LEAST_GAIN)[:, None] * start.result.centroids
+    return _cluster(
+        rng, points, weights, codewords, init, rule, iterations, chunk, axis_name
+    ).result
+
+
+def cluster(
+    rng: PRNGKeyArray,
+    points: Float[Array, "n d"],
+    codewords: int,
+    weights: Float[Array, " n"] | None = None,
+    *,
+    rule: Rule = "gskm",
+    shape_update: ShapeUpdate = "unit",
+    iterations: int = 10,
+    warmup: int = 5,
+    chunk: int = CHUNK,
+    axis_name: AxisName = None,
+) -> KMeansResult:
+    """The rule's function on these points, with as many passes whatever the rule.
+
+    ``warmup + iterations`` passes go to `kmeans` and `spherical`, which have no spherical start.
+
+    Raises:
+        InputError: if the rule is unknown, or what the rule's function raises.
+    """
+    options = {"chunk": chunk, "axis_name": axis_name}
+    if rule == "gskm":
+        return gskm(
+            rng,
+            points,
+            codewords,
+            weights,
+            shape_update=shape_update,
+            iterations=iterations,
+            warmup=warmup,
+            **options,
+        )
+    if rule not in get_args(Rule):
+        raise InputError(f"unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}")
+    plain = kmeans if rule == "kmeans" else spherical
+    return plain(rng, points, codewords, weights, iterations=warmup + iterations, **options)
+
+
+def nearest(
+    points: Float[Array, "*lead n d"], centroids: Float[Array, "*lead k d"]
+) -> tuple[Int[Array, "*lead n"], Float[Array, "*lead n"]]:
+    """Index of the nearest centroid and its score ``2⟨x, c⟩ − ‖c‖²`` (``‖x‖²`` less the error).
+
+    Holds ``[*lead, n, k]`` floats; `assign` is the chunked form.
+    """
+    scores = 2 * _exact_dot("...nd,...kd->...nk", points, centroids)
+    scores -= jnp.sum(jnp.square(centroids), -1)[..., None, :]
+    return jnp.argmax(scores, -1), jnp.max(scores, -1)
+
+
+@functools.partial(jax.jit, static_argnames="chunk", inline=True)
+def assign(
+    points: Float[Array, "n d"], centroids: Float[Array, "k d"], chunk: int = CHUNK
+) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    """Nearest centroid of each point, and the squared distance to it.
+
+    Args:
+        points: ``[n, d]``, any float type.
+        centroids: ``[K, d]``.
+        chunk: points handled at a time.
+
+    Returns:
+        ``[n]`` int32 codes and ``[n]`` float32 squared errors.
+    """
+
+    def of_chunk(x: Array) -> tuple[Array, Array]:
+        x = x.astype(jnp.float32)
+        code, score = nearest(x, centroids.astype(jnp.float32))
+        return code, jnp.maximum(jnp.sum(jnp.square(x), -1) - score, 0)
+
+    n = points.shape[0]
+    code, error = lax.map(of_chunk, _chunks(points, chunk))
+    return code.reshape(-1)[:n], error.reshape(-1)[:n]
+
+
+def check_finite(points: Array, weights: Array | None = None, name: str = "samples") -> None:
+    """Refuses NaN and infinity where they would count. Not for use inside ``jit``.
+
+    Args:
+        points: ``[..., n, d]``.
+        weights: ``[..., n]``; points of weight 0 may hold anything.
+        name: what the points are, for the message.
+
+    Raises:
+        InputError: naming the first bad vector, or a weight that is negative or not finite.
+    """
+    bad = ~jnp.isfinite(points).all(-1)
+    if weights is not None:
+        wrong = ~(jnp.isfinite(weights) & (weights >= 0))
+        if wrong.any():
+            raise InputError(
+                f"the weights of {name} must be finite and not negative, but {_first(wrong)}"
+            )
+        bad &= weights > 0
+    if bad.any():
+        raise InputError(
+            f"{name} hold NaN or infinity: {_first(bad)}; find where they come from, "
+            "or give them weight 0"
+        )
+
+
+def _first(flags: Array) -> str:
+    where = tuple(int(i[0]) for i in jnp.nonzero(flags, size=1))
+    return f"{int(flags.sum())} of {flags.size} are bad, the first at {list(where)}"
+
+
+# The loop
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clustering:
+    result: KMeansResult
+    totals: Totals
+
+
+def _cluster(
+    rng: Array,
+    points: Array,
+    weights: Array | None,
+    codewords: int,
+    init: Array | None,
+    rule: str,
+    iterations: int,
+    chunk: int,
+    axis_name: AxisName,
+) -> _Clustering:
+    n, d = points.shape
+    weights = jnp.ones(n) if weights is None else weights.astype(jnp.float32)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    if codewords > n * devices:
+        raise InputError(
+            f"{codewords} codewords need as many points, got {n * devices}; "
+            "give more samples or take fewer codewords"
+        )
+    if weights.shape != (n,):
+        raise InputError(f"{n} points need {n} weights, got an array of shape {weights.shape}")
+    if init is not None and init.shape != (codewords, d):
+        raise InputError(f"init must have the shape {(codewords, d)}, got {init.shape}")
+    if iterations < 1 or chunk < 1:
+        raise InputError(f"iterations ({iterations}) and chunk ({chunk}) must be at least 1")
+
+    counted = weights > 0
+    points = jnp.where(counted[:, None], points, 0)
+    weights = jnp.where(counted, weights, 0)
+    chunks = _chunks(points, chunk), _chunks(weights, chunk)
+
+    # One draw of noise serves the start and every re-seeding, for what is drawn changes with the
+    # errors. It depends on a point's place among all devices' points, not on how many they are.
+    first = 0 if axis_name is None else n * lax.axis_index(axis_name)
+    noise = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(rng, i)))(first + jnp.arange(n))
+
+    def draw(mass: Array) -> Array:
+        scores = jnp.log(mass) + noise
+        return _project(_top_points(scores, points, codewords, axis_name), rule)
+
+    start = draw(weights) if init is None else _project(init.astype(jnp.float32), rule)
+    nothing = jnp.zeros_like(start[:, 0])
+    best = {
+        "centroids": start,
+        "objective": jnp.full_like(start[0, 0], jnp.inf),
+        "angle": jnp.zeros_like(start[0, 0]),
+        "count": nothing,
+        "norm": nothing,
+    }
+
+    def iterate(carry: tuple[Array, Totals], _: None) -> tuple[tuple[Array, Totals], Array]:
+        centroids, best = carry
+        totals, mass = _sweep(chunks, centroids, rule, axis_name)
+        weight = jnp.maximum(totals["count"].sum(), _TINY)
+        here = {
+            "centroids": centroids,
+            "objective": totals["error"] / weight,
+            "angle": totals["angle"] / weight,
+            "count": totals["count"],
+            "norm": totals["norm"],
+        }
+        # Written so that NaN is taken, and seen.
+        better = ~(here["objective"] >= best["objective"])
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
+
+        dead = totals["count"] <= 0
+        seeds = draw(mass[:n])[jnp.cumsum(dead) - 1]
+        centroids = jnp.where(dead[:, None], seeds, _update(totals, centroids, rule))
+        return (centroids, best), here["objective"]
+
+    (_, best), history = lax.scan(iterate, (start, best), length=iterations)
+    result = KMeansResult(
+        centroids=best["centroids"],
+        objective=best["objective"],
+        dead=jnp.sum(best["count"] <= 0),
+        angle=best["angle"],
+        counts=best["count"],
+        history=history,
+    )
+    return _Clustering(result, best)
+
+
+def _sweep(
+    chunks: tuple[Array, Array], centroids: Array, rule: str, axis_name: AxisName
+) -> tuple[Totals, Array]:
+    """Sums over the cells and all devices, and the weighted error of each of this one's points."""
+    length = jnp.sqrt(jnp.sum(jnp.square(centroids), -1))
+
+    def add(totals: Totals, chunk: tuple[Array, Array]) -> tuple[Totals, Array]:
+        x, w = chunk
+        x = x.astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(jnp.square(x), -1))
+        direction = x / jnp.maximum(norm, _TINY)[:, None]
+        size = norm
+        if rule == "spherical":
+            w, x, size = jnp.where(norm > 0, w, 0), direction, jnp.ones_like(norm)
+        code, score = nearest(x, centroids)
+        error = w * jnp.maximum(size * size - score, 0)
+        reach = length[code]
+        cosine = (score + reach * reach) / jnp.maximum(2 * size * reach, _TINY)
+        sums = functools.partial(_cell_sums, code=code, k=len(length))
+        new = {
+            "point": sums(w[:, None] * x),
+            "direction": sums(w[:, None] * direction),
+            "norm": sums((w * norm)[:, None])[:, 0],
+            "count": sums(w[:, None])[:, 0],
+            "error": error.sum(),
+            "angle": jnp.sum(w * (1 - cosine)),
+        }
+        return jax.tree.map(jnp.add, totals, new), error
+
+    x, w = chunks
+    # Zeros made from the data vary over the same mesh axes as what is added to them.
+    zero = jnp.zeros_like(x[0, 0, 0], jnp.float32) + jnp.zeros_like(w[0, 0])
+    k, d = centroids.shape
+    shapes = {"point": (k, d), "direction": (k, d), "norm": (k,), "count": (k,)}
+    zeros = {name: jnp.broadcast_to(zero, shape) for name, shape in shapes.items()}
+    totals, error = lax.scan(add, zeros | {"error": zero, "angle": zero}, chunks)
+    if axis_name is not None:
+        totals = lax.psum(totals, axis_name)
+    return totals, error.reshape(-1)
+
+
+def _update(totals: Totals, centroids: Array, rule: str) -> Array:
+    """The next centroids; those of empty cells mean nothing."""
+    mean = totals["point"] / jnp.maximum(totals["count"], _TINY)[:, None]
+    if rule == "kmeans":
+        return mean
+    summed = totals["point"] if rule == "gskm-raw" else totals["direction"]
+    shape = _unit(summed)
+    # Directions that cancel exactly leave a cell the shape that it had.
+    shape = jnp.where(jnp.any(shape != 0, -1, keepdims=True), shape, _unit(centroids))
+    if rule == "spherical":
+        return shape
+    gain = jnp.sum(mean * shape, -1, keepdims=True)
+    return jnp.maximum(gain, LEAST_GAIN) * shape
+
+
+def _project(x: Array, rule: str) -> Array:
+    """Points as centroids of the rule."""
+    if rule == "kmeans":
+        return x
+    shape = _unit(x)
+    if rule == "spherical":
+        return shape
+    return jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True)), LEAST_GAIN) * shape
+
+
+def _gskm_rule(shape_update: str) -> str:
+    if shape_update not in get_args(ShapeUpdate):
+        raise InputError(f"unknown shape_update {shape_update!r}; choose unit or raw")
+    return f"gskm-{shape_update}"
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True)), _TINY)
+
+
+def _cell_sums(values: Array, code: Array, k: int) -> Array:
+    """``[k, f]`` sums of ``[n, f]`` rows by code. Only the CPU is fast at adding row by row, and
+    only there is the order of the additions fixed."""
+
+    def by_rows(values: Array, code: Array) -> Array:
+        return jax.ops.segment_sum(values, code, k)
+
+    def by_product(values: Array, code: Array) -> Array:
+        one_hot = (code == jnp.arange(k)[:, None]).astype(jnp.float32)
+        return _exact_dot("kn,nf->kf", one_hot, values)
+
+    return lax.platform_dependent(values, code, cpu=by_rows, default=by_product)
+
+
+def _chunks(x: Array, chunk: int) -> Array:
+    """``[chunks, size, ...]`` with zeros at the end."""
+    n = x.shape[0]
+    count = -(-n // chunk)
+    size = -(-n // count)
+    padding = [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
+
+
+def _top_points(scores: Array, points: Array, k: int, axis_name: AxisName) -> Array:
+    """``[k, d]`` float32 points of the highest scores over all devices, best first.
+
+    Where only fewer have a score above −∞, the best one fills the rest.
+    """
+    top, index = lax.top_k(scores, min(k, len(scores)))
+    if axis_name is None:
+        rows = points[index].astype(jnp.float32)
+    else:
+        share = len(index)
+        top, slot = lax.top_k(lax.all_gather(top, axis_name, tiled=True), k)
+        mine = slot // share == lax.axis_index(axis_name)
+        rows = points[index[slot % share]].astype(jnp.float32)
+        rows, top = lax.psum(
+            (jnp.where(mine[:, None], rows, 0), jnp.where(mine, jnp.isfinite(top), False)),
+            axis_name,
+        )
+        return jnp.where(top[:, None] > 0, rows, rows[0])
+    return jnp.where(jnp.isfinite(top)[:, None], rows, rows[0])
