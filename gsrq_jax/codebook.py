@@ -1,0 +1,358 @@
+"""Codebooks of a whole model, and their checkpoints.
+
+A checkpoint is an Orbax folder: the arrays, and as metadata a format version, the spec, the model
+that the codebooks were trained for, free extras, and SHA-256 sums of it all. It is written beside
+its place and renamed into it, so that a folder under that name is always complete.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from orbax.checkpoint import v1 as ocp
+
+from gsrq_jax.errors import InputError
+from gsrq_jax.spec import QuantSpec
+
+FORMAT = "gsrq-jax codebooks"
+VERSION = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codebooks:
+    """The codewords of every layer and KV head; a pytree whose only static field is ``spec``.
+
+    One layer's slice is the same class without the leading axis ``L``: ``jax.tree.map(lambda x:
+    x[i], codebooks)``, or what ``jax.lax.scan`` hands out.
+
+    Invariants (``validate`` checks them): ``key`` has ``spec.key.codebook_shape`` as its last four
+    axes, ``value`` has ``spec.value.codebook_shape``, all four arrays agree on ``L`` and ``H``,
+    codewords are float32 or bfloat16, means and frequencies float32, and all numbers are finite.
+
+    Attributes:
+        key: codewords of the keys in the frame of ``spec``, ``[L, H, G, R, K, g]``.
+        value: codewords of the values, ``[L, H, G, R, K, g]`` with the values' own G, R, K, g.
+        key_mean: mean key before RoPE, ``[L, H, d]``; zeros when keys are not centred.
+        inv_freq: rotary frequencies of each layer in radians a token, ``[L, d / 2]``.
+        spec: what the quantised cache looks like.
+    """
+
+    key: Float[Array, "*L H G R K g"]
+    value: Float[Array, "*L H G R K g"]
+    key_mean: Float[Array, "*L H d"]
+    inv_freq: Float[Array, "*L half_d"]
+    spec: QuantSpec = dataclasses.field(metadata={"static": True})
+
+    @property
+    def layers(self) -> int | None:
+        """Layers, or None in one layer's slice."""
+        return self.key.shape[0] if self.key.ndim == 6 else None
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer."""
+        return self.key.shape[-5]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.size * x.dtype.itemsize for x in _arrays(self).values())
+
+
+def _arrays(codebooks: Codebooks) -> dict[str, Any]:
+    return {
+        f.name: getattr(codebooks, f.name)
+        for f in dataclasses.fields(codebooks)
+        if not f.metadata.get("static")
+    }
+
+
+def validate(codebooks: Codebooks) -> None:
+    """Check the invariants of ``Codebooks``; numbers only where they are known (not under jit).
+
+    Raises:
+        InputError: naming the array that does not fit, what it is and what it should be.
+    """
+    spec, arrays = codebooks.spec, _arrays(codebooks)
+    if spec.head_dim % 2:
+        raise InputError(f"rotary keys need an even head size, got {spec.head_dim}")
+    if codebooks.key.ndim not in (5, 6):
+        raise InputError(
+            f"key codebooks have shape {codebooks.key.shape}; "
+            "the axes are [layers,] heads, groups, stages, codewords, channels"
+        )
+    lead, heads = codebooks.key.shape[:-5], codebooks.key.shape[-5]
+    shapes = {
+        "key": (*lead, heads, *spec.key.codebook_shape),
+        "value": (*lead, heads, *spec.value.codebook_shape),
+        "key_mean": (*lead, heads, spec.head_dim),
+        "inv_freq": (*lead, spec.head_dim // 2),
+    }
+    for name, x in arrays.items():
+        if x.shape != shapes[name]:
+            raise InputError(f"{name} has shape {x.shape}; the spec asks for {shapes[name]}")
+        allowed = (jnp.float32, jnp.bfloat16) if name in ("key", "value") else (jnp.float32,)
+        if x.dtype not in allowed:
+            names = " or ".join(jnp.dtype(t).name for t in allowed)
+            raise InputError(f"{name} is {x.dtype}; convert it to {names}")
+        known = isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
+        if known and not bool(jnp.isfinite(x).all()):
+            raise InputError(f"{name} holds numbers that are not finite; train the codebooks again")
+
+
+def save(
+    path: str | os.PathLike[str],
+    codebooks: Codebooks,
+    *,
+    model: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder; one that stands at ``path`` is replaced only by a complete one.
+
+    With several processes the arrays must be whole on process 0, which alone writes.
+
+    Args:
+        path: a local folder.
+        codebooks: of all layers.
+        model: fingerprint of the model, flat JSON (family, layers, kv_heads, head_dim, weights …);
+            ``load`` compares it.
+        extra: anything else to remember as JSON, such as how the codebooks were trained.
+
+    Raises:
+        InputError: if the codebooks are malformed or do not fit ``model``, if something else
+            stands at ``path``, or if writing fails; then ``path`` is as it was.
+    """
+    validate(codebooks)
+    if codebooks.layers is None:
+        raise InputError("these are the codebooks of one layer; save those of all layers together")
+    facts = {
+        "layers": codebooks.layers,
+        "kv_heads": codebooks.kv_heads,
+        "head_dim": codebooks.spec.head_dim,
+    }
+    if differences := _differences({k: v for k, v in model.items() if k in facts}, facts):
+        raise InputError(
+            f"the model and its codebooks differ: {differences}; train codebooks for this model"
+        )
+    path = _local(path)
+    if jax.process_index() != 0:
+        return
+    arrays = {name: np.asarray(x) for name, x in _arrays(codebooks).items()}
+    metadata = _sealed(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": codebooks.spec.to_json(),
+            "model": model,
+            "extra": extra or {},
+            "arrays_sha256": _arrays_sum(arrays),
+        }
+    )
+    work, fresh, previous = _places(path)
+    try:
+        _tidy(path)
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            _refuse_foreign(path)
+        work.mkdir(parents=True)
+        with _orbax():
+            ocp.save(fresh, arrays, custom_metadata=metadata)
+        if path.exists():
+            path.rename(previous)
+        fresh.rename(path)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"could not write the codebooks to {path} ({_reason(error)}); what stood there is "
+            "unchanged, so make room or choose another folder, and save again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            _tidy(path)
+
+
+def load(path: str | os.PathLike[str], *, model: dict[str, Any] | None = None) -> Codebooks:
+    """The codebooks that ``save`` wrote, on the default device whatever they were saved from.
+
+    Args:
+        path: the checkpoint folder.
+        model: fingerprint of the model to run, or None to skip the comparison. Each field given
+            must have the stored value; stored fields that are not given are not compared.
+
+    Raises:
+        InputError: if there is no checkpoint, it is damaged or of a newer format, or it was made
+            for another model.
+    """
+    folder = _find(path)
+    metadata = read_metadata(folder)
+    if model is not None and (differences := _differences(model, metadata["model"])):
+        raise InputError(
+            f"the codebooks in {path} were trained for another model: {differences}; "
+            "train codebooks for this model or run the one they belong to"
+        )
+    try:
+        with _orbax():
+            arrays = {name: np.asarray(x) for name, x in ocp.load(folder).items()}
+    except Exception as error:
+        raise _damaged(path, _reason(error)) from error
+    if _arrays_sum(arrays) != metadata["arrays_sha256"]:
+        raise _damaged(path, "its arrays do not match their checksum")
+    codebooks = Codebooks(
+        **{name: jnp.asarray(x) for name, x in arrays.items()},
+        spec=QuantSpec.from_json(metadata["spec"]),
+    )
+    validate(codebooks)
+    return codebooks
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """``spec``, ``model`` and ``extra`` of a checkpoint (and its format), without its arrays.
+
+    Raises:
+        InputError: if there is no checkpoint, its metadata are damaged or of a newer format.
+    """
+    folder = _find(path)
+    try:
+        with _orbax():
+            metadata = ocp.metadata(folder).custom_metadata
+    except Exception as error:
+        raise _damaged(path, _reason(error)) from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise _damaged(path, "it is some other Orbax checkpoint")
+    if isinstance(version := metadata.get("version"), int) and version > VERSION:
+        raise InputError(
+            f"the codebooks in {path} have format {version}, newer than format {VERSION} of this "
+            "gsrq-jax; upgrade gsrq-jax or train the codebooks again"
+        )
+    seal = metadata.pop("sha256", None)
+    if _sealed(metadata)["sha256"] != seal:
+        raise _damaged(path, "its metadata do not match their checksum")
+    return metadata
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(path):
+        raise InputError(f"{path} is not a local folder; save or load there, then copy the folder")
+    return Path(path).expanduser().resolve()
+
+
+def _places(path: Path) -> tuple[Path, Path, Path]:
+    """A folder beside ``path`` for a save under way: itself, the new checkpoint, the old one."""
+    work = path.with_name(f".{path.name}.saving")
+    return work, work / "new", work / "previous"
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    """Where the checkpoint is: at ``path``, or set aside by a save that died between renames."""
+    folder = _local(path)
+    previous = _places(folder)[2]
+    if not folder.exists() and previous.exists():
+        return previous
+    if not folder.exists():
+        raise InputError(f"there are no codebooks at {path}; train them or correct the path")
+    return folder
+
+
+def _tidy(path: Path) -> None:
+    """Undo what an interrupted save left: the old checkpoint back in place, the rest gone."""
+    work, _, previous = _places(path)
+    if previous.exists() and not path.exists():
+        previous.rename(path)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_foreign(path: Path) -> None:
+    try:
+        read_metadata(path)
+    except InputError as error:
+        raise InputError(
+            f"{path} exists and is not a codebook checkpoint that could be replaced; "
+            "remove it or choose another folder"
+        ) from error
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """What JSON makes of it, so that it compares equal to what a checkpoint gives back."""
+    try:
+        return json.loads(json.dumps(data))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"model and extra must be plain JSON ({error}); convert them to numbers and strings"
+        ) from error
+
+
+def _sealed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with their own checksum."""
+    metadata = _plain(metadata)
+    text = json.dumps(metadata, sort_keys=True)
+    return metadata | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _arrays_sum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.dtype.name} {x.shape}\n".encode())
+        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _differences(model: dict[str, Any], stored: dict[str, Any]) -> str:
+    """The fields of ``model`` that ``stored`` has otherwise, with both values; empty if none."""
+    absent = object()
+
+    def show(value: Any) -> str:
+        return "absent" if value is absent else json.dumps(value)
+
+    return ", ".join(
+        f"{name} is {show(value)} in the model and {show(other)} in the codebooks"
+        for name, value in _plain(model).items()
+        if (other := stored.get(name, absent)) != value
+    )
+
+
+def _damaged(path: str | os.PathLike[str], reason: str) -> InputError:
+    return InputError(
+        f"{path} is not a codebook checkpoint or is damaged ({reason}); "
+        "copy it again, train again or correct the path"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The last clause of an error's first line, or its type."""
+    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [""])[0]
+    return text.rsplit(": ", 1)[-1][:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[None]:
+    """Orbax for this process alone, and silent: its threads log tracebacks where we report."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    was, log.disabled = log.disabled, True
+    # When one array fails, TensorStore reports the others to an event loop that Orbax has closed.
+    sys.unraisablehook = lambda event: (
+        None if "loop is closed" in str(event.exc_value) else hook(event)
+    )
+    try:
+        with ocp.Context(multiprocessing_options=options):
+            yield
+    except Exception:
+        time.sleep(0.1)  # those reports come from other threads, a moment later
+        raise
+    finally:
+        log.disabled, sys.unraisablehook = was, hook
