@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
@@ -123,7 +124,8 @@ def save(
 ) -> None:
     """Write a checkpoint folder; one that stands at ``path`` is replaced only by a complete one.
 
-    With several processes the arrays must be whole on process 0, which alone writes.
+    In a program of several processes all call it, with replicated arrays and a folder that all
+    of them see; process 0 writes.
 
     Args:
         path: a local folder.
@@ -148,9 +150,7 @@ def save(
         raise InputError(
             f"the model and its codebooks differ: {differences}; train codebooks for this model"
         )
-    path = _local(path)
-    if jax.process_index() != 0:
-        return
+    path, first = _local(path), jax.process_index() == 0
     arrays = {name: np.asarray(x) for name, x in _arrays(codebooks).items()}
     metadata = _sealed(
         {
@@ -164,15 +164,19 @@ def save(
     )
     work, fresh, previous = _places(path)
     try:
-        _tidy(path)
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            _refuse_foreign(path)
-        work.mkdir(parents=True)
+        if first:
+            _tidy(path)
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+                _refuse_foreign(path)
+            work.mkdir(parents=True)
         with _orbax():
             ocp.save(fresh, arrays, custom_metadata=metadata)
-        if path.exists():
-            path.rename(previous)
-        fresh.rename(path)
+        if first:
+            if path.exists():
+                path.rename(previous)
+            fresh.rename(path)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"saved {path}")
     except InputError:
         raise
     except Exception as error:
@@ -181,8 +185,9 @@ def save(
             "unchanged, so make room or choose another folder, and save again"
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            _tidy(path)
+        if first:
+            with contextlib.suppress(OSError):
+                _tidy(path)
 
 
 def load(path: str | os.PathLike[str], *, model: dict[str, Any] | None = None) -> Codebooks:
@@ -306,7 +311,7 @@ def _arrays_sum(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(arrays.items()):
         digest.update(f"{name} {x.dtype.name} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()
 
 
@@ -339,9 +344,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[None]:
-    """Orbax for this process alone, and silent: its threads log tracebacks where we report."""
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    """Orbax kept silent: its threads log tracebacks where we report on one line."""
     log, hook = logging.getLogger("absl"), sys.unraisablehook
     was, log.disabled = log.disabled, True
     # When one array fails, TensorStore reports the others to an event loop that Orbax has closed.
@@ -349,8 +352,7 @@ def _orbax() -> Iterator[None]:
         None if "loop is closed" in str(event.exc_value) else hook(event)
     )
     try:
-        with ocp.Context(multiprocessing_options=options):
-            yield
+        yield
     except Exception:
         time.sleep(0.1)  # those reports come from other threads, a moment later
         raise
