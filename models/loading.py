@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import tokenizer
+from gsrq_jax.models import demo, gguf, tokenizer
 from gsrq_jax.models.config import LlamaConfig, RopeScaling
 from gsrq_jax.models.llama import Llama, abstract
 
@@ -69,8 +69,6 @@ def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike = jnp.bfloat1
     if jnp.dtype(dtype).name not in DTYPES:
         raise InputError(f"models load as {' or '.join(DTYPES)}, not {jnp.dtype(dtype).name}")
     if path_or_id is None or str(path_or_id) == "demo":
-        from gsrq_jax.models import demo
-
         return _load_gguf(Path(demo.path()), dtype)
     path = Path(path_or_id).expanduser()
     if path.is_dir():
@@ -182,7 +180,9 @@ def params_from_hf(
                 f"tensor {name} has shape {tensor.shape} where the config asks for {shape}"
             )
         if tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-            raise InputError(f"tensor {name} holds {tensor.dtype.name}, not floating-point weights")
+            raise InputError(
+                f"tensor {name} holds {tensor.dtype.name}; weights are read as 16- to 64-bit floats"
+            )
         return tensor
 
     def gather(path: tuple, leaf) -> jnp.ndarray:
@@ -263,7 +263,8 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
         file, opened = self._file_of[name]
         try:
             return opened.get_tensor(name)
-        except (SafetensorError, TypeError, OSError) as error:
+        except (SafetensorError, AttributeError, TypeError, OSError) as error:
+            # AttributeError: numpy has no such dtype (8-bit floats and smaller).
             raise InputError(f"tensor {name} of {file} cannot be read ({error})") from error
 
     def __iter__(self):
@@ -280,8 +281,6 @@ def _load_folder(folder: Path, name: str, dtype: DTypeLike) -> LoadedModel:
 
 
 def _load_gguf(path: Path, dtype: DTypeLike) -> LoadedModel:
-    from gsrq_jax.models import gguf
-
     config, tensors, tokens = gguf.read(path)
     return _assemble(config, tensors, tokens, path.stem, dtype)
 
@@ -322,6 +321,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | float | None]:
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"the config's rotary scaling is no JSON object: {rope}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise InputError(
@@ -330,12 +331,13 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | float | None]:
     partial = rope.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1
     if partial != 1:
         raise InputError(f"rotation of a part of a head ({partial}) is not supported")
-    theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10_000.0)
+    scaling: RopeScaling | float | None = None
     try:
+        theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10_000.0)
         if kind == "linear":
-            return theta, float(rope["factor"])
+            scaling = float(rope["factor"])
         if kind == "llama3":
-            return theta, RopeScaling(
+            scaling = RopeScaling(
                 factor=float(rope["factor"]),
                 low_factor=float(rope["low_freq_factor"]),
                 high_factor=float(rope["high_freq_factor"]),
@@ -343,7 +345,9 @@ def _rope(data: Mapping[str, Any]) -> tuple[float, RopeScaling | float | None]:
             )
     except KeyError as error:
         raise InputError(f"the config's {kind} rotary scaling lacks {error}") from error
-    return theta, None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the config's rotary scaling holds unusable values: {error}") from error
+    return theta, scaling
 
 
 def _hf_names(path: tuple, layers: int) -> list[str]:

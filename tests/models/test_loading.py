@@ -15,7 +15,7 @@ import random_weights
 from safetensors.numpy import save_file
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import llama
+from gsrq_jax.models import demo, gguf, llama
 from gsrq_jax.models.config import RopeScaling
 from gsrq_jax.models.loading import config_from_hf, load, params_from_hf
 
@@ -47,7 +47,8 @@ def causal(q, k, v, x_layer):
 def logits_of(graphdef, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-    return np.asarray(forward(graphdef, params, tokens, positions))
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(forward(graphdef, params, tokens, positions))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,6 +216,8 @@ def test_published_configs():
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' is not supported.*llama3"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "linear rotary scaling lacks 'factor'"),
+        ({"rope_parameters": "llama3"}, "no JSON object: llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "scaling holds unusable values"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of a head"),
         ({"quantization_config": {"quant_method": "gptq"}}, "weights are quantised"),
         ({"hidden_act": "gelu"}, "activation gelu is not supported"),
@@ -261,6 +264,18 @@ def test_integer_weights(tmp_path):
     tensors["model.norm.weight"] = np.ones(64, np.int8)
     with pytest.raises(InputError, match=r"model\.norm\.weight holds int8"):
         load(write(tmp_path, SMALL, tensors))
+
+
+def test_eight_bit_floats(tmp_path):
+    file = write(tmp_path, SMALL) / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["model.norm.weight"] |= {"dtype": "F8_E4M3", "shape": [256]}
+    header = json.dumps(header).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    with pytest.raises(InputError, match=r"model\.norm\.weight of .* cannot be read"):
+        load(tmp_path)
 
 
 def test_truncated_file(tmp_path):
@@ -334,3 +349,29 @@ def test_hub_out_of_reach(monkeypatch):
     with pytest.raises(InputError, match=r"owner/model is no folder here.*no route") as caught:
         load("owner/model")
     assert "\n" not in str(caught.value)
+
+
+def test_gguf_files_and_the_demo_model_go_to_their_reader(tmp_path, monkeypatch):
+    file = tmp_path / "small-Q8_0.gguf"
+    file.touch()
+    read = []
+
+    def reader(path):
+        read.append(path)
+        return config_from_hf(SMALL), random_weights.tensors(SMALL), "its tokenizer"
+
+    monkeypatch.setattr(gguf, "read", reader)
+    monkeypatch.setattr(demo, "path", lambda: file)
+    for name in (file, str(file), "demo", None):
+        loaded = load(name)
+        assert (loaded.name, loaded.tokenizer) == ("small-Q8_0", "its tokenizer")
+    assert read == [file] * 4
+
+
+@pytest.mark.demo_model
+def test_demo_model_knows_a_capital():
+    loaded = load("demo")
+    assert llama.count(loaded.params) == 134_515_008
+    tokens = np.array([loaded.tokenizer.encode("The capital of France is")])
+    logits = logits_of(loaded.graphdef, loaded.params, tokens)
+    assert loaded.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
