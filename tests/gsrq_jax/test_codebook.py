@@ -124,7 +124,7 @@ def test_save_replaces_a_checkpoint_and_an_empty_folder(tmp_path):
 
 
 def test_load_on_other_devices_than_saved(tmp_path):
-    """Saved sharded over two devices, loaded in this process, which has one."""
+    """Saved sharded over two devices, loaded in this process, which has another number."""
     script = f"""
 import jax, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

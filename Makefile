@@ -1,0 +1,51 @@
+# Everything happens in a virtual environment of its own: make demo, make test, make lint …
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+CODE := gsrq_jax models kernels tests $(wildcard *.py tools benchmarks)
+PROMPT ?= The history of the city begins with
+
+.PHONY: demo test format lint typecheck clean
+
+## demo: learn codebooks for the demo model, then generate with them beside full precision
+demo: $(VENV)/.installed
+	$(BIN)/python train_codebooks.py
+	$(BIN)/gsrq-generate --codebooks runs/demo/codebooks --compare "$(PROMPT)"
+
+## test: the whole suite, with the coverage of what it runs
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+## typecheck: of the installed wheel, where models and kernels are inside gsrq_jax
+typecheck: $(VENV)/.installed-dev
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . >/dev/null
+	$(PIP) --no-deps --target build/site build/wheel/*.whl
+	cd build && MYPYPATH=site $(BIN)/mypy --config-file ../pyproject.toml \
+		--cache-dir ../.mypy_cache -p gsrq_jax
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# Stamps: installed again only when pyproject.toml changes.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"error: gsrq-jax needs Python 3.11 or newer; say make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	touch $@ $(VENV)/.installed
