@@ -63,6 +63,10 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     llama.cpp rotates channels ``(2i, 2i + 1)`` of a head where Hugging Face rotates
     ``(i, i + d/2)``; a row holds its quantised blocks whole, so rows can be moved as bytes.
     """
+    if rows.shape[0] % (2 * heads):
+        raise InputError(
+            f"a projection of {heads} heads has {rows.shape[0]} rows; download the file again"
+        )
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -73,7 +77,9 @@ def read(
     """What a GGUF file holds: the config, the weights and, if it has one, the tokenizer.
 
     Weights have Hugging Face's names, shapes and order of rows; a tied output projection is left
-    out. They stay in the file, mapped into memory, until asked for (see ``Weights``).
+    out. They stay in the file, mapped into memory, until asked for (see ``Weights``). Whether all
+    are there and fit the config is for ``loading.params_from_hf`` to check. A sliding window cuts
+    ``max_length``, as in ``loading.config_from_hf``.
 
     Args:
         path: of the file; architectures ``llama`` (LLaMA, Mistral, TinyLlama, SmolLM2, …) and
@@ -90,7 +96,6 @@ def read(
         factors = tensors.pop(_ROPE_FACTORS, None)
         named = {_rename(name): tensor for name, tensor in tensors.items()}
         config = _config(values, named, None if factors is None else np.asarray(factors.data))
-        _check_shapes(config, named)
         heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
         permuted = heads if config.family == "llama" else {}
         return config, Weights(named, permuted), tokenizer.from_gguf(values)
@@ -176,6 +181,7 @@ def _config(
             )
     ends = (values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     theta = number("rope.freq_base", 10_000.0)
+    length = number("context_length")
     return LlamaConfig(
         family=architecture,
         vocab_size=_shape(tensors["model.embed_tokens.weight"])[0],
@@ -185,7 +191,7 @@ def _config(
         heads=heads,
         kv_heads=number("attention.head_count_kv", heads),
         head_dim=head_dim,
-        max_length=number("context_length"),
+        max_length=min(length, number("attention.sliding_window", 0) or length),
         norm_eps=number("attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
         rope_scaling=(
@@ -231,47 +237,3 @@ def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> RopeSca
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     return tuple(int(n) for n in reversed(tensor.shape))
-
-
-def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of a model and its shape, by Hugging Face's names."""
-    c = config
-    wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    attention = {"q": (wide, c.hidden_size), "k": (narrow, c.hidden_size)}
-    attention |= {"v": (narrow, c.hidden_size), "o": (c.hidden_size, wide)}
-    mlp = {"gate": (c.intermediate_size, c.hidden_size), "up": (c.intermediate_size, c.hidden_size)}
-    mlp |= {"down": (c.hidden_size, c.intermediate_size)}
-    layer: dict[str, tuple[int, ...]] = {}
-    for block, projections, bias in (
-        ("self_attn", attention, c.attention_bias),
-        ("mlp", mlp, c.mlp_bias),
-    ):
-        for name, shape in projections.items():
-            layer[f"{block}.{name}_proj.weight"] = shape
-            if bias:
-                layer[f"{block}.{name}_proj.bias"] = shape[:1]
-    layer |= {f"{n}_layernorm.weight": (c.hidden_size,) for n in ("input", "post_attention")}
-    if c.qk_norm:
-        layer |= {f"self_attn.{name}_norm.weight": (c.head_dim,) for name in "qk"}
-    shapes = {f"model.layers.{i}.{n}": s for i in range(c.layers) for n, s in layer.items()}
-    shapes |= {
-        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "model.norm.weight": (c.hidden_size,),
-    }
-    return (
-        shapes if c.tied_embeddings else shapes | {"lm_head.weight": (c.vocab_size, c.hidden_size)}
-    )
-
-
-def _check_shapes(config: LlamaConfig, tensors: Mapping[str, gguf.ReaderTensor]) -> None:
-    expected = _shapes(config)
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise InputError(f"tensor {name} is missing; download the file again")
-        if name not in expected:
-            raise InputError(f"tensor {name} has no place in a model of this config")
-        if _shape(tensors[name]) != expected[name]:
-            raise InputError(
-                f"tensor {name} has the shape {_shape(tensors[name])}, "
-                f"the config asks for {expected[name]}; download the file again"
-            )

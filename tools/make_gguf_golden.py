@@ -158,7 +158,9 @@ def sentencepiece_model() -> None:
     pieces = range(model.get_piece_size())
 
     def kind(i: int) -> int:  # token types of GGUF
-        return 2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+        return (
+            2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+        )
 
     texts = [text for text in (*TEXTS, *licence.split("\n\n")[2:8]) if text]
     golden = {
