@@ -236,7 +236,7 @@ def decode(
             "leading axes, groups and stages must be equal"
         )
     by_stage = jnp.moveaxis(codewords.astype(jnp.float32), -3, 0)  # [R, *lead, G, K, g]
-    codes_by_stage = jnp.moveaxis(codes, (-1, -2), (0, -1))  # [R, *lead, G, n]
+    codes_by_stage = jnp.swapaxes(jnp.moveaxis(codes, -1, 0), -1, -2)  # [R, *lead, G, n]
 
     def stage(x: Array, coded: tuple[Array, Array]) -> tuple[Array, None]:
         return x + _take(*coded), None

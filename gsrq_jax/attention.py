@@ -1,0 +1,216 @@
+"""Attention: of new tokens over a cache, and of whole sequences as a cache would have shown them.
+
+All of it takes rotated queries and keys. Shapes: B sequences, T new tokens, Q query heads, H KV
+heads (Q = H·q), d head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gsrq_jax.cache import (
+    KVCache,
+    blocks_after,
+    decode_tokens,
+    encode_tokens,
+    exact_tokens,
+    origin,
+    unpack,
+)
+from gsrq_jax.codebook import Codebooks
+from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import reference
+from gsrq_jax.rope import rotate
+from gsrq_jax.spec import QuantSpec
+
+Implementation = Literal["codes", "decoded"]
+
+
+def attend(
+    q: Float[Array, "B T Q d"],
+    k: Float[Array, "B T H d"],
+    v: Float[Array, "B T H d"],
+    cache: KVCache,
+    codebooks: Codebooks | None = None,
+    count: Int[Array, " B"] | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T Q d"]:
+    """Attention of new tokens over the cached past and, causally, over themselves.
+
+    Exact sinks and window, coded past and the new tokens share one softmax. `append` the new
+    tokens afterwards.
+
+    Args:
+        q: queries rotated at positions ``cache.length … + T - 1``.
+        k: keys of the same tokens, rotated.
+        v: values of the same tokens.
+        cache: one layer's cache.
+        codebooks: that layer's codebooks; None for a cache without a spec.
+        count: new tokens of each sequence, at most T; keys and values after them are padding, never
+            read (they may be NaN), and outputs after them mean nothing. None means T each.
+        implementation: ``codes`` scores through tables and sums values through histograms;
+            ``decoded`` writes keys and values out, in every frame. None chooses: ``codes`` for one
+            new token where the frame shares its tables between the tokens of a block.
+
+    Returns:
+        In the dtype of q.
+
+    Raises:
+        InputError: if specs or shapes do not fit, or ``codes`` is asked for in the ``pre`` frame.
+    """
+    spec = cache.spec
+    if (codebooks.spec if codebooks is not None else None) != spec:
+        raise InputError(
+            f"the cache was made for [{spec or 'full precision'}], the codebooks for "
+            f"[{codebooks.spec if codebooks is not None else 'full precision'}]; use one spec"
+        )
+    if cache.length.ndim != 1:
+        raise InputError(
+            "attend takes one layer's cache; scan or vmap over the layers of a stacked one"
+        )
+    batch, tokens, _, dim = q.shape
+    heads = k.shape[2]
+    query = q.astype(jnp.float32).reshape(batch, tokens, heads, -1, dim) * reference.scale_of(dim)
+
+    step = jnp.arange(tokens)
+    new = jnp.full((batch,), tokens) if count is None else count
+    themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
+    keys, values, there = exact_tokens(cache)
+    cached = jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
+    parts = [
+        reference.attend_exact(query, k, v, themselves),
+        reference.attend_exact(query, keys, values, cached),
+    ]
+    if spec is not None and codebooks is not None and cache.key_codes.shape[2]:
+        if implementation is None:
+            implementation = "codes" if tokens == 1 and spec.frame != "pre" else "decoded"
+        if implementation == "codes" and spec.frame == "pre":
+            raise InputError(
+                "frame 'pre' gives every token a table of its own; use implementation='decoded' "
+                "or frame 'block'"
+            )
+        parts.append(_attend_past(query, cache, codebooks, spec, implementation))
+    out, _ = reference.merge(parts)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _attend_past(
+    query: Array, cache: KVCache, codebooks: Codebooks, spec: QuantSpec, implementation: str
+) -> tuple[Array, Array]:
+    blocks, block = cache.key_codes.shape[2:4]
+    valid = blocks_after(spec, cache.length)
+    position = spec.sinks + jnp.arange(blocks * block).reshape(blocks, block)
+    if implementation == "codes":
+        start = origin(spec, position[:, 0])
+        framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
+        shift = rotate(
+            codebooks.key_mean[:, None, None], position - start[:, None], codebooks.inv_freq
+        )
+        return reference.attend_codes(
+            framed,
+            shift,
+            unpack(cache.key_codes, spec.key),
+            unpack(cache.value_codes, spec.value),
+            codebooks.key,
+            codebooks.value,
+            valid,
+        )
+    if implementation != "decoded":
+        raise InputError(f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'")
+
+    def tokens_first(codes: Array) -> Array:  # [B, H, N, b, bytes] -> [B, N, b, H, bytes]
+        return jnp.moveaxis(codes, 1, 3)
+
+    keys, values = decode_tokens(
+        tokens_first(cache.key_codes), tokens_first(cache.value_codes), position, codebooks
+    )
+    return reference.attend_decoded(
+        jnp.broadcast_to(query[..., None, :], (*query.shape[:-1], blocks, query.shape[-1])),
+        jnp.moveaxis(keys, 3, 1),
+        jnp.moveaxis(values, 3, 1),
+        valid,
+    )
+
+
+def causal(
+    q: Float[Array, "B T Q d"], k: Float[Array, "B T H d"], v: Float[Array, "B T H d"]
+) -> Float[Array, "B T Q d"]:
+    """Exact causal attention of a whole sequence from position 0."""
+    if q.shape[1] <= 2 * _QUERY_CHUNK:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    def rows(query: Array, at: Array) -> Array:
+        mask = (at[:, None] >= jnp.arange(k.shape[1]))[None, None]
+        return jax.nn.dot_product_attention(query, k, v, mask=mask)
+
+    return _by_query_chunks(rows, q)
+
+
+def was_coded(
+    spec: QuantSpec, query: Int[Array, " T"], key: Int[Array, " n"], *, every: int
+) -> Bool[Array, "T n"]:
+    """Whether a cache that encodes ``every`` tokens at a time shows key j as a code to query i.
+
+    At query i the cache holds i tokens; i's own key is exact. ``every = spec.block`` is the decode
+    loop, ``every = 1`` its worst case: exactly ``window`` past tokens exact.
+    """
+    coded = spec.sinks + jnp.maximum(query - spec.sinks - spec.window, 0) // every * every
+    return (key >= spec.sinks) & (key < coded[:, None])
+
+
+def attend_as_cached(
+    q: Float[Array, "B T Q d"],
+    k: Float[Array, "B T H d"],
+    v: Float[Array, "B T H d"],
+    codebooks: Codebooks,
+    *,
+    every: int = 1,
+) -> Float[Array, "B T Q d"]:
+    """Causal attention of a whole sequence, each query seeing what a cache would show it.
+
+    One teacher-forced pass for measuring fidelity. Each past key and value is exact or its decoded
+    code by `was_coded`; ``every`` as there.
+    """
+    spec = codebooks.spec
+    batch, tokens, _, dim = q.shape
+    heads = k.shape[2]
+    position = jnp.arange(tokens)
+    at = jnp.broadcast_to(position, (batch, tokens))
+    key_codes, value_codes = encode_tokens(k, v, at, codebooks)
+    old_k, old_v = decode_tokens(key_codes, value_codes, at, codebooks)
+    exact_k, exact_v = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    def rows(query: Array, at: Array) -> Array:
+        query = query.astype(jnp.float32) * reference.scale_of(dim)
+        query = query.reshape(batch, -1, heads, query.shape[2] // heads, dim)
+        coded = was_coded(spec, at, position, every=every)
+        new = jnp.einsum("BTHqd,BnHd->BHqTn", query, exact_k)
+        old = jnp.einsum("BTHqd,BnHd->BHqTn", query, old_k)
+        seen = at[:, None] >= position
+        weights = jax.nn.softmax(jnp.where(seen, jnp.where(coded, old, new), -jnp.inf), axis=-1)
+        out = jnp.einsum("BHqTn,BnHd->BTHqd", jnp.where(coded, 0, weights), exact_v)
+        out += jnp.einsum("BHqTn,BnHd->BTHqd", jnp.where(coded, weights, 0), old_v)
+        return out.reshape(batch, -1, heads * query.shape[3], dim).astype(q.dtype)
+
+    return _by_query_chunks(rows, q)
+
+
+_QUERY_CHUNK = 512  # rows of scores that exist at a time
+
+
+def _by_query_chunks(
+    rows: Callable[[Array, Array], Array], q: Float[Array, "B T Q d"]
+) -> Float[Array, "B T Q d"]:
+    """``rows(q[:, part], positions[part])`` over parts of the queries, one after the other."""
+    batch, tokens, heads, dim = q.shape
+    chunk = min(_QUERY_CHUNK, tokens)
+    parts = -(-tokens // chunk)
+    padded = jnp.pad(q, ((0, 0), (0, parts * chunk - tokens), (0, 0), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(batch, parts, chunk, heads, dim), 1, 0)
+    at = jnp.arange(parts * chunk).reshape(parts, chunk)
+    out = jax.lax.map(lambda part: rows(*part), (split, at))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, parts * chunk, heads, dim)[:, :tokens]

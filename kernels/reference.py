@@ -1,0 +1,152 @@
+"""Attention over coded keys and values in plain jnp: what every kernel is compared with.
+
+Shapes: B sequences, T query tokens, H KV heads, q query heads a KV head, d head_dim = G·g, N blocks
+of b tokens, R stages, K codewords. Each function attends only to the coded past and returns the
+output with its log-sum-exp, so that exact parts can be merged into one softmax.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+
+def attend_codes(
+    query: Float[Array, "B T H q N d"],
+    shift: Float[Array, "H N b d"],
+    key_codes: UInt8[Array, "B H N b G R"],
+    value_codes: UInt8[Array, "B H N b G R"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+    blocks: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """Scores from tables of query · codeword, values from a histogram of probability (ours).
+
+    Nothing of the size context × head_dim is formed but the shift's share of the scores, which is
+    one product a block.
+
+    Args:
+        query: scaled queries in each block's frame, float32.
+        shift: what the mean key adds, in the same frame.
+        key_codes: codeword indices of the keys.
+        value_codes: codeword indices of the values.
+        key_codewords: of this layer.
+        value_codewords: of this layer.
+        blocks: valid blocks of each sequence; the others are not read.
+
+    Returns:
+        The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
+        (-inf there).
+    """
+    batch, tokens, heads, group = query.shape[:4]
+    n, b = key_codes.shape[2:4]
+    _, G, R, K, g = key_codewords.shape
+    exact = jax.lax.Precision.HIGHEST
+    table = jnp.einsum(
+        "BTHqNGg,HGRKg->BHNGRTqK",
+        query.reshape(*query.shape[:-1], G, g),
+        key_codewords.astype(jnp.float32),
+        precision=exact,
+    )
+    table = table.reshape(batch, heads, n, G * R, tokens * group, K)
+    codes = jnp.moveaxis(key_codes.reshape(batch, heads, n, b, G * R), -1, -2)
+    looked_up = jnp.take_along_axis(table, codes[..., None, :].astype(jnp.int32), axis=-1)
+    scores = looked_up.sum(axis=3).reshape(batch, heads, n, tokens, group, b)
+    scores += jnp.einsum("BTHqNd,HNbd->BHNTqb", query, shift, precision=exact)
+    weights, total, top = _softmax_parts(scores, blocks)
+
+    # Histogram of probability over codewords, then one product with the codebook.
+    G, R, K, g = value_codewords.shape[1:]
+    flat = jnp.moveaxis(weights, 2, -2).reshape(batch, heads, tokens, group, n * b)
+    codes = jnp.moveaxis(value_codes.reshape(batch, heads, n * b, G * R), -1, 2)
+
+    def histogram(p: Array, code: Array) -> Array:  # p [T, q, n b], code [G R, n b]
+        def one(c: Array) -> Array:
+            return jnp.zeros((K, tokens, group)).at[c].add(jnp.moveaxis(p, -1, 0))
+
+        return jax.vmap(one)(code)
+
+    mass = jax.vmap(jax.vmap(histogram))(flat, codes).reshape(batch, heads, G, R, K, tokens, group)
+    out = jnp.einsum(
+        "BHGRKTq,HGRKg->BTHqGg", mass, value_codewords.astype(jnp.float32), precision=exact
+    ).reshape(batch, tokens, heads, group, G * g)
+    return _finish(out, total, top)
+
+
+def attend_decoded(
+    query: Float[Array, "B T H q N d"],
+    keys: Float[Array, "B H N b d"],
+    values: Float[Array, "B H N b d"],
+    blocks: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """The same attention over keys (in each block's frame, shift added) and values written out."""
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("BTHqNd,BHNbd->BHNTqb", query, keys, precision=exact)
+    weights, total, top = _softmax_parts(scores, blocks)
+    out = jnp.einsum("BHNTqb,BHNbd->BTHqd", weights, values, precision=exact)
+    return _finish(out, total, top)
+
+
+def _softmax_parts(
+    scores: Float[Array, "B H N T q b"], blocks: Int[Array, " B"]
+) -> tuple[Float[Array, "B H N T q b"], Float[Array, "B T H q"], Float[Array, "B T H q"]]:
+    """Unnormalised weights, their sum and the maximum, over the valid blocks."""
+    n = scores.shape[2]
+    valid = (jnp.arange(n) < blocks[:, None])[:, None, :, None, None, None]
+    scores = jnp.where(valid, scores, -jnp.inf)
+    top = jnp.max(scores, axis=(2, 5), initial=-jnp.inf)  # [B, H, T, q]
+    safe = jnp.where(jnp.isfinite(top), top, 0)
+    weights = jnp.where(valid, jnp.exp(scores - safe[:, :, None, :, :, None]), 0)
+    total = weights.sum(axis=(2, 5))
+    return weights, jnp.moveaxis(total, 1, 2), jnp.moveaxis(top, 1, 2)
+
+
+def _finish(out: Array, total: Array, top: Array) -> tuple[Array, Array]:
+    some = total > 0
+    out = jnp.where(some[..., None], out, 0) / jnp.where(some, total, 1)[..., None]
+    return out, jnp.where(
+        some, jnp.where(some, top, 0) + jnp.log(jnp.where(some, total, 1)), -jnp.inf
+    )
+
+
+def merge(
+    parts: list[tuple[Float[Array, "*s d"], Float[Array, "*s"]]],
+) -> tuple[Float[Array, "*s d"], Float[Array, "*s"]]:
+    """One softmax over disjoint sets of keys from each set's output and log-sum-exp.
+
+    At least one set must be non-empty.
+    """
+    lse = jnp.stack([part[1] for part in parts])
+    whole = jax.nn.logsumexp(lse, axis=0)
+    shares = jnp.exp(lse - whole)
+    out = sum(share[..., None] * part[0] for share, part in zip(shares, parts, strict=True))
+    return out, whole
+
+
+def attend_exact(
+    query: Float[Array, "B T H q d"],
+    keys: Float[Array, "B n H d"],
+    values: Float[Array, "B n H d"],
+    mask: Bool[Array, "B T n"],
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """Attention over exact keys where ``mask[B, T, n]``, with its log-sum-exp.
+
+    Keys and values that no query sees may be NaN.
+    """
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("BTHqd,BnHd->BTHqn", query, keys.astype(query.dtype), precision=exact)
+    mask = mask[:, :, None, None, :]
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, initial=-jnp.inf)
+    safe = jnp.where(jnp.isfinite(top), top, 0)
+    weights = jnp.where(mask, jnp.exp(scores - safe[..., None]), 0)
+    read = mask.any(axis=(1, 2, 3))[:, :, None, None]
+    values = jnp.where(read, values.astype(query.dtype), 0)
+    out = jnp.einsum("BTHqn,BnHd->BTHqd", weights, values, precision=exact)
+    return _finish(out, weights.sum(axis=-1), top)
+
+
+def scale_of(dim: int) -> float:
+    """Scale of the scores for heads of ``dim`` channels."""
+    return 1 / math.sqrt(dim)

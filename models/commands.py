@@ -1,0 +1,156 @@
+"""The commands: flags to a frozen config, bad input to one line and exit code 2."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import tyro
+
+from gsrq_jax import codebook
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import generation, loading, training
+
+Config = TypeVar("Config")
+
+
+def run(config: type[Config], action: Callable[[Config], Any], arguments: list[str] | None) -> None:
+    """Parse ``arguments`` (None: the command line) into a ``config`` and act on it.
+
+    Exits with code 2 and one line on stderr for bad input or a failing disk, 130 when interrupted.
+    """
+    try:
+        action(tyro.cli(config, args=arguments))
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def train(arguments: list[str] | None = None) -> None:
+    """``gsrq-train`` and ``train_codebooks.py``."""
+    run(training.TrainConfig, training.train, arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Write text with a full or a quantised KV cache.
+
+    Attributes:
+        prompt: what to continue, or what to say to a chat model.
+        model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
+        codebooks: folder that training wrote; without it the cache is exact.
+        compare: write with the exact cache, too.
+        max_new_tokens: at most so many tokens.
+        max_length: tokens that the cache must hold; by default what is needed.
+        temperature: 0 takes the most likely token.
+        top_p: sample among the most likely tokens of this total probability.
+        seed: of the sampling.
+        chat: use the model's chat template: ``auto`` where it has one, ``yes`` or ``no``.
+        dtype: of the model.
+    """
+
+    prompt: tyro.conf.Positional[str]
+    model: str = "demo"
+    codebooks: pathlib.Path | None = None
+    compare: bool = False
+    max_new_tokens: int = 128
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    chat: Literal["auto", "yes", "no"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def generate(arguments: list[str] | None = None) -> None:
+    """``gsrq-generate``."""
+    run(GenerateConfig, _generate, arguments)
+
+
+def _generate(config: GenerateConfig) -> None:
+    sampler = generation.Sampler(config.temperature, config.top_p)
+    if config.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, got {config.max_new_tokens}")
+    if config.compare and config.codebooks is None:
+        raise InputError("--compare needs --codebooks to compare with")
+    model = loading.load(config.model, dtype=config.dtype)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    if config.chat == "yes" or (config.chat == "auto" and tokenizer.has_chat_template):
+        said = tokenizer.chat([{"role": "user", "content": config.prompt}])
+        prompt = tokenizer.encode(said, add_bos=False)
+    else:
+        prompt = tokenizer.encode(config.prompt)
+    needed = len(prompt) + config.max_new_tokens
+    length = needed if config.max_length is None else config.max_length
+    if needed > model.config.max_length:
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens with {config.max_new_tokens} new ones is beyond the "
+            f"model's context of {model.config.max_length}; shorten it or ask for fewer"
+        )
+    ways: list[codebook.Codebooks | None] = []
+    if config.codebooks is None or config.compare:
+        ways.append(None)
+    if config.codebooks is not None:
+        ways.append(codebook.load(config.codebooks, model=model.fingerprint))
+    for books in ways:
+        print(f"--- {'full precision' if books is None else books.spec}", flush=True)
+        generator = generation.Generator(
+            model.graphdef, model.params, books, sampler, model.config.eos_tokens
+        )
+        _stream(generator, tokenizer, prompt, length, config)
+
+
+def _stream(
+    generator: generation.Generator,
+    tokenizer: Any,
+    prompt: list[int],
+    length: int,
+    config: GenerateConfig,
+) -> None:
+    """Print text as it comes, then speed and bytes."""
+    arrived: list[tuple[float, int]] = []  # when how many tokens were there
+    state = None
+
+    def ids():
+        nonlocal state
+        shown = 0
+        for state in generator(
+            [prompt],
+            max_new_tokens=config.max_new_tokens,
+            max_length=length,
+            seed=config.seed,
+            stride=_STRIDE,
+        ):
+            tokens = jax.device_get(state.tokens)[0]
+            count = int(state.count[0])
+            arrived.append((time.perf_counter(), count))
+            for token in tokens[shown:count].tolist():
+                if token not in generator.eos:
+                    yield token
+            shown = count
+
+    for piece in tokenizer.stream(ids()):
+        print(piece, end="", flush=True)
+    print()
+    assert state is not None
+    # The first step also compiles: it does not count where there is a later one.
+    (begin, first), (end, last) = arrived[min(1, len(arrived) - 1)], arrived[-1]
+    speed = (
+        f"{(last - first) / (end - begin):.1f} tokens/s" if last > first else "too short to time"
+    )
+    print(
+        f"[{len(prompt)} + {last} tokens, {speed}, cache {state.cache.nbytes:,} bytes "
+        f"for up to {state.cache.capacity:,} tokens]",
+        flush=True,
+    )
+
+
+_STRIDE = 8  # tokens between looks at the device

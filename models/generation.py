@@ -1,0 +1,307 @@
+"""Text out of a LLaMA over a cache, full or quantised: prefill, the decode loop, sampling.
+
+Pure functions of ``(graphdef, params)``, a cache and codebooks. A cache for ``codebooks=None`` is
+exact. Shapes: L layers, B sequences, T prompt tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Key
+
+from gsrq_jax.attention import attend, causal
+from gsrq_jax.cache import KVCache, append, init_cache
+from gsrq_jax.codebook import Codebooks
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: sample among the most likely tokens whose probability sums to at least this.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def __call__(self, key: Key[Array, ""], logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+        """One token a sequence."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+            kept = jnp.sum(mass < self.top_p, axis=-1, keepdims=True)  # index of the last one kept
+            least = jnp.take_along_axis(ordered, kept, axis=-1)
+            logits = jnp.where(logits >= least, logits, -jnp.inf)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that changes from token to token.
+
+    Attributes:
+        cache: stacked over layers, all tokens but the last one.
+        token: int32 ``[B]``, the last token of each sequence, not yet in the cache.
+        done: bool ``[B]``, sequences that have ended; they grow no more.
+        tokens: int32 ``[B, new]``, what was generated so far.
+        count: int32 ``[B]``, how many of them there are, end tokens included.
+        key: of the sampler.
+    """
+
+    cache: KVCache
+    token: Array
+    done: Array
+    tokens: Array
+    count: Array
+    key: Array
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def prefill(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    codebooks: Codebooks | None,
+    *,
+    max_length: int,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> tuple[Float32[Array, "B V"], KVCache]:
+    """Read prompts: exact attention, each layer's keys and values coded before the next layer.
+
+    Args:
+        graphdef: of the model.
+        params: of the model.
+        tokens: prompts, padded on the right.
+        count: tokens of each prompt, at least 1.
+        codebooks: stacked; None for an exact cache.
+        max_length: tokens that the cache must hold.
+        dtype: of the exact parts of the cache.
+
+    Returns:
+        Logits after each prompt's last token, and the cache.
+    """
+    spec = codebooks.spec if codebooks is not None else None
+    batch, length = tokens.shape
+
+    def layer(q: Array, k: Array, v: Array, books: Codebooks | None):
+        empty = init_cache(
+            spec,
+            batch=batch,
+            kv_heads=k.shape[2],
+            head_dim=k.shape[3],
+            max_length=max_length,
+            dtype=dtype,
+        )
+        return causal(q, k, v), append(empty, k, v, books, count)
+
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    hidden, cache = llama.apply(graphdef, params, tokens, positions, layer, codebooks)
+    last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
+    return llama.logits(graphdef, params, last), cache
+
+
+def extend(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    cache: KVCache,
+    codebooks: Codebooks | None,
+) -> tuple[Float32[Array, "B V"], KVCache]:
+    """Read more tokens after those in the cache: one to decode, a chunk of a prompt, a new turn.
+
+    The layer loop only reads the cache; one `append` for all layers follows it.
+
+    Returns:
+        Logits after each sequence's last new token (of the first where there is none), the cache.
+    """
+    positions = cache.length[0][:, None] + jnp.arange(tokens.shape[1])
+
+    def layer(q: Array, k: Array, v: Array, held: tuple[KVCache, Codebooks | None]):
+        return attend(q, k, v, *held, count), (k, v)
+
+    hidden, (k, v) = llama.apply(graphdef, params, tokens, positions, layer, (cache, codebooks))
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return llama.logits(graphdef, params, last), append(cache, k, v, codebooks, count)
+
+
+def decode(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    codebooks: Codebooks | None,
+    state: DecodeState,
+    steps: Int[Array, ""],
+    *,
+    sampler: Sampler,
+    eos: tuple[int, ...],
+) -> DecodeState:
+    """Up to ``steps`` more tokens in one loop; stops when every sequence is done.
+
+    Compiled once for any number of steps and any length: donate ``state``.
+    """
+
+    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        left, state = carry
+        alive = ~state.done
+        logits, cache = extend(
+            graphdef, params, state.token[:, None], alive.astype(jnp.int32), state.cache, codebooks
+        )
+        return left - 1, _take(state.replace(cache=cache), logits, sampler, eos)
+
+    def more(carry: tuple[Array, DecodeState]) -> Array:
+        left, state = carry
+        return (left > 0) & ~state.done.all()
+
+    return jax.lax.while_loop(more, body, (steps, state))[1]
+
+
+def start(
+    cache: KVCache,
+    logits: Float[Array, "B V"],
+    key: Key[Array, ""],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos: tuple[int, ...],
+) -> DecodeState:
+    """The state after a prompt: its first new token is chosen, not yet read."""
+    batch = logits.shape[0]
+    state = DecodeState(
+        cache=cache,
+        token=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        key=key,
+    )
+    return _take(state, logits, sampler, eos)
+
+
+def _take(state: DecodeState, logits: Array, sampler: Sampler, eos: tuple[int, ...]) -> DecodeState:
+    """Choose a token for each sequence that is not done, and note it."""
+    key, now = jax.random.split(state.key)
+    token = jnp.where(state.done, state.token, sampler(now, logits))
+    room = state.tokens.shape[1]
+    slot = jnp.where(state.done, room, state.count)
+    row = jnp.arange(token.shape[0])
+    count = state.count + ~state.done
+    ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) | (count >= room)
+    return state.replace(
+        token=token,
+        tokens=state.tokens.at[row, slot].set(token, mode="drop"),
+        count=count,
+        done=state.done | ended,
+        key=key,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+    """A model with compiled prefill and decode loop, for calls from Python.
+
+    Attributes:
+        graphdef, params: of the model.
+        codebooks: stacked; None for the exact cache.
+        sampler: how tokens are chosen.
+        eos: tokens that end a sequence.
+        dtype: of the exact parts of the cache.
+    """
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    codebooks: Codebooks | None = None
+    sampler: Sampler = Sampler()
+    eos: tuple[int, ...] = ()
+    dtype: jax.typing.DTypeLike = jnp.bfloat16
+
+    @functools.cached_property
+    def _prefill(self) -> Callable[..., tuple[Array, KVCache]]:
+        return jax.jit(
+            functools.partial(prefill, self.graphdef, dtype=self.dtype),
+            static_argnames="max_length",
+        )
+
+    @functools.cached_property
+    def _decode(self) -> Callable[..., DecodeState]:
+        step = functools.partial(decode, self.graphdef, sampler=self.sampler, eos=self.eos)
+        return jax.jit(step, donate_argnums=2)
+
+    def __call__(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        max_length: int,
+        seed: int = 0,
+        stride: int | None = None,
+    ) -> Iterator[DecodeState]:
+        """Yield the state after every ``stride`` new tokens (None: only at the end).
+
+        A state that was yielded is donated to the next step: read it before going on.
+
+        Args:
+            prompts: token ids; of any lengths.
+            max_new_tokens: at most so many tokens each.
+            max_length: tokens that the cache must hold; prompt and new tokens must fit.
+            seed: of the sampler.
+            stride: tokens between yields.
+
+        Raises:
+            InputError: if a prompt is empty or does not fit with its new tokens.
+        """
+        longest = max(map(len, prompts), default=0)
+        if not prompts or not min(map(len, prompts)):
+            raise InputError("a prompt is empty; give at least one token")
+        if longest + max_new_tokens > max_length:
+            raise InputError(
+                f"a prompt of {longest} tokens with {max_new_tokens} new ones does not fit into a "
+                f"cache of {max_length}; shorten it or ask for a longer cache"
+            )
+        padded = min(max_length, -(-longest // _BUCKET) * _BUCKET)
+        tokens = np.zeros((len(prompts), padded), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        count = jnp.asarray([len(p) for p in prompts], jnp.int32)
+        logits, cache = self._prefill(
+            self.params, tokens, count, self.codebooks, max_length=max_length
+        )
+        state = start(
+            cache,
+            logits,
+            jax.random.key(seed),
+            max_new_tokens=max_new_tokens,
+            sampler=self.sampler,
+            eos=self.eos,
+        )
+        while not bool(state.done.all()):
+            yield state
+            steps = jnp.int32(max_new_tokens if stride is None else stride)
+            state = self._decode(self.params, self.codebooks, state, steps)
+        yield state
+
+
+_BUCKET = 128  # prompts are padded to multiples of it, so that few lengths are compiled

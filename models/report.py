@@ -1,0 +1,227 @@
+"""The report of a training run: `report.json`, and Markdown and a picture made from it."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from gsrq_jax import results
+from gsrq_jax.cache import init_cache
+from gsrq_jax.calibration import LayerReport
+from gsrq_jax.codebook import Codebooks
+from gsrq_jax.models.evaluation import Fidelity
+from gsrq_jax.models.loading import LoadedModel
+
+CONTEXTS = (8_192, 131_072)
+
+
+def cache_rows(codebooks: Codebooks) -> list[dict[str, Any]]:
+    """Bytes of the cache of one sequence at `CONTEXTS`, beside bf16, from real arrays.
+
+    Arrays of one layer are made and counted; the others are of the same shapes.
+    """
+    spec = codebooks.spec
+    shape = {"batch": 1, "kv_heads": codebooks.kv_heads, "head_dim": spec.head_dim}
+    rows = []
+    for context in CONTEXTS:
+        ours, full = (
+            (codebooks.layers or 1) * init_cache(s, max_length=context, **shape).nbytes
+            for s in (spec, None)
+        )
+        rows.append(
+            {
+                "context": context,
+                "bytes": ours,
+                "bf16_bytes": full,
+                "ratio": full / ours,
+                "bits_effective": 16 * ours / full,
+                "bytes_a_token": ours / context,
+                "codebook_bytes": codebooks.nbytes,
+            }
+        )
+    return rows
+
+
+def fit_rows(layers: LayerReport) -> list[dict[str, Any]]:
+    """Distortion and cosine of every layer and stage on the calibration samples, mean of heads."""
+    rows = []
+    for part, found in (("key", layers.key), ("value", layers.value)):
+        error, cosine, dead = (np.asarray(x) for x in (found.error, found.cosine, found.dead))
+        for layer in range(len(error)):
+            for stage in range(error.shape[-1]):
+                rows.append(
+                    {
+                        "part": part,
+                        "layer": layer,
+                        "stage": stage + 1,
+                        "distortion": float(error[layer, ..., stage].mean()),
+                        "cosine": float(cosine[layer, ..., stage].mean()),
+                        "dead": int(dead[layer, ..., stage].sum()),
+                    }
+                )
+    return rows
+
+
+def write(
+    folder: pathlib.Path,
+    *,
+    config: dict[str, Any],
+    model: LoadedModel,
+    codebooks: Codebooks,
+    layers: LayerReport,
+    fidelity: Fidelity,
+    tokens: int,
+) -> dict[str, Any]:
+    """Write the three files and return what the JSON holds."""
+    spec = codebooks.spec
+    caches = cache_rows(codebooks)
+    common = {
+        "model": model.name,
+        "method": "GSRQ" if config["weights"] == "gradient" else config["fit"]["rule"],
+        "bits": spec.bits,
+        "bits_effective": caches[0]["bits_effective"],
+        "window": spec.window,
+        "sinks": spec.sinks,
+        "dataset": config["eval_text"] or "held out of the calibration text",
+        "length": config["eval_length"],
+        "n": fidelity.n,
+    }
+    measured = [
+        {**common, "metric": metric, "value": value, "full_precision": full}
+        for metric, value, full in (
+            ("perplexity", fidelity.perplexity, fidelity.full_precision),
+            ("kl", fidelity.kl, 0.0),
+            ("top1", fidelity.top1, 1.0),
+        )
+    ]
+    results.write_result(
+        folder / "report.json",
+        measured,
+        command=" ".join(["python", *sys.argv]),
+        config=config,
+        spec=spec.to_json(),
+        summary=str(spec),
+        calibration_tokens=tokens,
+        cache=caches,
+        fit=fit_rows(layers),
+    )
+    data = json.loads((folder / "report.json").read_text())
+    (folder / "report.md").write_text(markdown(data), encoding="utf-8")
+    picture(data).savefig(folder / "report.png", dpi=120)
+    return data
+
+
+def table(data: dict[str, Any]) -> str:
+    """The few lines that matter: what the cache weighs and what it costs."""
+    by_metric = {row["metric"]: row for row in data["rows"]}
+    perplexity = by_metric["perplexity"]
+    rise = perplexity["value"] / perplexity["full_precision"] - 1
+    lines = [
+        "| | full precision | quantised | |",
+        "| --- | --- | --- | --- |",
+        f"| perplexity | {perplexity['full_precision']:.3f} | {perplexity['value']:.3f} "
+        f"| {rise:+.2%} |",
+        f"| KL, nats a token | 0 | {by_metric['kl']['value']:.4f} | |",
+        f"| same top token | 100 % | {by_metric['top1']['value']:.1%} | |",
+        f"| bits a number, nominal | 16 | {perplexity['bits']:g} | |",
+    ]
+    for row in data["cache"]:
+        name = f"cache at {row['context']:,} tokens"
+        lines += [
+            f"| {name} | {_bytes(row['bf16_bytes'])} | {_bytes(row['bytes'])} "
+            f"| {row['ratio']:.1f} × smaller, {row['bits_effective']:.2f} bits effective |",
+        ]
+    lines.append(f"| codebooks, once | | {_bytes(data['cache'][0]['codebook_bytes'])} | |")
+    return "\n".join(lines)
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """`report.md` from what `report.json` holds."""
+    stages = max(row["stage"] for row in data["fit"])
+    n = data["rows"][0]["n"]
+    lines = [
+        f"# Codebooks for {data['rows'][0]['model']}",
+        "",
+        f"{data['summary']}; {data['calibration_tokens']:,} calibration tokens.",
+        "",
+        table(data),
+        "",
+        f"Measured on {n:,} predictions ({data['rows'][0]['dataset']}), teacher forced, sinks and "
+        f"exactly {data['rows'][0]['window']} past tokens exact. Bytes are those of real arrays of "
+        "one sequence, window and sinks included, bf16 where exact. One run of "
+        f"`{data['command']}` on {data['device']}, {data['date']}.",
+        "",
+        "![distortion and cosine](report.png)",
+        "",
+        "## By layer",
+        "",
+        "On the calibration samples, mean over heads, after the last stage: residual energy over "
+        "the energy of what is coded, and cosine.",
+        "",
+        "| layer | key distortion | key cosine | value distortion | value cosine |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    last = {(r["part"], r["layer"]): r for r in data["fit"] if r["stage"] == stages}
+    layers = 1 + max(row["layer"] for row in data["fit"])
+    for layer in range(layers):
+        key, value = last["key", layer], last["value", layer]
+        lines.append(
+            f"| {layer} | {key['distortion']:.3f} | {key['cosine']:.3f} "
+            f"| {value['distortion']:.3f} | {value['cosine']:.3f} |"
+        )
+    lines += [
+        "",
+        "## By stage",
+        "",
+        "Mean over layers and heads.",
+        "",
+        "| stages | key distortion | key cosine | value distortion | value cosine | dead cells |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for stage in range(1, stages + 1):
+        cells = []
+        rows = [r for r in data["fit"] if r["stage"] == stage]
+        for part in ("key", "value"):
+            ours = [r for r in rows if r["part"] == part]
+            for what in ("distortion", "cosine"):
+                cells.append(f"{np.mean([r[what] for r in ours]):.3f}")
+        lines.append(f"| {stage} | {' | '.join(cells)} | {sum(r['dead'] for r in rows)} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(data: dict[str, Any]) -> Figure:
+    """Distortion and cosine, keys and values, by layer and stage."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    stages = max(row["stage"] for row in data["fit"])
+    colour = matplotlib.colormaps["viridis_r"]
+    for column, part in enumerate(("key", "value")):
+        for stage in range(1, stages + 1):
+            rows = [r for r in data["fit"] if r["part"] == part and r["stage"] == stage]
+            at = [r["layer"] for r in rows]
+            label = f"{stage}" if stage in (1, stages) or stages <= 8 else None
+            for axis, what in zip(axes[:, column], ("distortion", "cosine"), strict=True):
+                axis.plot(
+                    at, [r[what] for r in rows], color=colour(stage / stages), label=label, lw=1.5
+                )
+        axes[0, column].set_title(f"{part}s")
+        axes[1, column].set_xlabel("layer")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("residual energy / energy")
+    axes[1, 0].set_ylabel("cosine to the original")
+    axes[0, 1].legend(title="stages", fontsize="small", ncols=2)
+    figure.suptitle(f"{data['rows'][0]['model']}: {data['summary']}", fontsize="medium")
+    return figure
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"

@@ -1,0 +1,373 @@
+"""The cache against plain attention over everything it stands for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsrq_jax import attention
+from gsrq_jax.cache import (
+    KVCache,
+    append,
+    blocks_after,
+    decode_tokens,
+    encode_tokens,
+    from_frame,
+    init_cache,
+    materialize,
+    to_frame,
+)
+from gsrq_jax.codebook import Codebooks
+from gsrq_jax.errors import InputError
+from gsrq_jax.spec import QuantSpec, ResidualSpec
+
+HEADS, GROUP, DIM = 2, 3, 16
+
+LAYOUTS = {
+    "whole head": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, sinks=4),
+    "byte codes": QuantSpec.from_bits(1, DIM, codewords=256, block=8, window=5, sinks=2),
+    "groups": QuantSpec.from_bits(2, DIM, codewords=16, group=4, block=8, window=8, sinks=1),
+    "odd bits": QuantSpec(
+        key=ResidualSpec(DIM, DIM, 3, 32),
+        value=ResidualSpec(DIM, 8, 2, 4),
+        block=4,
+        window=3,
+        sinks=3,
+    ),
+    "no window": QuantSpec.from_bits(1, DIM, codewords=16, block=4, window=0, sinks=0),
+    "block 1": QuantSpec.from_bits(1, DIM, codewords=16, block=1, window=3, sinks=2),
+    "before rope": QuantSpec.from_bits(1, DIM, codewords=16, frame="pre", block=8, window=8),
+    "after rope": QuantSpec.from_bits(1, DIM, codewords=16, frame="post", block=8, window=8),
+}
+append = jax.jit(append)
+attend = jax.jit(attention.attend, static_argnames="implementation")
+materialize = jax.jit(materialize)
+to_frame, from_frame = (jax.jit(f, static_argnums=2) for f in (to_frame, from_frame))
+layouts = pytest.mark.parametrize("spec", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def make_codebooks(spec: QuantSpec, rng: np.random.Generator, layers: int | None = None):
+    lead = () if layers is None else (layers,)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=(*lead, *shape)), jnp.float32)
+
+    inv_freq = np.float32(100.0) ** (-np.arange(DIM // 2, dtype=np.float32) * 2 / DIM)
+    return Codebooks(
+        key=normal(HEADS, *spec.key.codebook_shape),
+        value=normal(HEADS, *spec.value.codebook_shape),
+        key_mean=normal(HEADS, DIM),
+        inv_freq=jnp.broadcast_to(jnp.asarray(inv_freq), (*lead, DIM // 2)),
+        spec=spec,
+    )
+
+
+def make_tokens(rng, *shape):
+    k, v = rng.normal(size=(2, *shape, HEADS, DIM)).astype(np.float32)
+    q = rng.normal(size=(*shape, HEADS * GROUP, DIM)).astype(np.float32)
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def empty(spec, batch=2, max_length=64, layers=None):
+    return init_cache(
+        spec,
+        batch=batch,
+        kv_heads=HEADS,
+        head_dim=DIM,
+        max_length=max_length,
+        layers=layers,
+        dtype=jnp.float32,
+    )
+
+
+def poison(cache: KVCache) -> KVCache:
+    """NaN and 255 wherever nothing may be read, by the invariants of KVCache."""
+    spec = cache.spec
+    length = np.asarray(cache.length)
+    sinks = cache.sink_key.shape[1]
+    ring = cache.window_key.shape[1]
+    block = cache.key_codes.shape[3]
+    arrays = {f.name: np.array(getattr(cache, f.name)) for f in dataclasses.fields(cache)[:6]}
+    for row, n in enumerate(length):
+        coded = max(0, n - sinks - spec.window) // spec.block if spec else 0
+        first = sinks + coded * (block if spec else 0)
+        held = {(p - sinks) % ring for p in range(first, n)}
+        free = [s for s in range(ring) if s not in held]
+        for name in ("window_key", "window_value"):
+            arrays[name][row, free] = np.nan
+        for name in ("sink_key", "sink_value"):
+            arrays[name][row, min(n, sinks) :] = np.nan
+        for name in ("key_codes", "value_codes"):
+            arrays[name][row, :, coded:] = 255
+    return cache.replace(**{name: jnp.asarray(a) for name, a in arrays.items()})
+
+
+def plain_attention(q, k, v, there):
+    """Float64 softmax attention of one query token; there[B, n]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q = q.reshape(q.shape[0], HEADS, GROUP, DIM)
+    scores = np.einsum("BHqd,BnHd->BHqn", q, np.nan_to_num(k)) / np.sqrt(DIM)
+    scores = np.where(np.asarray(there)[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("BHqn,BnHd->BHqd", weights, np.nan_to_num(v)).reshape(-1, HEADS * GROUP, DIM)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def expected_tokens(k, v, length, codebooks):
+    """What a cache of ``length`` tokens must show, from the definition: exact or round trip."""
+    spec = codebooks.spec
+    at = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+    old_k, old_v = decode_tokens(*encode_tokens(k, v, at, codebooks), at, codebooks)
+    coded_end = spec.sinks + max(0, length - spec.sinks - spec.window) // spec.block * spec.block
+    coded = ((at >= spec.sinks) & (at < coded_end))[..., None, None]
+    return jnp.where(coded, old_k, k), jnp.where(coded, old_v, v)
+
+
+@layouts
+def test_frame_round_trip(spec):
+    rng = np.random.default_rng(0)
+    books = make_codebooks(spec, rng)
+    _, k, _ = make_tokens(rng, 2, 40)
+    at = jnp.broadcast_to(jnp.arange(40), (2, 40))
+    framed = to_frame(k, at, spec, books.key_mean, books.inv_freq)
+    back = from_frame(framed, at, spec, books.key_mean, books.inv_freq)
+    np.testing.assert_allclose(back, k, atol=2e-5)
+
+
+def test_frame_of_a_block_does_not_depend_on_where_the_block_is():
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(1)
+    books = make_codebooks(spec, rng)
+    _, k, _ = make_tokens(rng, 1, spec.block)
+    from gsrq_jax.rope import rotate
+
+    def framed(start):
+        at = start + jnp.arange(spec.block)
+        rotated = rotate(k, at[:, None], books.inv_freq)
+        return to_frame(rotated, at[None], spec, books.key_mean, books.inv_freq)
+
+    near, far = framed(spec.sinks), framed(spec.sinks + 50 * spec.block)
+    np.testing.assert_allclose(near, far, atol=2e-4)
+
+
+@layouts
+@pytest.mark.parametrize("steps", [[1] * 37, [23] + [1] * 14, [5, 1, 19, 1, 11], [37]])
+def test_any_way_of_appending_gives_the_same_cache(spec, steps):
+    rng = np.random.default_rng(2)
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, 37)
+    cache, at = empty(spec), 0
+    for step in steps:
+        cache = append(poison(cache), k[:, at : at + step], v[:, at : at + step], books)
+        at += step
+    keys, values, there = materialize(poison(cache), books)
+    want_k, want_v = expected_tokens(k, v, 37, books)
+    # The same set of tokens: sort both by a fingerprint of the key.
+    for row in range(2):
+        got = np.concatenate([keys[row][there[row]], values[row][there[row]]], -1)
+        want = np.concatenate([want_k[row], want_v[row]], -1)
+        assert got.shape == want.shape
+        got, want = (x[np.argsort(x[:, 0, 0])] for x in (got, want))
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@layouts
+@pytest.mark.parametrize("lengths", [[0, 1], [3, 4], [12, 13], [31, 60]])
+def test_attend_equals_plain_attention_over_decoded_tokens(spec, lengths):
+    rng = np.random.default_rng(sum(lengths))
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, max(lengths))
+    pad = jnp.arange(max(lengths)) < jnp.asarray(lengths)[:, None]
+    poisoned = [jnp.where(pad[..., None, None], x, jnp.nan) for x in (k, v)]
+    cache = append(empty(spec), *poisoned, books, count=jnp.asarray(lengths))
+    cache = poison(cache)
+    q, new_k, new_v = make_tokens(rng, 2, 1)
+
+    want = []
+    for row, n in enumerate(lengths):
+        past = expected_tokens(k, v, n, books)
+        keys, values = (
+            np.concatenate([a[row : row + 1, :n], b[row : row + 1]], 1)
+            for a, b in zip(past, (new_k, new_v), strict=True)
+        )
+        want.append(plain_attention(q[row], keys, values, np.ones((1, n + 1), bool)))
+    want = np.concatenate(want)
+    ways = ["decoded"] if spec.frame == "pre" else ["decoded", "codes"]
+    for way in ways:
+        got = attend(q, new_k, new_v, cache, books, implementation=way)[:, 0]
+        np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4, err_msg=way)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_new_tokens_attend_causally_to_themselves(tokens):
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(5)
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, 29)
+    q, new_k, new_v = make_tokens(rng, 2, tokens)
+    cache = append(empty(spec), k, v, books)
+    count = jnp.asarray([tokens, max(1, tokens - 2)])
+    padded = [
+        jnp.where((jnp.arange(tokens) < count[:, None])[..., None, None], x, jnp.nan)
+        for x in (new_k, new_v)
+    ]
+    got = attend(q, *padded, cache, books, count)
+    past = expected_tokens(k, v, 29, books)
+    for t in range(tokens):
+        keys, values = (
+            np.concatenate([a, b[:, : t + 1]], 1) for a, b in zip(past, (new_k, new_v), strict=True)
+        )
+        want = plain_attention(q[:, t], keys, values, np.ones((2, keys.shape[1]), bool))
+        real = np.asarray(t < count)
+        np.testing.assert_allclose(got[real, t], want[real], atol=3e-5, rtol=1e-4)
+
+
+def test_full_precision_is_the_same_pytree_without_codes():
+    rng = np.random.default_rng(6)
+    q, k, v = make_tokens(rng, 2, 20)
+    cache = append(empty(None, max_length=24), k[:, :19], v[:, :19])
+    got = attend(q[:, 19:], k[:, 19:], v[:, 19:], poison(cache))[:, 0]
+    want = plain_attention(q[:, 19], k, v, np.ones((2, 20), bool))
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+@layouts
+@pytest.mark.parametrize("every_block", [True, False])
+def test_teacher_forced_pass_equals_the_decode_loop(spec, every_block):
+    """The pass with every=block is the loop; with every=1 it is the loop of a spec of block 1."""
+    rng = np.random.default_rng(7)
+    books = make_codebooks(spec, rng)
+    if not every_block and spec.frame == "block" and spec.block > 1:
+        pytest.skip("in the block frame a cache with other blocks has other codes")
+    looped = spec if every_block else dataclasses.replace(spec, block=1)
+    loop_books = dataclasses.replace(books, spec=looped)
+    q, k, v = make_tokens(rng, 1, 33)
+    every = spec.block if every_block else 1
+    got = jax.jit(attention.attend_as_cached, static_argnames="every")(q, k, v, books, every=every)
+
+    def step(cache, token):
+        out = attend(*token, cache, loop_books)
+        return append(cache, *token[1:], loop_books), out
+
+    tokens = tuple(jnp.moveaxis(x, 1, 0)[:, :, None] for x in (q, k, v))
+    _, want = jax.jit(lambda c, t: jax.lax.scan(step, c, t))(empty(looped, batch=1), tokens)
+    np.testing.assert_allclose(got[0], want[:, 0, 0], atol=3e-5, rtol=1e-3)
+
+
+def test_pass_chunks_long_sequences(monkeypatch):
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(8)
+    books = make_codebooks(spec, rng)
+    q, k, v = make_tokens(rng, 1, 50)
+    whole = attention.attend_as_cached(q, k, v, books)
+    plain = attention.causal(q, k, v)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 12)
+    np.testing.assert_allclose(attention.attend_as_cached(q, k, v, books), whole, atol=1e-5)
+    np.testing.assert_allclose(attention.causal(q, k, v), plain, atol=1e-5)
+
+
+def test_stacked_vmapped_and_scanned_layers_agree():
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(9)
+    books = make_codebooks(spec, rng, layers=3)
+    _, k, v = make_tokens(rng, 3, 2, 30)
+    q1, k1, v1 = make_tokens(rng, 3, 2, 1)
+    cache = append(append(empty(spec, layers=3), k, v, books), k1, v1, books)
+    out = jax.vmap(attention.attend)(q1, k1, v1, cache, books)
+
+    def layer(_, x):
+        q, k, v, cache, books = x
+        return None, attend(q, k, v, cache, books)
+
+    _, scanned = jax.lax.scan(layer, None, (q1, k1, v1, cache, books))
+    np.testing.assert_allclose(scanned, out, atol=1e-5)
+    for i in range(3):
+        one = jax.tree.map(lambda x, i=i: x[i], books)
+        alone = append(append(empty(spec), k[i], v[i], one), k1[i], v1[i], one)
+        np.testing.assert_allclose(attend(q1[i], k1[i], v1[i], alone, one), out[i], atol=1e-5)
+    # An outer vmap over independent caches, as an ensemble would have.
+    many = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
+    grown = jax.vmap(append, (0, None, None, None))(many, k1, v1, books)
+    alone = append(cache, k1, v1, books)
+    for got, want in zip(jax.tree.leaves(grown), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(got[1], want)
+
+
+def test_ragged_batch_equals_each_sequence_alone():
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(10)
+    books = make_codebooks(spec, rng)
+    lengths = jnp.asarray([41, 7, 0, 29])
+    _, k, v = make_tokens(rng, 4, 41)
+    cache = append(empty(spec, batch=4), k, v, books, lengths)
+    q1, k1, v1 = make_tokens(rng, 4, 1)
+    for _ in range(10):
+        together = attend(q1, k1, v1, cache, books)
+        cache = append(cache, k1, v1, books)
+    for row in range(4):
+        pick = slice(row, row + 1)
+        one = append(empty(spec, batch=1), k[pick], v[pick], books, lengths[pick])
+        x = [a[row : row + 1] for a in (q1, k1, v1)]
+        for _ in range(10):
+            out = attend(*x, one, books)
+            one = append(one, *x[1:], books)
+        np.testing.assert_allclose(together[row], out[0], atol=1e-5)
+
+
+def test_nothing_is_encoded_twice():
+    """Codes of a block never change once written, whatever happens to the exact tokens later."""
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(11)
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, 60)
+    cache = append(empty(spec), k[:, :30], v[:, :30], books)
+    done = int(blocks_after(spec, cache.length)[0])
+    assert done > 0
+    first = cache.key_codes[:, :, :done]
+    cache = append(poison(cache), k[:, 30:], v[:, 30:], books)
+    np.testing.assert_array_equal(cache.key_codes[:, :, :done], first)
+
+
+@pytest.mark.parametrize(("context", "least"), [(8192, 9), (131072, 15)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_one_bit_saves_what_it_should(context, least, dim):
+    """Bytes of real arrays, window and sinks counted, against bf16, with the default spec."""
+    shape = dict(batch=1, kv_heads=2, head_dim=dim, max_length=context)
+    coded = init_cache(QuantSpec.from_bits(1, dim), **shape)
+    full = init_cache(None, **shape)
+    assert full.nbytes >= context * 2 * 2 * dim * 2
+    assert coded.capacity >= context
+    assert full.nbytes / coded.nbytes >= least
+
+
+def test_refusals():
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(12)
+    books = make_codebooks(spec, rng)
+    q, k, v = make_tokens(rng, 2, 80)
+    with pytest.raises(InputError, match=r"holds \d+ tokens and 80 are needed.*max_length"):
+        append.__wrapped__(empty(spec), k, v, books)
+    with pytest.raises(InputError, match="do not fit this cache"):
+        append(empty(spec, batch=3), k, v, books)
+    with pytest.raises(InputError, match="use one spec"):
+        append(empty(LAYOUTS["byte codes"]), k, v, books)
+    with pytest.raises(InputError, match="use one spec"):
+        attend(q[:, :1], k[:, :1], v[:, :1], empty(None), books)
+    with pytest.raises(InputError, match="one layer's cache"):
+        attend(q[:, :1], k[:, :1], v[:, :1], empty(spec, layers=2), books)
+    with pytest.raises(InputError, match="train codebooks for this model"):
+        init_cache(spec, batch=1, kv_heads=1, head_dim=64, max_length=10)
+    pre = LAYOUTS["before rope"]
+    with pytest.raises(InputError, match="table of its own"):
+        attend(
+            q[:, :1],
+            k[:, :1],
+            v[:, :1],
+            empty(pre),
+            make_codebooks(pre, rng),
+            implementation="codes",
+        )
