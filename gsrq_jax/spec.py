@@ -5,6 +5,7 @@ Bits are derived from the shape of the code, never stored beside it.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, Self
 
 from gsrq_jax.errors import InputError
@@ -53,12 +54,13 @@ class ResidualSpec:
         group = dim if group is None else group
         probe = cls(dim=dim, group=group, stages=1, codewords=codewords)
         stages = bits / probe.bits
-        if stages < 1 or stages != int(stages):
-            low, high = max(1, int(stages)), int(stages) + 1
+        if not (stages >= 1 and stages % 1 == 0):  # nan and inf fail one of the two
+            low = int(stages) if 1 < stages < math.inf else 0
+            nearest = " and ".join(f"{n * probe.bits:g}" for n in (low, low + 1) if n)
             raise InputError(
                 f"{bits:g} bits cannot be had with {codewords} codewords on groups of {group} "
-                f"channels, where a stage costs {probe.bits:g} bits; the nearest rates are "
-                + " and ".join(f"{n * probe.bits:g}" for n in sorted({low, high}))
+                f"channels, where a stage costs {probe.bits:g} bits; "
+                + (f"the nearest rates are {nearest}" if low else f"the lowest rate is {nearest}")
             )
         return dataclasses.replace(probe, stages=int(stages))
 
