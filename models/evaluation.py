@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32, Int
 
 from gsrq_jax.attention import attend_as_cached, causal
 from gsrq_jax.codebook import Codebooks
+from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
 
 
@@ -108,12 +109,18 @@ def fidelity(
     *,
     every: int = 1,
 ) -> Fidelity:
-    """`compare` over sequences of one length, one at a time."""
+    """`compare` over sequences of one length, one at a time.
+
+    Raises:
+        InputError: if no sequence has two tokens, so that there is nothing to predict.
+    """
     n, total = 0, dict.fromkeys(("nll_full", "nll", "kl", "agree"), 0.0)
     for sequence in sequences:
         sums = compare(graphdef, params, jnp.asarray(sequence)[None], codebooks, every=every)
         total = {name: value + float(sums[name]) for name, value in total.items()}
         n += len(sequence) - 1
+    if n < 1:
+        raise InputError("nothing to predict; give at least one sequence of two tokens or more")
     return Fidelity(
         n=n,
         full_precision=math.exp(total["nll_full"] / n),

@@ -6,6 +6,7 @@ exact. Shapes: L layers, B sequences, T prompt tokens, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -35,8 +36,8 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise InputError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be a number from 0 up, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
@@ -48,8 +49,9 @@ class Sampler:
         if self.top_p < 1:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-            kept = jnp.sum(mass < self.top_p, axis=-1, keepdims=True)  # index of the last one kept
-            least = jnp.take_along_axis(ordered, kept, axis=-1)
+            last = jnp.sum(mass < self.top_p, axis=-1, keepdims=True)  # index of the last one kept
+            last = jnp.minimum(last, logits.shape[-1] - 1)  # all of the mass may round below top_p
+            least = jnp.take_along_axis(ordered, last, axis=-1)
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
@@ -259,7 +261,7 @@ class Generator:
         seed: int = 0,
         stride: int | None = None,
     ) -> Iterator[DecodeState]:
-        """Yield the state after every ``stride`` new tokens (None: only at the end).
+        """Yield the state after the first new token, then after every ``stride`` more.
 
         A state that was yielded is donated to the next step: read it before going on.
 
@@ -268,14 +270,20 @@ class Generator:
             max_new_tokens: at most so many tokens each.
             max_length: tokens that the cache must hold; prompt and new tokens must fit.
             seed: of the sampler.
-            stride: tokens between yields.
+            stride: tokens between yields; None for all that are left.
 
         Raises:
-            InputError: if a prompt is empty or does not fit with its new tokens.
+            InputError: if a prompt is empty or does not fit with its new tokens, or if
+                ``max_new_tokens`` or ``stride`` is less than 1. It comes with the first state.
         """
         longest = max(map(len, prompts), default=0)
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")
+        stride = max_new_tokens if stride is None else stride
+        if max_new_tokens < 1 or stride < 1:
+            raise InputError(
+                f"max_new_tokens and stride must be at least 1, got {max_new_tokens} and {stride}"
+            )
         if longest + max_new_tokens > max_length:
             raise InputError(
                 f"a prompt of {longest} tokens with {max_new_tokens} new ones does not fit into a "
@@ -299,8 +307,7 @@ class Generator:
         )
         while not bool(state.done.all()):
             yield state
-            steps = jnp.int32(max_new_tokens if stride is None else stride)
-            state = self._decode(self.params, self.codebooks, state, steps)
+            state = self._decode(self.params, self.codebooks, state, jnp.int32(stride))
         yield state
 
 
