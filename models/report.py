@@ -25,7 +25,11 @@ def cache_rows(codebooks: Codebooks) -> list[dict[str, Any]]:
     Arrays of one layer are made and counted; the others are of the same shapes.
     """
     spec = codebooks.spec
-    shape = {"batch": 1, "kv_heads": codebooks.kv_heads, "head_dim": spec.head_dim}
+    shape: dict[str, Any] = {
+        "batch": 1,
+        "kv_heads": codebooks.kv_heads,
+        "head_dim": spec.head_dim,
+    }
     rows = []
     for context in CONTEXTS:
         ours, full = (
@@ -74,20 +78,33 @@ def write(
     codebooks: Codebooks,
     layers: LayerReport,
     fidelity: Fidelity,
+    length: int,
     tokens: int,
-) -> dict[str, Any]:
-    """Write the three files and return what the JSON holds."""
+) -> None:
+    """Write ``report.json``, whole or not at all; `render` makes the rest from it.
+
+    Args:
+        folder: of the run.
+        config: the run's flags, as JSON holds them.
+        model: that the codebooks are for.
+        codebooks: of all layers.
+        layers: what fitting found, stacked over layers.
+        fidelity: what was measured, on sequences of ``length`` tokens.
+        length: of a held-out sequence.
+        tokens: that were calibrated on.
+    """
     spec = codebooks.spec
     caches = cache_rows(codebooks)
     common = {
         "model": model.name,
-        "method": "GSRQ" if config["weights"] == "gradient" else config["fit"]["rule"],
+        "method": _method(config),
+        "preset": str(spec),
         "bits": spec.bits,
         "bits_effective": caches[0]["bits_effective"],
         "window": spec.window,
         "sinks": spec.sinks,
         "dataset": config["eval_text"] or "held out of the calibration text",
-        "length": config["eval_length"],
+        "length": length,
         "n": fidelity.n,
     }
     measured = [
@@ -109,7 +126,11 @@ def write(
         cache=caches,
         fit=fit_rows(layers),
     )
-    data = json.loads((folder / "report.json").read_text())
+
+
+def render(folder: pathlib.Path) -> dict[str, Any]:
+    """``report.md`` and ``report.png`` from ``report.json``, whose content is returned."""
+    data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     (folder / "report.md").write_text(markdown(data), encoding="utf-8")
     picture(data).savefig(folder / "report.png", dpi=120)
     return data
@@ -217,6 +238,13 @@ def picture(data: dict[str, Any]) -> Figure:
     axes[0, 1].legend(title="stages", fontsize="small", ncols=2)
     figure.suptitle(f"{data['rows'][0]['model']}: {data['summary']}", fontsize="medium")
     return figure
+
+
+def _method(config: dict[str, Any]) -> str:
+    rule, weights = config["fit"]["rule"], config["weights"]
+    if (rule, weights) == ("gskm", "gradient"):
+        return "GSRQ"
+    return f"{rule} residual codes, {'gradient' if weights == 'gradient' else 'no'} weights"
 
 
 def _bytes(n: float) -> str:

@@ -2,9 +2,10 @@
 
 import pathlib
 import pydoc_data.topics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jaxtyping import Int32
 
 from gsrq_jax.errors import InputError
 from gsrq_jax.models.tokenizer import Tokenizer
@@ -12,71 +13,102 @@ from gsrq_jax.models.tokenizer import Tokenizer
 PYTHON_TOPICS = "python"  # the name of the text that every Python carries
 
 
-def read(name: str, *, column: str = "text", split: str = "train") -> Iterator[str]:
-    """Pieces of text.
-
-    Args:
-        name: ``python`` (the help topics of this Python), a text file, or a data set's hub id or
-            folder, ``name`` or ``name:config``, streamed through `datasets`.
-        column: of a data set's rows.
-        split: of a data set.
+def read(name: str) -> Iterator[str]:
+    """The text of a file, or with ``python`` the help topics of this Python, one at a time.
 
     Raises:
-        InputError: if it cannot be found or read, or has no such column.
+        InputError: if there is no such file, or it is not UTF-8 text.
     """
     if name == PYTHON_TOPICS:
         yield from pydoc_data.topics.topics.values()
         return
-    path = pathlib.Path(name)
-    if path.is_file():
-        try:
-            yield path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {name} as UTF-8 text ({error})") from error
-        return
-    if path.suffix in (".txt", ".md"):
-        raise InputError(f"there is no file {name}; correct the path")
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"there is no file {name}; correct the path, or give data sets and folders by --dataset"
+        )
+    try:
+        yield path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read {name} as UTF-8 text ({error}); give another file"
+        ) from error
+
+
+def read_dataset(name: str, *, column: str = "text", split: str = "train") -> Iterator[str]:
+    """The texts of a data set, streamed through `datasets`.
+
+    Args:
+        name: hub id or folder (of jsonl, parquet, text files …), ``name`` or ``name:config``.
+        column: of its rows.
+        split: of the data set.
+
+    Raises:
+        InputError: if it cannot be found or read, or has no such column.
+    """
     import datasets  # slow to import, and needed here only
 
-    dataset, _, config = name.partition(":")
+    path, _, config = name.partition(":")
     try:
-        rows = iter(datasets.load_dataset(dataset, config or None, split=split, streaming=True))
-    except Exception as error:
+        rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get(column), str):
+                raise InputError(
+                    f"the data set {name!r} has no text column {column!r}; it has {', '.join(row)}"
+                )
+            yield row[column]
+    except InputError:
+        raise
+    except Exception as error:  # of whatever library reads that kind of file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"cannot open the data set {name!r} ({reason}); give a hub id, a folder or --text FILE"
+            f"cannot read the data set {name!r} ({reason}); give a hub id or a folder, "
+            "or a file by --text"
         ) from error
-    for row in rows:
-        if not isinstance(row.get(column), str):
-            raise InputError(
-                f"the data set {name!r} has no text column {column!r}; it has {', '.join(row)}"
-            )
-        yield row[column]
+
+
+def tokens(
+    pieces: Iterable[str], tokenizer: Tokenizer, *, count: int | None = None
+) -> Int32[np.ndarray, " n"]:
+    """The first ``count`` token ids of a text whose pieces are joined by blank lines (None: all).
+
+    No beginning-of-text token is among them; fewer come back where the text is short.
+    """
+    ids: list[int] = []
+    for piece in pieces:
+        if piece.strip():
+            ids += tokenizer.encode(piece.strip() + "\n\n", add_bos=False)
+        if count is not None and len(ids) >= count:
+            break
+    return np.asarray(ids[:count], np.int32)
+
+
+def cut(
+    ids: Int32[np.ndarray, " n"], tokenizer: Tokenizer, *, length: int
+) -> Int32[np.ndarray, "rows length"]:
+    """As many whole sequences of ``length`` as ``ids`` fill, one after the other.
+
+    Each starts with the beginning-of-text token where the tokenizer adds one.
+    """
+    start = np.asarray(tokenizer.encode(""), np.int32)
+    room = length - len(start)
+    rows = ids[: len(ids) // room * room].reshape(-1, room)
+    return np.concatenate([np.tile(start, (len(rows), 1)), rows], axis=1)
 
 
 def sequences(
-    pieces: Iterator[str], tokenizer: Tokenizer, *, length: int, count: int, name: str
-) -> np.ndarray:
-    """The first ``count`` sequences of ``length`` tokens, int32 ``[count, length]``.
-
-    Pieces are joined by blank lines; each sequence starts with the beginning-of-text token where
-    the tokenizer adds one. Fewer come back where the text is short.
+    pieces: Iterable[str], tokenizer: Tokenizer, *, length: int, count: int, name: str
+) -> Int32[np.ndarray, "rows length"]:
+    """The first ``count`` sequences of ``length`` tokens of a text; fewer where it is short.
 
     Raises:
-        InputError: if the text does not fill one sequence.
+        InputError: if the text, called ``name``, does not fill one sequence.
     """
-    start = tokenizer.encode("")
-    room = length - len(start)
-    ids: list[int] = []
-    for piece in pieces:
-        ids += tokenizer.encode(piece.strip() + "\n\n", add_bos=False) if piece.strip() else []
-        if len(ids) >= count * room:
-            break
+    room = length - len(tokenizer.encode(""))
+    ids = tokens(pieces, tokenizer, count=count * room)
     if len(ids) < room:
         raise InputError(
             f"the text {name!r} has {len(ids)} tokens, too few for one sequence of {length}; "
-            "give more text or a smaller --length"
+            "give more text or shorter sequences"
         )
-    whole = min(count, len(ids) // room)
-    rows = np.asarray(ids[: whole * room], np.int32).reshape(whole, room)
-    return np.concatenate([np.tile(np.asarray(start, np.int32), (whole, 1)), rows], axis=1)
+    return cut(ids, tokenizer, length=length)

@@ -1,16 +1,21 @@
 """The main job: codebooks for a model, from a text, with a report of what they cost.
 
 `train_codebooks.py` is this with its flags. One folder a run: ``run.json`` (what was asked for),
-``work/`` (samples and finished layers while the run lasts), ``codebooks/`` (Orbax), ``report.md``,
-``report.json`` and ``report.png``. A run that was stopped goes on where it was.
+``work/`` (samples and finished layers while the run lasts), ``codebooks/`` (Orbax),
+``report.json``, and ``report.md`` and ``report.png`` made from it. A run that was stopped goes on
+where it was. With ``report.json`` it is finished, and is only shown again.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -25,7 +30,7 @@ from gsrq_jax.attention import causal
 from gsrq_jax.calibration import FitOptions, LayerReport, LayerSamples, SampleStore
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import evaluation, llama, loading, report, text
+from gsrq_jax.models import distillation, evaluation, llama, loading, report, text
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
@@ -54,6 +59,10 @@ class TrainConfig:
         length: tokens of a sequence.
         weights: ``gradient`` weighs tokens by the loss's sensitivity (GSRQ), ``none`` all alike.
         fit: how codebooks are learned.
+        distill_steps: steps of end-to-end refinement after that, by the divergence of the model's
+            predictions from those at full precision; each costs some six forward passes.
+        distill_batch: sequences of a step.
+        distill_rate: first learning rate, relative to the codewords.
         eval_text: text file to measure on; else sequences of the calibration text that were held
             out.
         eval_sequences: sequences to measure on.
@@ -80,6 +89,9 @@ class TrainConfig:
     length: int = 1024
     weights: Literal["gradient", "none"] = "gradient"
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
+    distill_steps: int = 0
+    distill_batch: int = 4
+    distill_rate: float = 0.01
     eval_text: str | None = None
     eval_sequences: int = 4
     eval_length: int = 1024
@@ -114,100 +126,142 @@ def train(config: TrainConfig) -> pathlib.Path:
     """Run the whole job, or the rest of it; returns the folder of the codebooks.
 
     Raises:
-        InputError: for whatever in ``config`` cannot be used; nothing is lost then.
+        InputError: for whatever in ``config`` cannot be used, and for a disk that is full or not
+            ours to write; nothing is lost then, and nothing was begun if ``config`` was at fault.
     """
-    run = _open_run(config)
-    model = loading.load(config.model, dtype=config.dtype)
-    spec = config.spec(model.config.head_dim)
-    tokens, held_out = _texts(config, spec, model)
-    samples = len(tokens) * (config.length - spec.sinks)
-    if samples < max(spec.key.codewords, spec.value.codewords):
-        raise InputError(
-            f"{samples} calibration tokens are fewer than {config.codewords} codewords; "
-            "give more --tokens, more text, or fewer --codewords"
-        )
-    print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
-
-    out = config.out / "codebooks"
-    store = SampleStore.open(
-        run / "samples",
-        layers=model.config.layers,
-        sequences=len(tokens),
-        tokens=config.length - spec.sinks,
-        heads=model.config.kv_heads,
-        dim=spec.head_dim,
-        first=spec.sinks,
-    )
-    _capture(config, model, tokens, store)
-    codebooks, layers = _fit(config, spec, model, store, run)
-    codebook.save(
-        out,
-        codebooks,
-        model=model.fingerprint,
-        extra={"config": _plain(config), "tokens": tokens.size},
-    )
-    fidelity = evaluation.fidelity(
-        model.graphdef, model.params, tqdm(held_out, desc="measure", unit="seq"), codebooks
-    )
-    found = report.write(
-        config.out,
-        config=_plain(config),
-        model=model,
-        codebooks=codebooks,
-        layers=layers,
-        fidelity=fidelity,
-        tokens=tokens.size,
-    )
-    shutil.rmtree(run)
-    print(f"\n{report.table(found)}\n\ncodebooks: {out}\nreport: {config.out / 'report.md'}")
-    return out
+    out = config.out
+    if not _is_finished(config):
+        _run(config)
+    with _writing(out):
+        found = report.render(out)
+        shutil.rmtree(out / "work", ignore_errors=True)
+    books = out / "codebooks"
+    print(f"\n{report.table(found)}\n\ncodebooks: {books}\nreport: {out / 'report.md'}")
+    return books
 
 
 # --- steps ----------------------------------------------------------------------------------------
 
 
+def _run(config: TrainConfig) -> None:
+    """Everything up to ``report.json``."""
+    model = loading.load(config.model, dtype=config.dtype)
+    spec = config.spec(model.config.head_dim)
+    tokens, held_out = _texts(config, spec, model)
+    layer = _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
+    print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
+
+    with _writing(config.out):
+        work = _begin(config, model, tokens)
+        store = SampleStore.open(
+            work / "samples",
+            layers=model.config.layers,
+            sequences=len(tokens),
+            tokens=config.length - spec.sinks,
+            heads=model.config.kv_heads,
+            dim=spec.head_dim,
+            first=spec.sinks,
+        )
+        _capture(config, model, tokens, store)
+        codebooks, layers = _fit(config, spec, model, store, work, jax.tree.structure(layer))
+        if config.distill_steps:
+            codebooks = distillation.refine(
+                model,
+                codebooks,
+                tokens,
+                steps=config.distill_steps,
+                batch=config.distill_batch,
+                rate=config.distill_rate,
+                seed=config.seed,
+                work=work,
+            )
+        codebooks = dataclasses.replace(
+            codebooks,
+            key=codebooks.key.astype(jnp.bfloat16),
+            value=codebooks.value.astype(jnp.bfloat16),
+        )
+        codebook.save(
+            config.out / "codebooks",
+            codebooks,
+            model=model.fingerprint,
+            extra={"config": _plain(config), "tokens": tokens.size},
+        )
+        fidelity = evaluation.fidelity(
+            model.graphdef, model.params, tqdm(held_out, desc="measure", unit="seq"), codebooks
+        )
+        if not math.isfinite(fidelity.perplexity + fidelity.full_precision + fidelity.kl):
+            raise InputError(
+                f"the predictions of {model.name} are not finite; "
+                "check its weights, or use --dtype float32"
+            )
+        report.write(
+            config.out,
+            config=_plain(config),
+            model=model,
+            codebooks=codebooks,
+            layers=layers,
+            fidelity=fidelity,
+            length=held_out.shape[1],
+            tokens=tokens.size,
+        )
+
+
 def _texts(
     config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel
 ) -> tuple[Int[np.ndarray, "n T"], Int[np.ndarray, "m E"]]:
-    """Calibration sequences, and held-out ones that share nothing with them."""
-    if model.tokenizer is None:
+    """Calibration sequences, and held-out ones that share no token with them.
+
+    Without an ``eval_text`` the end of the calibration text is held out: what is asked for, but of
+    a short text a fifth or one sequence of ``length``, whichever is more.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
-    for name, least in (("length", spec.sinks + 2), ("eval_length", 2), ("tokens", 1)):
+    start = len(tokenizer.encode(""))  # tokens that each sequence begins with
+    leasts = {"length": spec.sinks + start + 1, "eval_length": start + 2}
+    for name, least in (leasts | {"tokens": 1, "eval_sequences": 1}).items():
         if getattr(config, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-    for name in ("length", "eval_length"):
+            raise InputError(f"{_flag(name)} must be at least {least}, got {getattr(config, name)}")
+    for name in leasts:
         if getattr(config, name) > model.config.max_length:
             raise InputError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} is beyond the model's context "
-                f"of {model.config.max_length} tokens"
+                f"{_flag(name)} {getattr(config, name)} is beyond the context of {model.name}, "
+                f"{model.config.max_length} tokens; choose a smaller one"
             )
-    source = config.text if config.dataset is None else config.dataset
-    wanted = -(-config.tokens // config.length)
-    own_tail = config.eval_text is None
-    reserve = -(-config.eval_sequences * config.eval_length // config.length) if own_tail else 0
-    pieces = text.read(source, column=config.column, split=config.split)
-    rows = text.sequences(
-        pieces, model.tokenizer, length=config.length, count=wanted + reserve, name=source
-    )
-    if not own_tail:
+    if config.dataset is None:
+        name, pieces = config.text, text.read(config.text)
+    else:
+        name = config.dataset
+        pieces = text.read_dataset(name, column=config.column, split=config.split)
+    room = config.length - start
+    wanted = -(-config.tokens // config.length) * room
+    if config.eval_text is not None:
         held_out = text.sequences(
-            text.read(config.eval_text or ""),
-            model.tokenizer,
+            text.read(config.eval_text),
+            tokenizer,
             length=config.eval_length,
             count=config.eval_sequences,
-            name=config.eval_text or "",
+            name=config.eval_text,
+        )
+        rows = text.sequences(
+            pieces, tokenizer, length=config.length, count=wanted // room, name=name
         )
         return rows, held_out
-    reserve = min(reserve, max(1, len(rows) // 5))
-    if len(rows) <= reserve:
+    asked = config.eval_sequences * (config.eval_length - start)
+    ids = text.tokens(pieces, tokenizer, count=wanted + asked)
+    short = len(ids) < wanted + asked
+    reserve = min(asked, max(len(ids) // 5, room)) if short else asked
+    if len(ids) < room + reserve or reserve < 2:
         raise InputError(
-            f"the text {source!r} fills {len(rows)} sequence of {config.length} tokens, and one is "
-            "needed to measure on; give more text, a smaller --length, or --eval-text"
+            f"the text {name!r} has {len(ids)} tokens, too few for one sequence of {config.length} "
+            "and another to measure on; give more text, a smaller --length, or --eval-text"
         )
-    tail = rows[-reserve:].reshape(-1)
-    length = min(config.eval_length, len(tail))
-    count = min(config.eval_sequences, len(tail) // length)
-    return rows[:-reserve], tail[: count * length].reshape(count, length)
+    split = len(ids) - reserve
+    length = min(config.eval_length, reserve + start)
+    return (
+        text.cut(ids[:split], tokenizer, length=config.length),
+        text.cut(ids[split:], tokenizer, length=length),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh"))
@@ -283,81 +337,156 @@ def _capture(
             bar.update(config.length)
 
 
+_fit_layer = jax.jit(calibration.fit_layer, static_argnames=("spec", "options"))
+
+
+def _fit_one(
+    config: TrainConfig,
+    spec: QuantSpec,
+    model: loading.LoadedModel,
+    index: int,
+    samples: LayerSamples,
+) -> tuple[Codebooks, LayerReport]:
+    rng = jax.random.split(jax.random.key(config.seed), model.config.layers)[index]
+    weigh = config.weights == "gradient"
+    return _fit_layer(
+        rng,
+        samples.k,
+        samples.v,
+        samples.positions,
+        jnp.asarray(model.config.inv_freq),
+        spec=spec,
+        k_norms=samples.k_norms if weigh else None,
+        v_norms=samples.v_norms if weigh else None,
+        options=config.fit,
+    )
+
+
+def _fitted_shapes(
+    config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel, count: int
+) -> tuple[Codebooks, LayerReport]:
+    """What fitting one layer on ``count`` tokens gives, without fitting.
+
+    Raises:
+        InputError: if it cannot be fitted, so that this is known before the samples are taken.
+    """
+    heads = (count, model.config.kv_heads)
+    vectors = jax.ShapeDtypeStruct((*heads, spec.head_dim), jnp.bfloat16)
+    norms = jax.ShapeDtypeStruct(heads, jnp.float32)
+    positions = jax.ShapeDtypeStruct((count,), jnp.int32)
+    samples = LayerSamples(vectors, vectors, norms, norms, positions)
+    return jax.eval_shape(functools.partial(_fit_one, config, spec, model, 0), samples)
+
+
 def _fit(
     config: TrainConfig,
     spec: QuantSpec,
     model: loading.LoadedModel,
     store: SampleStore,
-    run: pathlib.Path,
+    work: pathlib.Path,
+    tree: jax.tree_util.PyTreeDef,
 ) -> tuple[Codebooks, LayerReport]:
-    """All layers' codebooks and reports, stacked; finished layers are kept in ``run``."""
-    inv_freq = jnp.asarray(model.config.inv_freq)
-    fit = jax.jit(calibration.fit_layer, static_argnames=("spec", "options"))
-    keys = jax.random.split(jax.random.key(config.seed), store.layers)
-
-    def of_layer(index: int, samples: LayerSamples) -> tuple[Codebooks, LayerReport]:
-        weigh = config.weights == "gradient"
-        return fit(
-            keys[index],
-            samples.k,
-            samples.v,
-            samples.positions,
-            inv_freq,
-            spec=spec,
-            k_norms=samples.k_norms if weigh else None,
-            v_norms=samples.v_norms if weigh else None,
-            options=config.fit,
-        )
-
+    """All layers' codebooks and reports, stacked; finished layers are kept in ``work``."""
     layers = []
-    tree = jax.tree.structure(jax.eval_shape(functools.partial(of_layer, 0), store.layer(0)))
     for index in tqdm(range(store.layers), desc="fit", unit="layer"):
-        file = run / f"layer-{index:03}.npz"
+        file = work / f"layer-{index:03}.npz"
         if not file.exists():
+            fitted = _fit_one(config, spec, model, index, store.layer(index))
             new = file.with_suffix(".new")
             with new.open("wb") as stream:
-                fitted = jax.tree.leaves(of_layer(index, store.layer(index)))
-                np.savez(stream, *(np.asarray(x) for x in fitted))
+                np.savez(stream, *(np.asarray(x) for x in jax.tree.leaves(fitted)))
             os.replace(new, file)
         with np.load(file) as saved:
             layers.append(jax.tree.unflatten(tree, [saved[name] for name in saved.files]))
-    codebooks, reports = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    half = {"key": codebooks.key, "value": codebooks.value}
-    half = {name: x.astype(jnp.bfloat16) for name, x in half.items()}
-    return dataclasses.replace(codebooks, **half), reports
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 # --- the folder of a run --------------------------------------------------------------------------
 
+_INPUTS = "inputs"  # beside the flags in run.json: checksums of what they stood for
+_NEW_RECORD = ".run.json.new"
 
-def _open_run(config: TrainConfig) -> pathlib.Path:
-    """The run's working folder, new or left by the same command."""
-    out, asked = config.out, _plain(config)
+
+def _is_finished(config: TrainConfig) -> bool:
+    """Whether ``out`` holds this very run, done.
+
+    Raises:
+        InputError: if it holds something else.
+    """
+    out = config.out
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another --out")
-    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
-    record = out / "run.json"
-    if found and not record.exists():
+    found = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    before = _record(out)
+    if before is None and found not in ([], [_NEW_RECORD]):
         raise InputError(
-            f"{out} exists and holds something else ({sorted(found)[0]}); choose another --out"
+            f"{out} exists and holds something else ({found[0]}); choose another --out"
         )
-    if record.exists():
-        before = json.loads(record.read_text())
-        changed = [name for name in asked if asked[name] != before.get(name)]
-        if changed:
-            raise InputError(
-                f"{out} holds a run with another {', '.join(changed)}; "
-                "choose another --out, or remove it to start anew"
-            )
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    _write(record, json.dumps(asked, indent=2))
-    return out / "work"
+    asked = _plain(config)
+    changed = [name for name in asked if asked[name] != (before or asked).get(name)]
+    if changed:
+        raise InputError(
+            f"{out} holds a run with another {', '.join(map(_flag, changed))}; "
+            "choose another --out, or remove it to start anew"
+        )
+    finished = (out / "report.json").exists()
+    if finished and not (out / "codebooks").exists():
+        raise InputError(
+            f"{out} holds a finished run whose codebooks are gone; remove it to start anew"
+        )
+    return finished
 
 
-def _write(path: pathlib.Path, content: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(content)
-    os.replace(new, path)
+def _begin(
+    config: TrainConfig, model: loading.LoadedModel, tokens: Int[np.ndarray, "n T"]
+) -> pathlib.Path:
+    """The run's working folder, new or left by the same command on the same model and text.
+
+    Raises:
+        InputError: if the model or the text is no longer what it was when the run began.
+    """
+    inputs = {
+        "model": model.fingerprint["weights"],
+        "text": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
+    before = (_record(config.out) or {}).get(_INPUTS, inputs)
+    if changed := [name for name in inputs if inputs[name] != before.get(name)]:
+        raise InputError(
+            f"the {' and the '.join(changed)} changed since the run in {config.out} began; "
+            "choose another --out, or remove it to start anew"
+        )
+    work = config.out / "work"
+    config.out.mkdir(parents=True, exist_ok=True)
+    new = config.out / _NEW_RECORD
+    new.write_text(json.dumps(_plain(config) | {_INPUTS: inputs}, indent=2))
+    os.replace(new, config.out / "run.json")
+    work.mkdir(exist_ok=True)
+    return work
+
+
+def _record(out: pathlib.Path) -> dict[str, Any] | None:
+    """What ``run.json`` holds, if it is there and ours."""
+    try:
+        record = json.loads((out / "run.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "out" in record else None
+
+
+@contextlib.contextmanager
+def _writing(out: pathlib.Path) -> Iterator[None]:
+    """A failing disk is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out} ({error.strerror or error}); make room or choose another "
+            "--out. What is done is kept: the same command goes on from there"
+        ) from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

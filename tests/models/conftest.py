@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tiny
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import demo
+from gsrq_jax.models import commands, demo
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,17 @@ def demo_model() -> Path:
 @pytest.fixture
 def gguf_goldens() -> Path:
     return Path(__file__).parent / "goldens_gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A model folder of tests/models/tiny.py."""
+    return tiny.make_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model, tmp_path_factory) -> Path:
+    """The folder of a finished training run of it, with `tiny.FLAGS`."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    commands.train(["--model", str(tiny_model), "--out", str(out), *tiny.FLAGS])
+    return out

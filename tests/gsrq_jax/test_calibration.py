@@ -1,0 +1,186 @@
+"""Samples to codebooks: frames, means, weights, and the files that hold samples."""
+
+import dataclasses
+import json
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsrq_jax import calibration
+from gsrq_jax.cache import decode_tokens, encode_tokens
+from gsrq_jax.calibration import FitOptions, SampleStore
+from gsrq_jax.errors import InputError
+from gsrq_jax.rope import rotate
+from gsrq_jax.spec import QuantSpec, ResidualSpec
+
+N, H, D = 256, 2, 8
+CODE = ResidualSpec(D, D, stages=2, codewords=16)
+SPEC = QuantSpec(key=CODE, value=CODE, block=16, window=0, sinks=4)
+INV_FREQ = jnp.asarray(100.0 ** -(np.arange(0, D, 2) / D), jnp.float32)
+MEAN = 3 * np.random.default_rng(0).standard_normal((H, D)).astype(np.float32)
+FEW = FitOptions(iterations=3, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Rotated keys around `MEAN`, values, positions of two sequences."""
+    rng = np.random.default_rng(1)
+    positions = jnp.tile(jnp.arange(N // 2, dtype=jnp.int32) + SPEC.sinks, 2)
+    noise = rng.standard_normal((2, N, H, D)).astype(np.float32)
+    centred = noise[0] - noise[0].mean(axis=0)
+    return rotate(MEAN + centred, positions[:, None], INV_FREQ), jnp.asarray(noise[1]), positions
+
+
+def fit(samples, spec=SPEC, options=FEW, **norms):
+    return calibration.fit_layer(
+        jax.random.key(0), *samples, INV_FREQ, spec, options=options, **norms
+    )
+
+
+def relative_error(x, y):
+    return np.sum(np.square(x - y), axis=(0, 2)) / np.sum(np.square(x), axis=(0, 2))
+
+
+@pytest.mark.parametrize("frame", ["block", "pre", "post"])
+def test_codebooks_code_what_the_cache_will_give_them(samples, frame):
+    """The error that the fit reports is the one that the cache's own encoder makes."""
+    k, v, positions = samples
+    spec = dataclasses.replace(SPEC, frame=frame)
+    books, report = fit(samples, spec)
+    assert books.spec == spec
+    np.testing.assert_allclose(books.key_mean, MEAN, atol=1e-4)
+    decoded_k, decoded_v = decode_tokens(*encode_tokens(k, v, positions, books), positions, books)
+    # Rotations keep lengths: what the mean leaves of a key is the same in every frame.
+    left = k - rotate(jnp.broadcast_to(MEAN, k.shape), positions[:, None], INV_FREQ)
+    error = np.sum(np.square(k - decoded_k), (0, 2)) / np.sum(np.square(left), (0, 2))
+    np.testing.assert_allclose(report.key.error[:, 0, -1], error, rtol=1e-3)
+    np.testing.assert_allclose(
+        report.value.error[:, 0, -1], relative_error(v, decoded_v), rtol=1e-3
+    )
+    assert error.max() < 0.6
+
+
+def test_keys_that_are_not_centred(samples):
+    k, v, positions = samples
+    spec = dataclasses.replace(SPEC, frame="pre")
+    books, report = fit(samples, spec, dataclasses.replace(FEW, center=False))
+    np.testing.assert_array_equal(books.key_mean, np.zeros((H, D)))
+    decoded, _ = decode_tokens(*encode_tokens(k, v, positions, books), positions, books)
+    np.testing.assert_allclose(report.key.error[:, 0, -1], relative_error(k, decoded), rtol=1e-3)
+
+
+def test_mean_key_is_that_before_rope(samples):
+    k, _, positions = samples
+    np.testing.assert_allclose(calibration.mean_key(k, positions, INV_FREQ), MEAN, atol=1e-4)
+    assert np.abs(k.mean(axis=0) - MEAN).max() > 1  # the rotated keys' own is another
+    half = calibration.mean_key(k.astype(jnp.bfloat16), positions, INV_FREQ)
+    assert half.dtype == jnp.float32
+
+
+def test_heavy_tokens_are_coded_better(samples):
+    k, v, positions = samples
+    heavy = np.arange(N) % 8 == 0
+    norms = jnp.asarray(np.where(heavy, 1e4, 1e-4)[:, None].repeat(H, 1), jnp.float32)
+    plain, _ = fit(samples)
+    weighted, _ = fit(samples, k_norms=norms, v_norms=norms)
+
+    def errors(books):
+        decoded = decode_tokens(*encode_tokens(k, v, positions, books), positions, books)
+        return [
+            float(jnp.sum(jnp.square(x - y)[heavy])) for x, y in zip((k, v), decoded, strict=True)
+        ]
+
+    for ours, other in zip(errors(weighted), errors(plain), strict=True):
+        assert ours < 0.7 * other
+
+
+def test_each_half_has_its_own_weights(samples):
+    rng = np.random.default_rng(2)
+    norms = jnp.asarray(rng.lognormal(sigma=2, size=(N, H)), jnp.float32)
+    plain, _ = fit(samples)
+    keys, _ = fit(samples, k_norms=norms)
+    values, _ = fit(samples, v_norms=norms)
+    np.testing.assert_array_equal(keys.value, plain.value)
+    np.testing.assert_array_equal(values.key, plain.key)
+    assert np.abs(keys.key - plain.key).max() > 0.01
+    assert np.abs(values.value - plain.value).max() > 0.01
+    # Equal norms weigh all alike.
+    same, _ = fit(samples, k_norms=jnp.full((N, H), 7.0))
+    np.testing.assert_allclose(same.key, plain.key, atol=1e-4)
+
+
+def test_fewer_tokens_than_codewords(samples):
+    with pytest.raises(InputError, match="16 codewords need as many points, got 15"):
+        fit([x[:15] for x in samples])
+
+
+# The store
+
+SIZES = {"layers": 2, "sequences": 3, "tokens": 5, "heads": 2, "dim": 4, "first": 4}
+
+
+def sequence(seed):
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((2, 2, 5, 2, 4)).astype(jnp.bfloat16).astype(np.float32)
+    return [*vectors, *rng.random((2, 2, 5, 2)).astype(np.float32)]
+
+
+def test_store_gives_back_each_layer(tmp_path):
+    store = SampleStore.open(tmp_path / "samples", **SIZES)
+    stored = [sequence(i) for i in range(3)]
+    for i, arrays in enumerate(stored):
+        assert store.done == i
+        store.put(i, *(jnp.asarray(x) for x in arrays))
+    assert store.done == 3
+    for layer in range(2):
+        got = store.layer(layer)
+        assert got.k.dtype == got.v.dtype == jnp.bfloat16
+        for x, part in zip(got[:4], zip(*stored, strict=True), strict=True):
+            np.testing.assert_array_equal(
+                x.astype(np.float32), np.concatenate([y[layer] for y in part])
+            )
+        np.testing.assert_array_equal(got.positions, [4, 5, 6, 7, 8] * 3)
+
+
+def test_store_is_found_again_but_not_by_others(tmp_path):
+    SampleStore.open(tmp_path, **SIZES).put(0, *sequence(0))
+    again = SampleStore.open(tmp_path, **SIZES)
+    assert again.done == 1
+    with pytest.raises(InputError, match=r"holds samples of .*'sequences': 3.* not .*: 4"):
+        SampleStore.open(tmp_path, **SIZES | {"sequences": 4})
+    again.put(1, *sequence(1))
+    np.testing.assert_array_equal(again.layer(0).v[5:10].astype(np.float32), sequence(1)[1][0])
+
+
+@pytest.mark.parametrize(("part", "name"), [(0, "k"), (1, "v"), (2, "k_norms"), (3, "v_norms")])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_store_refuses_what_is_not_finite(tmp_path, part, name, number):
+    store = SampleStore.open(tmp_path, **SIZES)
+    store.put(0, *sequence(0))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    arrays = sequence(1)
+    arrays[part].flat[-1] = number
+    with pytest.raises(InputError, match=f"gave a {name} that is not finite in sequence 1; check"):
+        store.put(1, *arrays)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_full_disk_does_not_count_as_stored(tmp_path):
+    sizes = SIZES | {"tokens": 2000, "sequences": 1}
+    rng = np.random.default_rng(0)
+    arrays = [*rng.random((2, 2, 2000, 2, 4)), *rng.random((2, 2, 2000, 2))]
+    store = SampleStore.open(tmp_path, **sizes)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.put(0, *arrays)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.done == 0
+    assert json.loads((tmp_path / "progress.json").read_text())["done"] == 0
+    store.put(0, *arrays)
+    np.testing.assert_array_equal(store.layer(1).k_norms, arrays[2][1].astype(np.float32))
