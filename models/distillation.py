@@ -77,7 +77,8 @@ _SAVE_EVERY = 16
 def _rows(sequences: int, batch: int, step: int, seed: int) -> Int[np.ndarray, " batch"]:
     """Sequences of a step: every one is used once before any is used again."""
     places = np.arange(step * batch, (step + 1) * batch)
-    epochs = {
-        e: np.random.default_rng((seed, e)).permutation(sequences) for e in places // sequences
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(sequences)
+        for epoch in set((places // sequences).tolist())
     }
     return np.asarray([orders[place // sequences][place % sequences] for place in places.tolist()])
