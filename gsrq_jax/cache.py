@@ -11,7 +11,7 @@ blocks of b tokens.
 
 import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class KVCache:
         """Bytes of the arrays, window and sinks included, codebooks not."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def replace(self, **arrays: Array) -> Self:
+    def replace(self, **arrays: Any) -> Self:
         """A copy with some arrays changed."""
         return dataclasses.replace(self, **arrays)
 
@@ -116,8 +116,8 @@ def init_cache(
         sink_value=exact(sinks),
         window_key=exact(ring),
         window_value=exact(ring),
-        key_codes=coded(spec and spec.key),
-        value_codes=coded(spec and spec.value),
+        key_codes=coded(spec.key if spec else None),
+        value_codes=coded(spec.value if spec else None),
         length=jnp.zeros((*lead, batch), jnp.int32),
         spec=spec,
     )

@@ -193,17 +193,17 @@ class SampleStore:
 
     def layer(self, index: int) -> LayerSamples:
         """All samples of one layer."""
-        parts = [
-            np.fromfile(
+        parts = {
+            name: np.fromfile(
                 self.folder / name,
                 dtype,
                 count=math.prod(shape[1:]),
                 offset=self._offset(shape, dtype, index, 0),
             ).reshape(shape[1:])
             for name, (shape, dtype) in self._files.items()
-        ]
+        }
         at = np.tile(np.arange(self.tokens, dtype=np.int32) + self.first, self.sequences)
-        return LayerSamples(*parts, at)
+        return LayerSamples(**parts, positions=at)
 
     @property
     def _files(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
