@@ -468,7 +468,7 @@ def _record(out: pathlib.Path) -> dict[str, Any] | None:
     """What ``run.json`` holds, if it is there and ours."""
     try:
         record = json.loads((out / "run.json").read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if isinstance(record, dict) and "out" in record else None
 

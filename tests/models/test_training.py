@@ -1,0 +1,346 @@
+"""The main job on a tiny model: end to end, stopped and resumed, its samples and sensitivities."""
+
+import json
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_weights
+import tiny
+
+from gsrq_jax import codebook
+from gsrq_jax.attention import causal
+from gsrq_jax.calibration import SampleStore
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import commands, evaluation, generation, llama, loading, text, training
+from gsrq_jax.spec import QuantSpec, ResidualSpec
+
+SEQUENCES = 8  # that `tiny.FLAGS` asks for
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return loading.load(tiny_model, dtype=jnp.float32)
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# End to end (report.json, report.md and report.png: test_report.py)
+
+
+def test_codebooks_are_the_models(tiny_run, model):
+    books = codebook.load(tiny_run / "codebooks", model=model.fingerprint)
+    code = ResidualSpec(8, 8, stages=2, codewords=16)
+    assert books.spec == QuantSpec(key=code, value=code, block=8, window=8, sinks=2)
+    assert (books.layers, books.kv_heads, books.key.dtype) == (2, 2, jnp.bfloat16)
+    np.testing.assert_array_equal(books.inv_freq, np.tile(model.config.inv_freq, (2, 1)))
+    assert np.abs(books.key_mean).max() > 0.1
+    extra = codebook.read_metadata(tiny_run / "codebooks")["extra"]
+    assert extra["tokens"] == 64 * SEQUENCES
+    assert extra["config"]["codewords"] == 16
+
+
+def test_folder_of_a_finished_run(tiny_run):
+    found = {entry.name for entry in tiny_run.iterdir()}
+    assert found == {"run.json", "codebooks", "report.json", "report.md", "report.png"}
+
+
+def test_perplexity_is_that_of_held_out_text(tiny_run, model):
+    """Full precision's, computed here from logits on the text after what was calibrated on."""
+    ids = text.tokens(text.read("python"), model.tokenizer, count=SEQUENCES * 63 + 2 * 47)
+    rows = np.concatenate([np.zeros((2, 1), np.int32), ids[SEQUENCES * 63 :].reshape(2, 47)], 1)
+    positions = jnp.broadcast_to(jnp.arange(48), rows.shape)
+    hidden, _ = llama.apply(
+        model.graphdef, model.params, rows, positions, lambda q, k, v, _: (causal(q, k, v), None)
+    )
+    logs = jax.nn.log_softmax(llama.logits(model.graphdef, model.params, hidden[:, :-1]))
+    nll = -np.take_along_axis(np.asarray(logs), rows[:, 1:, None], -1).mean()
+    data = json.loads((tiny_run / "report.json").read_text())
+    assert data["calibration_tokens"] == SEQUENCES * 64
+    perplexity = data["rows"][0]
+    np.testing.assert_allclose(perplexity["full_precision"], np.exp(nll), rtol=1e-4)
+    assert perplexity["value"] != perplexity["full_precision"]
+
+
+# Texts
+
+
+def config(**changes):
+    given = {"tokens": 480, "length": 64, "eval_length": 48, "eval_sequences": 2} | changes
+    return training.TrainConfig(**given)
+
+
+def texts(model, **changes):
+    asked = config(**changes)
+    return training._texts(asked, asked.spec(8), model)
+
+
+@pytest.mark.parametrize("length", [48, 64, 100])
+def test_held_out_tokens_follow_those_calibrated_on(model, length):
+    rows, held_out = texts(model, eval_length=length)
+    assert rows.shape == (SEQUENCES, 64)
+    assert held_out.shape == (2, length)
+    assert not rows[:, 0].any()  # BOS
+    assert not held_out[:, 0].any()
+    both = np.concatenate([rows[:, 1:].reshape(-1), held_out[:, 1:].reshape(-1)])
+    stream = text.tokens(text.read("python"), model.tokenizer, count=len(both))
+    np.testing.assert_array_equal(both, stream)
+
+
+@pytest.mark.parametrize(("size", "rows", "held_out"), [(1000, 12, (4, 48)), (200, 2, (1, 48))])
+def test_short_texts_keep_a_part_to_measure_on(model, tmp_path, size, rows, held_out):
+    file = tmp_path / "short.txt"
+    rng = np.random.default_rng(0)
+    file.write_text("".join(map(chr, rng.integers(97, 123, size))))
+    got, measured = texts(model, text=str(file), tokens=10_000, eval_sequences=9)
+    assert (len(got), measured.shape) == (rows, held_out)
+    stream = model.tokenizer.encode(file.read_text() + "\n\n", add_bos=False)
+    np.testing.assert_array_equal(got[:, 1:].reshape(-1), stream[: rows * 63])
+    left = measured[:, 1:].reshape(-1).tolist()
+    start = next(i for i in range(len(stream)) if stream[i : i + len(left)] == left)
+    assert start >= rows * 63
+
+
+def test_text_of_its_own_to_measure_on(model, tmp_path):
+    file = tmp_path / "eval.txt"
+    file.write_text("x" * 100)
+    rows, held_out = texts(model, eval_text=str(file))
+    assert len(rows) == SEQUENCES
+    np.testing.assert_array_equal(held_out[:, 1:], np.full((2, 47), held_out[0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": 0}, "--tokens must be at least 1, got 0"),
+        ({"eval_sequences": 0}, "--eval-sequences must be at least 1"),
+        ({"length": 5}, "--length must be at least 6"),
+        ({"eval_length": 2}, "--eval-length must be at least 3"),
+        ({"length": 513}, "--length 513 is beyond the context of tiny, 512 tokens"),
+        ({"eval_length": 600}, "--eval-length 600 is beyond the context of tiny, 512 tokens"),
+        ({"text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
+        ({"dataset": "/no/such"}, "cannot read the data set '/no/such'"),
+        ({"eval_text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
+    ],
+)
+def test_sizes_and_texts_that_cannot_be(model, changes, words):
+    with pytest.raises(InputError, match=words):
+        texts(model, **changes)
+
+
+def test_text_that_is_too_short(model, tmp_path):
+    file = tmp_path / "short.txt"
+    for size in (0, 10, 120):
+        file.write_text("x" * size)
+        with pytest.raises(InputError, match=r"too few for one sequence of 64 and another.*give"):
+            texts(model, text=str(file))
+
+
+def test_data_set_to_calibrate_on(model, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prose": "y" * 300}) for _ in range(9)))
+    rows, _ = texts(model, dataset=str(tmp_path), column="prose")
+    assert (rows[0, 1:] == rows[0, 1]).all()
+    with pytest.raises(InputError, match="no text column 'text'; it has prose"):
+        texts(model, dataset=str(tmp_path))
+
+
+# Keys, values and sensitivities
+
+
+def rms(x, scale):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def numpy_llama(folder, tokens, add=None):
+    """The tiny LLaMA by hand in float64: summed loss of the next tokens, rotated keys, values.
+
+    ``add`` is ``(part, layer, position, head, channel, amount)``: added to a key or a value.
+    """
+    data = tiny.model_config()
+    w = {
+        name: random_weights.tensor(f"0 {name}", x.shape).astype(np.float64)
+        for name, x in random_weights.tensors(data).items()
+    }
+    n, half = len(tokens), 4
+    angles = np.arange(n)[:, None] * 10000.0 ** (-np.arange(half) / half)
+
+    def rotated(x):  # [n, heads, 8]
+        c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * c - b * s, b * c + a * s], -1)
+
+    h, keys, values = w["model.embed_tokens.weight"][tokens], [], []
+    for layer in range(2):
+
+        def at(x, name, layer=layer):
+            return x @ w[f"model.layers.{layer}.{name}.weight"].T
+
+        x = rms(h, w[f"model.layers.{layer}.input_layernorm.weight"])
+        q = rotated(at(x, "self_attn.q_proj").reshape(n, 4, 8))
+        kv = {
+            "k": rotated(at(x, "self_attn.k_proj").reshape(n, 2, 8)),
+            "v": at(x, "self_attn.v_proj").reshape(n, 2, 8),
+        }
+        if add is not None and add[1] == layer:
+            kv[add[0]][add[2:5]] += add[5]
+        keys.append(kv["k"])
+        values.append(kv["v"])
+        k, v = (np.repeat(x, 2, axis=1) for x in kv.values())
+        scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(8)
+        scores = np.where(np.tri(n, dtype=bool), scores, -np.inf)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        out = np.einsum("hij,jhd->ihd", p / p.sum(-1, keepdims=True), v).reshape(n, -1)
+        h = h + at(out, "self_attn.o_proj")
+        x = rms(h, w[f"model.layers.{layer}.post_attention_layernorm.weight"])
+        gate = at(x, "mlp.gate_proj")
+        h = h + at(gate / (1 + np.exp(-gate)) * at(x, "mlp.up_proj"), "mlp.down_proj")
+    logits = rms(h, w["model.norm.weight"]) @ w["lm_head.weight"].T
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    loss = -logs[np.arange(n - 1), tokens[1:]].sum()
+    return loss, np.stack(keys), np.stack(values)
+
+
+TOKENS = np.random.default_rng(5).integers(2, 258, 12).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def sampled(model):
+    """Of `TOKENS` from position 3, with and without gradients."""
+    args = (model.config, model.graphdef, model.params, jnp.asarray(TOKENS)[None])
+    with jax.default_matmul_precision("highest"):
+        return {w: training.key_value_samples(*args, first=3, weigh=w) for w in (True, False)}
+
+
+def test_keys_and_values_are_those_of_the_model(sampled, tiny_model):
+    _, keys, values = numpy_llama(tiny_model, TOKENS)
+    for k, v, *_ in sampled.values():
+        np.testing.assert_allclose(k[:, 0], keys[:, 3:], atol=2e-5)
+        np.testing.assert_allclose(v[:, 0], values[:, 3:], atol=2e-5)
+
+
+def test_keys_are_what_a_cache_gets(sampled, model):
+    _, cache = generation.prefill(
+        model.graphdef,
+        model.params,
+        jnp.asarray(TOKENS)[None],
+        jnp.asarray([12]),
+        None,
+        max_length=12,
+        dtype=jnp.float32,
+    )
+    k, v, *_ = sampled[True]
+    np.testing.assert_allclose(k, cache.window_key[:, :, 3:], atol=1e-5)
+    np.testing.assert_allclose(v, cache.window_value[:, :, 3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+@pytest.mark.parametrize(("layer", "position", "head"), [(0, 3, 0), (0, 7, 1), (1, 5, 1)])
+def test_sensitivities_are_finite_differences(sampled, tiny_model, part, layer, position, head):
+    step, gradient = 1e-5, []
+    for channel in range(8):
+        up, down = (
+            numpy_llama(tiny_model, TOKENS, (part, layer, position, head, channel, s * step))[0]
+            for s in (1, -1)
+        )
+        gradient.append((up - down) / (2 * step))
+    norms = sampled[True][2 if part == "k" else 3]
+    assert norms.shape == (2, 1, 9, 2)
+    np.testing.assert_allclose(
+        norms[layer, 0, position - 3, head], np.linalg.norm(gradient), rtol=1e-3
+    )
+
+
+def test_nothing_depends_on_the_last_token(sampled):
+    for norms in sampled[True][2:]:
+        assert not norms[:, :, -1].any()
+        assert norms[:, :, :-1].min() > 0
+
+
+def test_without_weights_norms_are_ones(sampled):
+    for norms in sampled[False][2:]:
+        np.testing.assert_array_equal(norms, np.ones((2, 1, 9, 2)))
+
+
+# Stopped and resumed
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts steps; ``counted.stop`` names one and how many of them go well before Ctrl-C."""
+
+    class Counted(Counter):
+        stop = ("", 0)
+
+    calls = Counted()
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def step(*arguments, **options):
+            if calls.stop == (name, calls[name]):
+                raise KeyboardInterrupt
+            calls[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, step)
+
+    watch(training, "key_value_samples")
+    watch(SampleStore, "_mark")  # the end of storing a sequence, or of a new store
+    watch(SampleStore, "layer")  # the beginning of fitting a layer
+    watch(codebook, "save")
+    watch(evaluation, "compare")
+    watch(loading, "load")
+    return calls
+
+
+def test_stopped_anywhere_and_resumed(tiny_run, tiny_model, tmp_path, counted, capsys):
+    out = tmp_path / "run"
+    command = ["--model", str(tiny_model), "--out", str(out), *tiny.FLAGS]
+
+    def run(stop):
+        counted.clear()
+        counted.stop = stop
+        if not stop[0]:
+            return commands.train(command)
+        with pytest.raises(SystemExit) as caught:
+            commands.train(command)
+        assert caught.value.code == 130
+        assert "the same command goes on from here" in capsys.readouterr().err
+        assert not (out / "report.json").exists()
+
+    run(("key_value_samples", 3))
+    assert counted["key_value_samples"] == 3
+    run(("_mark", 2))  # two more are stored, the third is written but does not count
+    assert counted["key_value_samples"] == 3
+    run(("layer", 1))
+    assert counted["key_value_samples"] == SEQUENCES - 5
+    run(("save", 0))
+    assert (counted["key_value_samples"], counted["layer"]) == (0, 1)
+    assert not (out / "codebooks").exists()
+    run(("compare", 1))
+    assert (counted["layer"], counted["save"]) == (0, 1)
+    run(("", 0))
+    assert (counted["key_value_samples"], counted["layer"], counted["compare"]) == (0, 0, 2)
+
+    equal(codebook.load(out / "codebooks"), codebook.load(tiny_run / "codebooks"))
+    ours, other = (json.loads((x / "report.json").read_text()) for x in (out, tiny_run))
+    assert ours["rows"] == other["rows"]
+    assert ours["fit"] == other["fit"]
+    assert {x.name for x in out.iterdir()} == {x.name for x in tiny_run.iterdir()}
+
+
+def test_finished_run_is_only_shown(tiny_run, tiny_model, counted, capsys):
+    before = {x: x.stat().st_mtime_ns for x in (tiny_run / "codebooks").rglob("*")}
+    (tiny_run / "report.md").unlink()
+    commands.train(["--model", str(tiny_model), "--out", str(tiny_run), *tiny.FLAGS])
+    assert not counted
+    printed = capsys.readouterr().out
+    assert "| perplexity |" in printed
+    assert f"codebooks: {tiny_run / 'codebooks'}\nreport: {tiny_run / 'report.md'}" in printed
+    assert "| perplexity |" in (tiny_run / "report.md").read_text()
+    assert before == {x: x.stat().st_mtime_ns for x in (tiny_run / "codebooks").rglob("*")}
