@@ -12,7 +12,7 @@ import tyro
 
 from gsrq_jax import codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import generation, loading, training
+from gsrq_jax.models import generation, loading, text, training
 
 Config = TypeVar("Config")
 
@@ -43,6 +43,7 @@ class GenerateConfig:
 
     Attributes:
         prompt: what to continue, or what to say to a chat model.
+        context: text file to put before the prompt.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         codebooks: folder that training wrote; without it the cache is exact.
         compare: write with the exact cache, too.
@@ -56,6 +57,7 @@ class GenerateConfig:
     """
 
     prompt: tyro.conf.Positional[str]
+    context: pathlib.Path | None = None
     model: str = "demo"
     codebooks: pathlib.Path | None = None
     compare: bool = False
@@ -83,11 +85,14 @@ def _generate(config: GenerateConfig) -> None:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    words = config.prompt
+    if config.context is not None:
+        words = "\n\n".join([*text.read(str(config.context)), words])
     if config.chat == "yes" or (config.chat == "auto" and tokenizer.has_chat_template):
-        said = tokenizer.chat([{"role": "user", "content": config.prompt}])
+        said = tokenizer.chat([{"role": "user", "content": words}])
         prompt = tokenizer.encode(said, add_bos=False)
     else:
-        prompt = tokenizer.encode(config.prompt)
+        prompt = tokenizer.encode(words)
     needed = len(prompt) + config.max_new_tokens
     length = needed if config.max_length is None else config.max_length
     if needed > model.config.max_length:

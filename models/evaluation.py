@@ -46,7 +46,7 @@ class Fidelity:
         return self.perplexity / self.full_precision - 1
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("every", "chunk"))
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("every", "chunk", "remat"))
 def compare(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -55,10 +55,12 @@ def compare(
     *,
     every: int = 1,
     chunk: int = 128,
+    remat: bool = False,
 ) -> dict[str, Float32[Array, ""]]:
     """Sums over the ``B (T - 1)`` predictions: ``nll_full``, ``nll``, ``kl``, ``agree``.
 
-    Logits exist for ``chunk`` positions at a time.
+    Logits exist for ``chunk`` positions at a time. ``kl`` is differentiable in the codewords;
+    ``remat`` recomputes activations in the backward pass instead of keeping them.
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
@@ -70,7 +72,7 @@ def compare(
         return attend_as_cached(q, k, v, books, every=every), None
 
     full, _ = llama.apply(graphdef, params, tokens, positions, exact)
-    ours, _ = llama.apply(graphdef, params, tokens, positions, coded, codebooks)
+    ours, _ = llama.apply(graphdef, params, tokens, positions, coded, codebooks, remat=remat)
 
     parts = -(-(length - 1) // chunk)
     pad = parts * chunk - (length - 1)
@@ -98,7 +100,7 @@ def compare(
     real = jnp.ones((batch, length - 1))
     zero = dict.fromkeys(("nll_full", "nll", "kl", "agree"), jnp.zeros(()))
     xs = tuple(split(x) for x in (full[:, :-1], ours[:, :-1], tokens[:, 1:], real))
-    return jax.lax.scan(sums, zero, xs)[0]
+    return jax.lax.scan(jax.checkpoint(sums) if remat else sums, zero, xs)[0]
 
 
 def fidelity(
