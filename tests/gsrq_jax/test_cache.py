@@ -1,7 +1,7 @@
 """The cache against plain attention over everything it stands for."""
 
 import dataclasses
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ append = jax.jit(append)
 attend = jax.jit(attention.attend, static_argnames="implementation")
 materialize = jax.jit(materialize)
 to_frame, from_frame = (jax.jit(f, static_argnums=2) for f in (to_frame, from_frame))
+OTHER_FRAMES = [name for name, spec in LAYOUTS.items() if spec.frame != "block"]
 layouts = pytest.mark.parametrize("spec", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
@@ -116,15 +117,24 @@ def plain_attention(q, k, v, there):
     return np.einsum("BHqn,BnHd->BHqd", weights, np.nan_to_num(v)).reshape(-1, HEADS * GROUP, DIM)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@jax.jit
 def expected_tokens(k, v, length, codebooks):
-    """What a cache of ``length`` tokens must show, from the definition: exact or round trip."""
+    """What a cache of ``length[B]`` tokens must show, from the definition: exact or round trip."""
     spec = codebooks.spec
     at = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
     old_k, old_v = decode_tokens(*encode_tokens(k, v, at, codebooks), at, codebooks)
-    coded_end = spec.sinks + max(0, length - spec.sinks - spec.window) // spec.block * spec.block
+    blocks = jnp.maximum(0, length - spec.sinks - spec.window) // spec.block
+    coded_end = spec.sinks + blocks[:, None] * spec.block
     coded = ((at >= spec.sinks) & (at < coded_end))[..., None, None]
     return jnp.where(coded, old_k, k), jnp.where(coded, old_v, v)
+
+
+def padded(tokens, start, count, width):
+    """``count[B]`` tokens of each sequence from ``start[B]`` on, then NaN up to ``width``."""
+    out = np.full((len(tokens), width, *tokens.shape[2:]), np.nan, np.float32)
+    for row, (at, n) in enumerate(zip(start, count, strict=True)):
+        out[row, :n] = tokens[row, at : at + n]
+    return jnp.asarray(out)
 
 
 @layouts
@@ -154,48 +164,57 @@ def test_frame_of_a_block_does_not_depend_on_where_the_block_is():
     np.testing.assert_allclose(near, far, atol=2e-4)
 
 
+# Eight sequences of up to 60 tokens in the next two tests, so that they share what is compiled.
+WAYS = (
+    [1] * 37,
+    [23] + [1] * 14,
+    [5, 1, 19, 1, 11],
+    [37],
+    [60],
+    [5] * 12,
+    [3, 2, 5, 0, 4, 33, 1],
+    [12, 1, 0, 0, 31, 5, 5],
+)
+
+
 @layouts
-@pytest.mark.parametrize("steps", [[1] * 37, [23] + [1] * 14, [5, 1, 19, 1, 11], [37]])
-def test_any_way_of_appending_gives_the_same_cache(spec, steps):
+def test_any_way_of_appending_gives_the_same_cache(spec):
+    """Each sequence of a batch in its own steps; a call is five tokens wide where that will do."""
     rng = np.random.default_rng(2)
     books = make_codebooks(spec, rng)
-    _, k, v = make_tokens(rng, 2, 37)
-    cache, at = empty(spec), 0
-    for step in steps:
-        cache = append(poison(cache), k[:, at : at + step], v[:, at : at + step], books)
-        at += step
-    keys, values, there = materialize(poison(cache), books)
-    want_k, want_v = expected_tokens(k, v, 37, books)
+    _, k, v = make_tokens(rng, 8, 60)
+    cache, at = empty(spec, batch=8), np.zeros(8, int)
+    for counts in itertools.zip_longest(*WAYS, fillvalue=0):
+        new = (padded(np.asarray(x), at, counts, 5 if max(counts) <= 5 else 60) for x in (k, v))
+        cache = append(poison(cache), *new, books, jnp.asarray(counts))
+        at += counts
+    np.testing.assert_array_equal(cache.length, [sum(way) for way in WAYS])
+    keys, values, there = (np.asarray(x) for x in materialize(poison(cache), books))
+    want_k, want_v = expected_tokens(k, v, cache.length, books)
     # The same set of tokens: sort both by a fingerprint of the key.
-    for row in range(2):
+    for row, n in enumerate(at):
         got = np.concatenate([keys[row][there[row]], values[row][there[row]]], -1)
-        want = np.concatenate([want_k[row], want_v[row]], -1)
+        want = np.concatenate([want_k[row, :n], want_v[row, :n]], -1)
         assert got.shape == want.shape
         got, want = (x[np.argsort(x[:, 0, 0])] for x in (got, want))
-        np.testing.assert_allclose(got, want, atol=1e-4)
+        np.testing.assert_allclose(got, want, atol=1e-4, err_msg=str(WAYS[row]))
 
 
 @layouts
-@pytest.mark.parametrize("lengths", [[0, 1], [3, 4], [12, 13], [31, 60]])
-def test_attend_equals_plain_attention_over_decoded_tokens(spec, lengths):
-    rng = np.random.default_rng(sum(lengths))
+def test_attend_equals_plain_attention_over_decoded_tokens(spec):
+    lengths = np.asarray([0, 1, 3, 4, 12, 13, 31, 60])
+    rng = np.random.default_rng(3)
     books = make_codebooks(spec, rng)
-    _, k, v = make_tokens(rng, 2, max(lengths))
-    pad = jnp.arange(max(lengths)) < jnp.asarray(lengths)[:, None]
-    poisoned = [jnp.where(pad[..., None, None], x, jnp.nan) for x in (k, v)]
-    cache = append(empty(spec), *poisoned, books, count=jnp.asarray(lengths))
+    _, k, v = make_tokens(rng, 8, 60)
+    new = (padded(np.asarray(x), np.zeros(8, int), lengths, 60) for x in (k, v))
+    cache = append(empty(spec, batch=8), *new, books, jnp.asarray(lengths))
     cache = poison(cache)
-    q, new_k, new_v = make_tokens(rng, 2, 1)
+    q, new_k, new_v = make_tokens(rng, 8, 1)
 
-    want = []
-    for row, n in enumerate(lengths):
-        past = expected_tokens(k, v, n, books)
-        keys, values = (
-            np.concatenate([a[row : row + 1, :n], b[row : row + 1]], 1)
-            for a, b in zip(past, (new_k, new_v), strict=True)
-        )
-        want.append(plain_attention(q[row], keys, values, np.ones((1, n + 1), bool)))
-    want = np.concatenate(want)
+    past = expected_tokens(k, v, cache.length, books)
+    keys, values = (np.concatenate(pair, 1) for pair in zip(past, (new_k, new_v), strict=True))
+    there = np.concatenate([np.arange(60) < lengths[:, None], np.ones((8, 1), bool)], 1)
+    want = plain_attention(q[:, 0], keys, values, there)
     ways = ["decoded"] if spec.frame == "pre" else ["decoded", "codes"]
     for way in ways:
         got = attend(q, new_k, new_v, cache, books, implementation=way)[:, 0]
@@ -211,12 +230,12 @@ def test_new_tokens_attend_causally_to_themselves(tokens):
     q, new_k, new_v = make_tokens(rng, 2, tokens)
     cache = append(empty(spec), k, v, books)
     count = jnp.asarray([tokens, max(1, tokens - 2)])
-    padded = [
+    ragged = [
         jnp.where((jnp.arange(tokens) < count[:, None])[..., None, None], x, jnp.nan)
         for x in (new_k, new_v)
     ]
-    got = attend(q, *padded, cache, books, count)
-    past = expected_tokens(k, v, 29, books)
+    got = attend(q, *ragged, cache, books, count)
+    past = expected_tokens(k, v, cache.length, books)
     for t in range(tokens):
         keys, values = (
             np.concatenate([a, b[:, : t + 1]], 1) for a, b in zip(past, (new_k, new_v), strict=True)
@@ -235,18 +254,21 @@ def test_full_precision_is_the_same_pytree_without_codes():
     np.testing.assert_allclose(got, want, atol=3e-5)
 
 
-@layouts
-@pytest.mark.parametrize("every_block", [True, False])
-def test_teacher_forced_pass_equals_the_decode_loop(spec, every_block):
+@pytest.mark.parametrize(
+    ("spec", "every"),
+    [
+        *(pytest.param(spec, spec.block, id=name) for name, spec in LAYOUTS.items()),
+        # In the block frame a cache with other blocks has other codes.
+        *(pytest.param(LAYOUTS[name], 1, id=f"{name}, every token") for name in OTHER_FRAMES),
+    ],
+)
+def test_teacher_forced_pass_equals_the_decode_loop(spec, every):
     """The pass with every=block is the loop; with every=1 it is the loop of a spec of block 1."""
     rng = np.random.default_rng(7)
     books = make_codebooks(spec, rng)
-    if not every_block and spec.frame == "block" and spec.block > 1:
-        pytest.skip("in the block frame a cache with other blocks has other codes")
-    looped = spec if every_block else dataclasses.replace(spec, block=1)
+    looped = dataclasses.replace(spec, block=every)
     loop_books = dataclasses.replace(books, spec=looped)
     q, k, v = make_tokens(rng, 1, 33)
-    every = spec.block if every_block else 1
     got = jax.jit(attention.attend_as_cached, static_argnames="every")(q, k, v, books, every=every)
 
     def step(cache, token):
@@ -263,11 +285,20 @@ def test_pass_chunks_long_sequences(monkeypatch):
     rng = np.random.default_rng(8)
     books = make_codebooks(spec, rng)
     q, k, v = make_tokens(rng, 1, 50)
-    whole = attention.attend_as_cached(q, k, v, books)
-    plain = attention.causal(q, k, v)
+
+    def both():  # a new function each time, so that jit compiles again
+        return jax.jit(
+            lambda q, k, v, books: (
+                attention.attend_as_cached(q, k, v, books),
+                attention.causal(q, k, v),
+            )
+        )(q, k, v, books)
+
+    whole, plain = both()
     monkeypatch.setattr(attention, "_QUERY_CHUNK", 12)
-    np.testing.assert_allclose(attention.attend_as_cached(q, k, v, books), whole, atol=1e-5)
-    np.testing.assert_allclose(attention.causal(q, k, v), plain, atol=1e-5)
+    chunked, plain_chunked = both()
+    np.testing.assert_allclose(chunked, whole, atol=1e-5)
+    np.testing.assert_allclose(plain_chunked, plain, atol=1e-5)
 
 
 def test_stacked_vmapped_and_scanned_layers_agree():
@@ -277,7 +308,7 @@ def test_stacked_vmapped_and_scanned_layers_agree():
     _, k, v = make_tokens(rng, 3, 2, 30)
     q1, k1, v1 = make_tokens(rng, 3, 2, 1)
     cache = append(append(empty(spec, layers=3), k, v, books), k1, v1, books)
-    out = jax.vmap(attention.attend)(q1, k1, v1, cache, books)
+    out = jax.vmap(attend)(q1, k1, v1, cache, books)
 
     def layer(_, x):
         q, k, v, cache, books = x
