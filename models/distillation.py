@@ -56,10 +56,10 @@ def refine(
     done = 0
     if file.exists():
         with np.load(file) as saved:
-            *leaves, done = (jnp.asarray(saved[name]) for name in saved.files)
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+            *leaves, count = (jnp.asarray(saved[name]) for name in saved.files)
+        state, done = jax.tree.unflatten(jax.tree.structure(state), leaves), int(count)
 
-    bar = tqdm(range(int(done), steps), initial=int(done), total=steps, desc="distil", unit="step")
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc="distil", unit="step")
     for index in bar:
         state, value = step(codebooks, state, tokens[_rows(len(tokens), batch, index, seed)])
         bar.set_postfix(kl=f"{float(value):.4f}")
