@@ -287,7 +287,7 @@ def test_the_cache_is_donated_and_reused(cache):
     running = generator(cache)
     states = running(PROMPTS, max_new_tokens=NEW, max_length=LENGTH, stride=4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # "donated buffers were not usable"
+        warnings.filterwarnings("error", message="Some donated buffers were not usable")
         first = next(states)
         second = next(states)
     for old in jax.tree.leaves(first.cache):
@@ -353,6 +353,21 @@ def test_seeds():
     assert (same != whole("coded")[0]).mean() > 0.5
     streamed = generate(sampled, seed=3, stride=4).tokens
     np.testing.assert_array_equal(streamed, same)
+
+
+def test_every_token_has_its_own_randomness(monkeypatch):
+    """From flat logits at every step tokens come evenly, in an order of each sequence's own."""
+    new, flat = 610, jnp.zeros((2, CONFIG.vocab_size))
+    monkeypatch.setattr(generation, "extend", lambda *arguments: (flat, arguments[4]))
+    cache = init_cache(None, batch=2, kv_heads=1, head_dim=2, max_length=1)
+    options = {"sampler": Sampler(1.0), "eos": ()}
+    state = generation.start(cache, flat, jax.random.key(0), max_new_tokens=new, **options)
+    state = generation.decode(None, None, None, state, jnp.int32(new), **options)
+    tokens = np.asarray(state.tokens)
+    for row in tokens:
+        assert np.bincount(row, minlength=CONFIG.vocab_size).max() < 30  # 10 on average
+        assert (row[1:] == row[:-1]).mean() < 0.1
+    assert (tokens[0] == tokens[1]).mean() < 0.1
 
 
 # --- sampling -------------------------------------------------------------------------------------
