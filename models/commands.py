@@ -1,6 +1,7 @@
 """The commands: flags to a frozen config, bad input to one line and exit code 2."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -17,7 +18,12 @@ from gsrq_jax.models import generation, loading, text, training
 Config = TypeVar("Config")
 
 
-def run(config: type[Config], action: Callable[[Config], Any], arguments: list[str] | None) -> None:
+def run(
+    config: type[Config],
+    action: Callable[[Config], Any],
+    arguments: list[str] | None,
+    after: str = "",
+) -> None:
     """Parse ``arguments`` (None: the command line) into a ``config`` and act on it.
 
     Exits with code 2 and one line on stderr for bad input or a failing disk, 130 when interrupted.
@@ -28,13 +34,17 @@ def run(config: type[Config], action: Callable[[Config], Any], arguments: list[s
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\ninterrupted{after}", file=sys.stderr)
+        if arguments is None:  # JAX stopped amid compiling crashes Python's orderly end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         raise SystemExit(130) from None
 
 
 def train(arguments: list[str] | None = None) -> None:
     """``gsrq-train`` and ``train_codebooks.py``."""
-    run(training.TrainConfig, training.train, arguments)
+    run(training.TrainConfig, training.train, arguments, "; the same command goes on from here")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -371,10 +371,12 @@ def _fitted_shapes(
         InputError: if it cannot be fitted, so that this is known before the samples are taken.
     """
     heads = (count, model.config.kv_heads)
-    vectors = jax.ShapeDtypeStruct((*heads, spec.head_dim), jnp.bfloat16)
-    norms = jax.ShapeDtypeStruct(heads, jnp.float32)
-    positions = jax.ShapeDtypeStruct((count,), jnp.int32)
-    samples = LayerSamples(vectors, vectors, norms, norms, positions)
+
+    def shape(dtype: jax.typing.DTypeLike, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    vectors, norms = shape(jnp.bfloat16, *heads, spec.head_dim), shape(jnp.float32, *heads)
+    samples = LayerSamples(vectors, vectors, norms, norms, shape(jnp.int32, count))
     return jax.eval_shape(functools.partial(_fit_one, config, spec, model, 0), samples)
 
 

@@ -5,8 +5,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from gsrq_jax import codebook
 from gsrq_jax.calibration import SampleStore
-from gsrq_jax.models import commands, evaluation
+from gsrq_jax.models import commands, evaluation, generation
 
 ROOT = Path(__file__).parents[2]
 
@@ -294,6 +296,33 @@ def test_script_itself():
     assert not (ROOT / "tests" / "runs").exists()
 
 
+def test_interrupt_of_the_script_itself(tiny_model, tmp_path):
+    """Amid the compilation for the first sequence, where JAX is least ready for it."""
+    progress = tmp_path / "run/work/samples/progress.json"
+    # Background jobs of some shells ignore Ctrl-C, and so would a child of this test.
+    code = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = ("--model", tiny_model, "--out", tmp_path / "run", *tiny.FLAGS)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, ROOT / "train_codebooks.py", *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        for _ in range(600):
+            if progress.exists() or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(0.4)
+        run.send_signal(signal.SIGINT)
+        _, written = run.communicate(timeout=60)
+    assert run.returncode == 130, written
+    assert written.endswith("interrupted; the same command goes on from here\n")
+    assert json.loads(progress.read_text())["done"] < 8
+
+
 # Generation
 
 
@@ -325,6 +354,17 @@ def test_generation_with_both_caches(tiny_run, tiny_model, capsys):
 )
 def test_unusable_flags_of_generation(refused, tiny_model, flags, words):
     assert words in refused(commands.generate, "--model", tiny_model, *flags, "A prompt")
+
+
+def test_interrupt_of_generation(tiny_model, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation.Generator, "__call__", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        commands.generate(["--model", str(tiny_model), "A prompt"])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_prompt_beyond_the_context(refused, tiny_model):
