@@ -107,9 +107,8 @@ def _attend_past(
     if implementation == "codes":
         start = origin(spec, position[:, 0])
         framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
-        shift = rotate(
-            codebooks.key_mean[:, None, None], position - start[:, None], codebooks.inv_freq
-        )
+        ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
+        shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
         return reference.attend_codes(
             framed,
             shift,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 def attend_codes(
     query: Float[Array, "B T H q N d"],
-    shift: Float[Array, "H N b d"],
+    shift: Float[Array, "H M b d"],
     key_codes: UInt8[Array, "B H N b G R"],
     value_codes: UInt8[Array, "B H N b G R"],
     key_codewords: Float[Array, "H G R K g"],
@@ -28,7 +28,7 @@ def attend_codes(
 
     Args:
         query: scaled queries in each block's frame, float32.
-        shift: what the mean key adds, in the same frame.
+        shift: what the mean key adds to the keys of each block (M = N), or of any (M = 1).
         key_codes: codeword indices of the keys.
         value_codes: codeword indices of the values.
         key_codewords: of this layer.
@@ -53,7 +53,11 @@ def attend_codes(
     codes = jnp.moveaxis(key_codes.reshape(batch, heads, n, b, G * R), -1, -2)
     looked_up = jnp.take_along_axis(table, codes[..., None, :].astype(jnp.int32), axis=-1)
     scores = looked_up.sum(axis=3).reshape(batch, heads, n, tokens, group, b)
-    scores += jnp.einsum("BTHqNd,HNbd->BHNTqb", query, shift, precision=exact)
+    by_block = jnp.transpose(query, (0, 2, 4, 1, 3, 5)).reshape(
+        batch, heads, n, tokens * group, G * g
+    )
+    shared = jnp.matmul(by_block, jnp.swapaxes(shift, -1, -2), precision=exact)
+    scores += shared.reshape(batch, heads, n, tokens, group, b)
     weights, total, top = _softmax_parts(scores, blocks)
 
     # Histogram of probability over codewords, then one product with the codebook.

@@ -292,6 +292,15 @@ def test_coded_and_exact_parts_merge():
     check(got, want)
 
 
+def test_a_shift_of_all_blocks_is_given_once():
+    x = {name: jnp.asarray(a) for name, a in make(SHAPES["groups, ragged"]).items()}
+    once = x["shift"][:, :1]
+    repeated = jnp.broadcast_to(once, x["shift"].shape)
+    got, want = (attend_codes(**(x | {"shift": s})) for s in (once, repeated))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 # --- annotations ----------------------------------------------------------------------------------
 
 
@@ -311,7 +320,7 @@ def test_annotations_hold_for_what_goes_in_and_comes_out():
     x["value_codes"], x["value_codewords"] = x["key_codes"], x["key_codewords"]
     out = attend_codes(**x)
     assert fits(reference.attend_codes, x, out)
-    assert not fits(reference.attend_codes, x | {"shift": x["shift"][:, :-1]}, out)
+    assert not fits(reference.attend_codes, x | {"shift": x["shift"][:, :, :-1]}, out)
     assert not fits(reference.attend_codes, x, out[::-1])
     keys, values = (jnp.asarray(a, jnp.float32) for a in written_out(x))
     y = {"query": x["query"], "keys": keys, "values": values, "blocks": x["blocks"]}
