@@ -4,18 +4,20 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 CODE := gsrq_jax models kernels tests $(wildcard *.py tools benchmarks)
-PROMPT ?= The history of the city begins with
+PROMPT ?= What does this text allow me to do, and under which conditions?
 
 .PHONY: demo test format lint typecheck clean
 
 ## demo: learn codebooks for the demo model, then generate with them beside full precision
 demo: $(VENV)/.installed
 	$(BIN)/python train_codebooks.py
-	$(BIN)/gsrq-generate --codebooks runs/demo/codebooks --compare "$(PROMPT)"
+	$(BIN)/gsrq-generate --codebooks runs/demo/codebooks --context LICENSE --compare \
+		--max-new-tokens 64 "$(PROMPT)"
 
-## test: the whole suite, with the coverage of what it runs
+## test: the whole suite; at least 90 % of the lines of gsrq_jax and models must run
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 \
+		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(CODE)

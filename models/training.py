@@ -85,7 +85,7 @@ class TrainConfig:
     block: int = 128
     window: int = 128
     sinks: int = 4
-    tokens: int = 12_288
+    tokens: int = 8_192
     length: int = 1024
     weights: Literal["gradient", "none"] = "gradient"
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
@@ -93,7 +93,7 @@ class TrainConfig:
     distill_batch: int = 4
     distill_rate: float = 0.01
     eval_text: str | None = None
-    eval_sequences: int = 4
+    eval_sequences: int = 2
     eval_length: int = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
