@@ -61,7 +61,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays, window and sinks included, codebooks not."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def replace(self, **arrays: Any) -> Self:
         """A copy with some arrays changed."""
