@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gsrq_jax.cache import (
     KVCache,
     blocks_after,
+    check_spec,
     decode_tokens,
     encode_tokens,
     exact_tokens,
@@ -63,11 +64,7 @@ def attend(
         InputError: if specs or shapes do not fit, or ``codes`` is asked for in the ``pre`` frame.
     """
     spec = cache.spec
-    if (codebooks.spec if codebooks is not None else None) != spec:
-        raise InputError(
-            f"the cache was made for [{spec or 'full precision'}], the codebooks for "
-            f"[{codebooks.spec if codebooks is not None else 'full precision'}]; use one spec"
-        )
+    check_spec(cache, codebooks)
     if cache.length.ndim != 1:
         raise InputError(
             "attend takes one layer's cache; scan or vmap over the layers of a stacked one"

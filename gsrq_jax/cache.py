@@ -222,6 +222,20 @@ def decode_tokens(
     return keys, decode(value_codes, codebooks.value, spec.value)
 
 
+def check_spec(cache: KVCache, codebooks: Codebooks | None) -> None:
+    """Refuse codebooks of another spec than the cache's.
+
+    Raises:
+        InputError: naming both.
+    """
+    ours = codebooks.spec if codebooks is not None else None
+    if ours != cache.spec:
+        raise InputError(
+            f"the cache was made for [{cache.spec or 'full precision'}], the codebooks for "
+            f"[{ours or 'full precision'}]; use one spec"
+        )
+
+
 # --- append ---------------------------------------------------------------------------------------
 
 
@@ -260,11 +274,7 @@ def append(
         raise InputError(
             f"keys {k.shape} and values {v.shape} do not fit this cache, which takes {held}"
         )
-    if (codebooks.spec if codebooks is not None else None) != spec:
-        raise InputError(
-            f"the cache was made for [{spec or 'full precision'}], the codebooks for "
-            f"[{codebooks.spec if codebooks is not None else 'full precision'}]; use one spec"
-        )
+    check_spec(cache, codebooks)
     if not tokens:
         return cache
     new = jnp.full((batch,), tokens, jnp.int32) if count is None else count.astype(jnp.int32)
