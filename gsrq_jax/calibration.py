@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pathlib
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -228,3 +228,17 @@ class SampleStore:
         new = self._progress.with_suffix(".new")
         new.write_text(json.dumps({"done": done, "sizes": sizes}))
         os.replace(new, self._progress)
+
+
+def save_leaves(path: pathlib.Path, tree: Any) -> None:
+    """Write the arrays of a pytree to an npz file that appears whole or not at all."""
+    new = path.with_suffix(".new")
+    with new.open("wb") as stream:
+        np.savez(stream, *(np.asarray(x) for x in jax.tree.leaves(tree)))
+    os.replace(new, path)
+
+
+def load_leaves(path: pathlib.Path) -> list[np.ndarray]:
+    """The arrays that `save_leaves` wrote, in order."""
+    with np.load(path) as saved:
+        return [saved[name] for name in saved.files]

@@ -1,7 +1,6 @@
 """Codebooks refined so that the model over its cache predicts what it does at full precision."""
 
 import functools
-import os
 import pathlib
 
 import jax
@@ -11,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from gsrq_jax import distill
+from gsrq_jax import calibration, distill
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.models import evaluation
 from gsrq_jax.models.loading import LoadedModel
@@ -55,8 +54,7 @@ def refine(
     file = work / "distill.npz"
     done = 0
     if file.exists():
-        with np.load(file) as saved:
-            *leaves, count = (jnp.asarray(saved[name]) for name in saved.files)
+        *leaves, count = map(jnp.asarray, calibration.load_leaves(file))
         state, done = jax.tree.unflatten(jax.tree.structure(state), leaves), int(count)
 
     bar = tqdm(range(done, steps), initial=done, total=steps, desc="distil", unit="step")
@@ -64,10 +62,7 @@ def refine(
         state, value = step(codebooks, state, tokens[_rows(len(tokens), batch, index, seed)])
         bar.set_postfix(kl=f"{float(value):.4f}")
         if (index + 1) % _SAVE_EVERY == 0 or index + 1 == steps:
-            new = file.with_suffix(".new")
-            with new.open("wb") as stream:
-                np.savez(stream, *(np.asarray(x) for x in jax.tree.leaves(state)), index + 1)
-            os.replace(new, file)
+            calibration.save_leaves(file, (state, index + 1))
     return distill.moved(codebooks, state.moves)
 
 

@@ -394,12 +394,8 @@ def _fit(
         file = work / f"layer-{index:03}.npz"
         if not file.exists():
             fitted = _fit_one(config, spec, model, index, store.layer(index))
-            new = file.with_suffix(".new")
-            with new.open("wb") as stream:
-                np.savez(stream, *(np.asarray(x) for x in jax.tree.leaves(fitted)))
-            os.replace(new, file)
-        with np.load(file) as saved:
-            layers.append(jax.tree.unflatten(tree, [saved[name] for name in saved.files]))
+            calibration.save_leaves(file, fitted)
+        layers.append(jax.tree.unflatten(tree, calibration.load_leaves(file)))
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
