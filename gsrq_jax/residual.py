@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError
 from gsrq_jax.kmeans import CHUNK, AxisName, Rule, ShapeUpdate, assign, cluster, nearest
+from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec
 
 
@@ -53,7 +54,7 @@ def fit(
     rng: PRNGKeyArray,
     points: Float[Array, "*lead n d"],
     spec: ResidualSpec,
-    weights: Float[Array, "*lead n"] | None = None,
+    weights: Float[Array, "*lead n"] | Float[Array, "*lead n groups"] | None = None,
     *,
     rule: Rule = "gskm",
     shape_update: ShapeUpdate = "unit",
@@ -69,7 +70,8 @@ def fit(
         rng: key.
         points: ``[*lead, n, d]``, any float type; with ``axis_name`` this device's share of them.
         spec: the code; ``spec.dim`` is ``d``.
-        weights: ``[*lead, n]``, not negative; points of weight 0 may hold anything.
+        weights: ``[*lead, n]``, or ``[*lead, n, groups]`` where each group of a point has its own;
+            not negative. What has weight 0 may hold anything.
         rule: ``gskm`` (paper), ``kmeans`` or ``spherical``; see `gsrq_jax.kmeans`.
         shape_update: for ``gskm``.
         iterations: passes over the points in each stage, after the spherical start.
@@ -91,10 +93,14 @@ def fit(
         raise InputError(f"the spec is for {spec.dim} channels, but the points have {d}")
     if weights is None:
         weights = jnp.ones(points.shape[:-1])
-    if weights.shape != points.shape[:-1]:
+    each = (*points.shape[:-1], spec.groups)
+    if weights.shape not in (each, each[:-1]):
         raise InputError(
-            f"weights must have the shape {points.shape[:-1]}, got {weights.shape}: one a point"
+            f"weights must have the shape {each[:-1]}, one a point, or {each}, one a group of it, "
+            f"got {weights.shape}"
         )
+    if weights.ndim < len(each):
+        weights = jnp.broadcast_to(weights[..., None], each)
     problem = functools.partial(
         _fit_stages,
         spec=spec,
@@ -111,13 +117,13 @@ def fit(
         ),
         chunk=chunk,
     )
-    weights = weights.reshape(-1, n)
+    weights = weights.reshape(-1, n, spec.groups)
     points = points.reshape(len(weights), n, spec.groups, spec.group)
     keys = jax.random.split(rng, (len(weights), spec.groups))
 
     def of_problem(problem_index: Array) -> tuple[Array, FitReport]:
         i, group = problem_index // spec.groups, problem_index % spec.groups
-        return problem(keys[i, group], points[i, :, group], weights[i])
+        return problem(keys[i, group], points[i, :, group], weights[i, :, group])
 
     problems = jnp.arange(len(weights) * spec.groups)
     if batch_size is None or batch_size >= len(problems):
@@ -168,36 +174,37 @@ def encode(
     codewords: Float[Array, "*lead groups stages k g"],
     *,
     chunk: int | None = None,
-) -> UInt8[Array, "*lead n groups stages"]:
+) -> UInt[Array, "*lead n groups stages"]:
     """The nearest codeword of each stage in turn (greedy).
 
     Args:
         x: ``[*lead, n, d]``, any float type.
-        codewords: ``[*lead, groups, stages, K, g]``, ``groups·g = d``, ``K`` at most 256.
+        codewords: ``[*lead, groups, stages, K, g]``, ``groups·g = d``, ``K`` at most 65536.
         chunk: vectors (of each lead) handled at a time; None means all at once, which holds
             ``[*lead, groups, n, K]`` floats.
 
     Returns:
-        ``[*lead, n, groups, stages]`` uint8.
+        ``[*lead, n, groups, stages]`` uint8, or uint16 where ``K`` is above 256.
 
     Raises:
         InputError: if the shapes do not fit.
     """
     *lead, n, d = x.shape
     *code_lead, groups, _, k, group = codewords.shape
-    if d != groups * group or lead != code_lead or k > 256:
+    if d != groups * group or lead != code_lead or k > 65536:
         raise InputError(
             f"codewords of shape {codewords.shape} cannot encode vectors of shape {x.shape}: "
-            "leading axes must be equal, groups × group must be the vector's size, K at most 256"
+            "leading axes must be equal, groups × group must be the vector's size, K at most 65536"
         )
     by_stage = jnp.moveaxis(codewords.astype(jnp.float32), -3, 0)  # [R, *lead, G, K, g]
+    dtype = code_dtype((k - 1).bit_length())
 
     def of_chunk(x: Array) -> Array:
         x = x.astype(jnp.float32).reshape(*lead, -1, groups, group)
 
         def stage(residual: Array, words: Array) -> tuple[Array, Array]:
             code, _ = nearest(residual, words)
-            return residual - _take(words, code), code.astype(jnp.uint8)
+            return residual - _take(words, code), code.astype(dtype)
 
         _, codes = lax.scan(stage, jnp.swapaxes(x, -3, -2), by_stage)  # [R, *lead, G, n]
         return jnp.moveaxis(codes, (0, -2), (-1, -2))
@@ -212,14 +219,14 @@ def encode(
 
 
 def decode(
-    codes: UInt8[Array, "*lead n groups stages"],
+    codes: UInt[Array, "*lead n groups stages"],
     codewords: Float[Array, "*lead groups stages k g"],
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "*lead n d"]:
     """The sum of the coded codewords; differentiable in ``codewords``.
 
     Args:
-        codes: ``[*lead, n, groups, stages]`` uint8.
+        codes: ``[*lead, n, groups, stages]`` as `encode` gives them.
         codewords: ``[*lead, groups, stages, K, g]``.
         dtype: of the result; sums are in float32.
 

@@ -7,14 +7,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.packing import pack, unpack
+from gsrq_jax.packing import code_dtype, pack, unpack
 
 
 @st.composite
 def coded(draw):
-    bits = draw(st.integers(1, 8))
+    bits = draw(st.integers(1, 16))
     shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=7))
-    return draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1))), bits
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    return draw(hnp.arrays(dtype, shape, elements=st.integers(0, 2**bits - 1))), bits
 
 
 @given(coded())
@@ -24,15 +25,17 @@ def test_round_trip_and_stream(case):
     n = codes.shape[-1]
     packed = np.asarray(pack(jnp.asarray(codes), bits))
     assert packed.shape == (*codes.shape[:-1], -(-n * bits // 8))
-    np.testing.assert_array_equal(unpack(jnp.asarray(packed), n, bits), codes)
+    unpacked = unpack(jnp.asarray(packed), n, bits)
+    assert unpacked.dtype == code_dtype(bits) == codes.dtype
+    np.testing.assert_array_equal(unpacked, codes)
     row, first = packed.reshape(-1, packed.shape[-1])[0], codes.reshape(-1, n)[0]
     stream = sum(int(code) << (i * bits) for i, code in enumerate(first))
     assert int.from_bytes(row.tobytes(), "little") == stream
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8, 11])
 def test_jit(bits):
-    codes = jnp.arange(24, dtype=jnp.uint8).reshape(2, 12) % 2**bits
+    codes = (85 * jnp.arange(24).reshape(2, 12) % 2**bits).astype(code_dtype(bits))
     packed = jax.jit(pack, static_argnums=1)(codes, bits)
     np.testing.assert_array_equal(jax.jit(unpack, static_argnums=(1, 2))(packed, 12, bits), codes)
 
@@ -43,10 +46,14 @@ def test_high_bits_are_dropped():
 
 def test_bad_input():
     codes = jnp.zeros((2, 5), jnp.uint8)
-    for bits in (0, 9):
-        with pytest.raises(InputError, match="1 to 8 bits"):
+    for bits in (0, 17):
+        with pytest.raises(InputError, match="1 to 16 bits"):
             pack(codes, bits)
-    with pytest.raises(InputError, match="uint8"):
+    with pytest.raises(InputError, match="uint8 is needed here, got int32"):
         pack(codes.astype(jnp.int32), 4)
+    with pytest.raises(InputError, match="uint16 is needed here, got uint8"):
+        pack(codes, 11)
+    with pytest.raises(InputError, match="uint8 is needed here, got uint16"):
+        unpack(codes.astype(jnp.uint16), 5, 11)
     with pytest.raises(InputError, match="take 3 bytes"):
         unpack(codes, 5, 4)
