@@ -375,7 +375,7 @@ def _sweep(
         error = w * jnp.maximum(size * size - score, 0)
         reach = length[code]
         cosine = (score + reach * reach) / jnp.maximum(2 * size * reach, _TINY)
-        sums = functools.partial(_cell_sums, code=code, k=len(length))
+        sums = functools.partial(cell_sums, code=code, k=len(length))
         new = {
             "point": sums(w[:, None] * x),
             "direction": sums(w[:, None] * direction),
@@ -433,7 +433,7 @@ def _unit(x: Array) -> Array:
     return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True)), _TINY)
 
 
-def _cell_sums(values: Array, code: Array, k: int) -> Array:
+def cell_sums(values: Array, code: Array, k: int) -> Array:
     """``[k, f]`` sums of ``[n, f]`` rows by code. Only the CPU is fast at adding row by row, and
     only there is the order of the additions fixed."""
 

@@ -22,7 +22,7 @@ class ResidualSpec:
         dim: channels of a vector (head_dim).
         group: channels quantised together; divides ``dim``. ``dim`` itself is the default choice.
         stages: residual stages, each one codeword index per group.
-        codewords: codewords of a stage, a power of two from 2 to 256.
+        codewords: codewords of a stage, a power of two from 2 to 65536.
 
     Raises:
         InputError: if the numbers do not fit each other.
@@ -41,9 +41,9 @@ class ResidualSpec:
             )
         if self.stages < 1:
             raise InputError(f"stages must be at least 1, got {self.stages}")
-        if not 2 <= self.codewords <= 256 or self.codewords & (self.codewords - 1):
+        if not 2 <= self.codewords <= 65536 or self.codewords & (self.codewords - 1):
             raise InputError(
-                f"codewords must be a power of two from 2 to 256, got {self.codewords}"
+                f"codewords must be a power of two from 2 to 65536, got {self.codewords}"
             )
 
     @classmethod

@@ -49,7 +49,7 @@ class TrainConfig:
         split: split of the data set.
         bits: nominal bits a number, if ``stages`` is not given.
         stages: residual stages, instead of ``bits``.
-        codewords: codewords of a stage, a power of two up to 256.
+        codewords: codewords of a stage, a power of two up to 65536.
         group: channels quantised together; whole heads if not given.
         frame: rotary frame of the keys: ``block``, ``pre`` (before RoPE) or ``post``.
         block: tokens that are encoded together.
