@@ -11,21 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gsrq_jax.cache import (
-    KVCache,
-    blocks_after,
-    check_spec,
-    decode_tokens,
-    encode_tokens,
-    exact_tokens,
-    origin,
-    unpack,
-)
-from gsrq_jax.codebook import Codebooks
+from gsrq_jax.cache import KVCache, blocks_after, check_spec, coded_tokens, exact_tokens
+from gsrq_jax.codebook import Codebooks, unpack
+from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
+from gsrq_jax.frame import origin
 from gsrq_jax.kernels import reference
 from gsrq_jax.rope import rotate
-from gsrq_jax.spec import QuantSpec
+from gsrq_jax.spec import CacheSpec
 
 Implementation = Literal["codes", "decoded"]
 
@@ -35,7 +28,7 @@ def attend(
     k: Float[Array, "B T H d"],
     v: Float[Array, "B T H d"],
     cache: KVCache,
-    codebooks: Codebooks | None = None,
+    codec: Codec | None = None,
     count: Int[Array, " B"] | None = None,
     *,
     implementation: Implementation | None = None,
@@ -50,21 +43,20 @@ def attend(
         k: keys of the same tokens, rotated.
         v: values of the same tokens.
         cache: one layer's cache.
-        codebooks: that layer's codebooks; None for a cache without a spec.
+        codec: that layer's codebooks, or another codec; None for a cache without a spec.
         count: new tokens of each sequence, at most T; keys and values after them are padding, never
             read (they may be NaN), and outputs after them mean nothing. None means T each.
         implementation: ``codes`` scores through tables and sums values through histograms;
-            ``decoded`` writes keys and values out, in every frame. None chooses: ``codes`` for one
-            new token where the frame shares its tables between the tokens of a block.
+            ``decoded`` writes keys and values out, for every codec. None chooses: ``codes`` for one
+            new token and codebooks whose frame shares its tables between the tokens of a block.
 
     Returns:
         In the dtype of q.
 
     Raises:
-        InputError: if specs or shapes do not fit, or ``codes`` is asked for in the ``pre`` frame.
+        InputError: if specs or shapes do not fit, or ``codes`` is asked for where it cannot be had.
     """
-    spec = cache.spec
-    check_spec(cache, codebooks)
+    check_spec(cache, codec)
     if cache.length.ndim != 1:
         raise InputError(
             "attend takes one layer's cache; scan or vmap over the layers of a stacked one"
@@ -82,53 +74,54 @@ def attend(
         reference.attend_exact(query, k, v, themselves),
         reference.attend_exact(query, keys, values, cached),
     ]
-    if spec is not None and codebooks is not None and cache.key_codes.shape[2]:
+    if codec is not None and cache.blocks:
+        shared = isinstance(codec, Codebooks) and codec.spec.frame != "pre"
         if implementation is None:
-            implementation = "codes" if tokens == 1 and spec.frame != "pre" else "decoded"
-        if implementation == "codes" and spec.frame == "pre":
-            raise InputError(
-                "frame 'pre' gives every token a table of its own; use implementation='decoded' "
-                "or frame 'block'"
-            )
-        parts.append(_attend_past(query, cache, codebooks, spec, implementation))
+            implementation = "codes" if tokens == 1 and shared else "decoded"
+        match implementation:
+            case "codes" if isinstance(codec, Codebooks) and shared:
+                parts.append(_attend_codes(query, cache, codec))
+            case "codes":
+                raise InputError(
+                    "implementation 'codes' is for codebooks in frame 'block' or 'post' (in frame "
+                    "'pre' every token has a table of its own); use 'decoded'"
+                )
+            case "decoded":
+                parts.append(_attend_decoded(query, cache, codec))
+            case _:
+                raise InputError(
+                    f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'"
+                )
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _attend_past(
-    query: Array, cache: KVCache, codebooks: Codebooks, spec: QuantSpec, implementation: str
-) -> tuple[Array, Array]:
-    blocks, block = cache.key_codes.shape[2:4]
-    valid = blocks_after(spec, cache.length)
-    position = spec.sinks + jnp.arange(blocks * block).reshape(blocks, block)
-    if implementation == "codes":
-        start = origin(spec, position[:, 0])
-        framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
-        ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
-        shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
-        return reference.attend_codes(
-            framed,
-            shift,
-            unpack(cache.key_codes, spec.key),
-            unpack(cache.value_codes, spec.value),
-            codebooks.key,
-            codebooks.value,
-            valid,
-        )
-    if implementation != "decoded":
-        raise InputError(f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'")
-
-    def tokens_first(codes: Array) -> Array:  # [B, H, N, b, bytes] -> [B, N, b, H, bytes]
-        return jnp.moveaxis(codes, 1, 3)
-
-    keys, values = decode_tokens(
-        tokens_first(cache.key_codes), tokens_first(cache.value_codes), position, codebooks
+def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> tuple[Array, Array]:
+    spec = codebooks.spec
+    position = spec.sinks + jnp.arange(cache.blocks * spec.block).reshape(-1, spec.block)
+    start = origin(spec, position[:, 0])
+    framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
+    ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
+    shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
+    return reference.attend_codes(
+        framed,
+        shift,
+        unpack(cache.key_codes, spec.key),
+        unpack(cache.value_codes, spec.value),
+        codebooks.key,
+        codebooks.value,
+        blocks_after(spec, cache.length),
     )
+
+
+def _attend_decoded(query: Array, cache: KVCache, codec: Codec) -> tuple[Array, Array]:
+    keys, values = coded_tokens(cache, codec)
+    query = query[..., None, :]
     return reference.attend_decoded(
-        jnp.broadcast_to(query[..., None, :], (*query.shape[:-1], blocks, query.shape[-1])),
+        jnp.broadcast_to(query, (*query.shape[:-2], cache.blocks, query.shape[-1])),
         jnp.moveaxis(keys, 3, 1),
         jnp.moveaxis(values, 3, 1),
-        valid,
+        blocks_after(codec.spec, cache.length),
     )
 
 
@@ -147,14 +140,21 @@ def causal(
 
 
 def was_coded(
-    spec: QuantSpec, query: Int[Array, " T"], key: Int[Array, " n"], *, every: int
+    spec: CacheSpec,
+    query: Int[Array, " T"],
+    key: Int[Array, " n"],
+    *,
+    every: int,
+    window: Int[Array, ""] | None = None,
 ) -> Bool[Array, "T n"]:
     """Whether a cache that encodes ``every`` tokens at a time shows key j as a code to query i.
 
     At query i the cache holds i tokens; i's own key is exact. ``every = spec.block`` is the decode
-    loop, ``every = 1`` its worst case: exactly ``window`` past tokens exact.
+    loop, ``every = 1`` its worst case: exactly ``window`` past tokens exact. ``window``: instead of
+    the spec's.
     """
-    coded = spec.sinks + jnp.maximum(query - spec.sinks - spec.window, 0) // every * every
+    window = spec.window if window is None else window
+    coded = spec.sinks + jnp.maximum(query - spec.sinks - window, 0) // every * every
     return (key >= spec.sinks) & (key < coded[:, None])
 
 
@@ -162,28 +162,26 @@ def attend_as_cached(
     q: Float[Array, "B T Q d"],
     k: Float[Array, "B T H d"],
     v: Float[Array, "B T H d"],
-    codebooks: Codebooks,
+    codec: Codec,
     *,
     every: int = 1,
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T Q d"]:
     """Causal attention of a whole sequence, each query seeing what a cache would show it.
 
     One teacher-forced pass for measuring fidelity. Each past key and value is exact or its decoded
-    code by `was_coded`; ``every`` as there.
+    code by `was_coded`; ``every`` and ``window`` as there.
     """
-    spec = codebooks.spec
     batch, tokens, _, dim = q.shape
     heads = k.shape[2]
     position = jnp.arange(tokens)
-    at = jnp.broadcast_to(position, (batch, tokens))
-    key_codes, value_codes = encode_tokens(k, v, at, codebooks)
-    old_k, old_v = decode_tokens(key_codes, value_codes, at, codebooks)
+    old_k, old_v = remembered(k, v, codec)
     exact_k, exact_v = k.astype(jnp.float32), v.astype(jnp.float32)
 
     def rows(query: Array, at: Array) -> Array:
         query = query.astype(jnp.float32) * reference.scale_of(dim)
         query = query.reshape(batch, -1, heads, query.shape[2] // heads, dim)
-        coded = was_coded(spec, at, position, every=every)
+        coded = was_coded(codec.spec, at, position, every=every, window=window)
         new = jnp.einsum("BTHqd,BnHd->BHqTn", query, exact_k)
         old = jnp.einsum("BTHqd,BnHd->BHqTn", query, old_k)
         seen = at[:, None] >= position

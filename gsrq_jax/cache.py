@@ -10,18 +10,15 @@ blocks of b tokens.
 """
 
 import dataclasses
-import math
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
-from gsrq_jax import packing, residual
-from gsrq_jax.codebook import Codebooks
+from gsrq_jax.codec import Codec, Codes
 from gsrq_jax.errors import InputError
-from gsrq_jax.rope import rotate
-from gsrq_jax.spec import QuantSpec, ResidualSpec
+from gsrq_jax.spec import CacheSpec
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +33,8 @@ class KVCache:
     Attributes:
         sink_key, sink_value: ``[B, S, H, d]``, the first tokens.
         window_key, window_value: ``[B, C, H, d]``, a ring of ``window + block`` slots.
-        key_codes, value_codes: uint8 ``[B, H, N, b, bytes]``, packed codes.
+        key_codes, value_codes: the codec's codes, arrays ``[B, H, N, *shape]``; for residual codes
+            uint8 ``[B, H, N, b, bytes]``.
         length: int32 ``[B]``, tokens so far.
         spec: the quantisation, or None for a cache at full precision (S = N = 0).
     """
@@ -45,18 +43,22 @@ class KVCache:
     sink_value: Array
     window_key: Array
     window_value: Array
-    key_codes: Array
-    value_codes: Array
+    key_codes: Codes
+    value_codes: Codes
     length: Array
-    spec: QuantSpec | None = dataclasses.field(metadata={"static": True})
+    spec: CacheSpec | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def blocks(self) -> int:
+        """Coded blocks that a sequence can hold."""
+        return jax.tree.leaves(self.key_codes)[0].shape[self.length.ndim + 1]
 
     @property
     def capacity(self) -> int:
         """Tokens that a sequence can hold."""
         if self.spec is None:
             return self.window_key.shape[-3]
-        blocks, block = self.key_codes.shape[-3:-1]
-        return self.spec.sinks + self.spec.window + (blocks + 1) * block - 1
+        return self.spec.sinks + self.spec.window + (self.blocks + 1) * self.spec.block - 1
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +71,7 @@ class KVCache:
 
 
 def init_cache(
-    spec: QuantSpec | None,
+    spec: CacheSpec | None,
     *,
     batch: int,
     kv_heads: int,
@@ -104,134 +106,45 @@ def init_cache(
     def exact(slots: int) -> Array:
         return jnp.zeros((*lead, batch, slots, kv_heads, head_dim), dtype)
 
-    def coded(code: ResidualSpec | None) -> Array:
-        if spec is None or code is None:
-            return jnp.zeros((*lead, batch, kv_heads, 0, 1, 1), jnp.uint8)
+    if spec is None:
+        sinks, ring, blocks = 0, max_length, 0
+        shapes: tuple[Codes, Codes] = (jax.ShapeDtypeStruct((), jnp.uint8),) * 2
+    else:
+        sinks, ring = spec.sinks, spec.ring
         blocks = max(0, max_length - spec.sinks - spec.window) // spec.block
-        return jnp.zeros((*lead, batch, kv_heads, blocks, spec.block, code.nbytes), jnp.uint8)
-
-    sinks, ring = (0, max_length) if spec is None else (spec.sinks, spec.ring)
+        shapes = spec.code_shapes()
+    key_codes, value_codes = jax.tree.map(
+        lambda s: jnp.zeros((*lead, batch, kv_heads, blocks, *s.shape), s.dtype), shapes
+    )
     return KVCache(
         sink_key=exact(sinks),
         sink_value=exact(sinks),
         window_key=exact(ring),
         window_value=exact(ring),
-        key_codes=coded(spec.key if spec else None),
-        value_codes=coded(spec.value if spec else None),
+        key_codes=key_codes,
+        value_codes=value_codes,
         length=jnp.zeros((*lead, batch), jnp.int32),
         spec=spec,
     )
 
 
-def blocks_after(spec: QuantSpec | None, length: Int[Array, "..."]) -> Int[Array, "..."]:
+def blocks_after(spec: CacheSpec | None, length: Int[Array, "..."]) -> Int[Array, "..."]:
     """Coded blocks once ``length`` tokens are in the cache."""
     if spec is None:
         return jnp.zeros_like(length)
     return jnp.maximum(length - spec.sinks - spec.window, 0) // spec.block
 
 
-# --- the frame of the keys ------------------------------------------------------------------------
-
-
-def origin(spec: QuantSpec, positions: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Position up to which a key's rotation is undone before it is quantised."""
-    match spec.frame:
-        case "block":
-            return positions - (positions - spec.sinks) % spec.block
-        case "pre":
-            return positions
-        case "post":
-            return jnp.zeros_like(positions)
-
-
-def to_frame(
-    key: Float[Array, "... T H d"],
-    positions: Int[Array, "... T"],
-    spec: QuantSpec,
-    mean: Float[Array, "H d"],
-    inv_freq: Float[Array, " d/2"],
-) -> Float[Array, "... T H d"]:
-    """Rotated keys as they are quantised, float32: ``R(-origin) k - R(p - origin) mean``."""
-    start, at = origin(spec, positions)[..., None], positions[..., None]
-    shift = rotate(jnp.broadcast_to(mean, key.shape), at - start, inv_freq)
-    return rotate(key.astype(jnp.float32), -start, inv_freq) - shift
-
-
-def from_frame(
-    framed: Float[Array, "... T H d"],
-    positions: Int[Array, "... T"],
-    spec: QuantSpec,
-    mean: Float[Array, "H d"],
-    inv_freq: Float[Array, " d/2"],
-) -> Float[Array, "... T H d"]:
-    """The inverse of `to_frame`: rotated keys, float32."""
-    start, at = origin(spec, positions)[..., None], positions[..., None]
-    shift = rotate(jnp.broadcast_to(mean, framed.shape), at, inv_freq)
-    return rotate(framed, start, inv_freq) + shift
-
-
-# --- vectors to packed codes and back -------------------------------------------------------------
-
-
-def _encode(
-    x: Float[Array, "... H d"], codewords: Float[Array, "H G R K g"], code: ResidualSpec
-) -> UInt8[Array, "... H bytes"]:
-    heads = x.shape[-2]
-    points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), code.dim)
-    codes = residual.encode(points, codewords)
-    packed = packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
-    return jnp.moveaxis(packed.reshape(heads, *x.shape[:-2], code.nbytes), 0, -2)
-
-
-def unpack(packed: UInt8[Array, "... bytes"], code: ResidualSpec) -> UInt8[Array, "... G R"]:
-    """Codeword indices of packed vectors."""
-    codes = packing.unpack(packed, code.codes, code.code_bits)
-    return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
-
-
-def encode_tokens(
-    k: Float[Array, "... T H d"],
-    v: Float[Array, "... T H d"],
-    positions: Int[Array, "... T"],
-    codebooks: Codebooks,
-) -> tuple[UInt8[Array, "... T H kb"], UInt8[Array, "... T H vb"]]:
-    """Packed codes of rotated keys and of values, with one layer's codebooks."""
-    spec = codebooks.spec
-    framed = to_frame(k, positions, spec, codebooks.key_mean, codebooks.inv_freq)
-    keys = _encode(framed, codebooks.key, spec.key)
-    return keys, _encode(v.astype(jnp.float32), codebooks.value, spec.value)
-
-
-def decode_tokens(
-    key_codes: UInt8[Array, "... T H kb"],
-    value_codes: UInt8[Array, "... T H vb"],
-    positions: Int[Array, "... T"],
-    codebooks: Codebooks,
-) -> tuple[Float[Array, "... T H d"], Float[Array, "... T H d"]]:
-    """Rotated keys and values, float32, that packed codes stand for."""
-    spec = codebooks.spec
-
-    def decode(packed: Array, codewords: Array, code: ResidualSpec) -> Array:
-        codes = jnp.moveaxis(unpack(packed, code), -3, 0)  # [H, ..., T, G, R]
-        flat = codes.reshape(codes.shape[0], math.prod(codes.shape[1:-2]), *codes.shape[-2:])
-        x = residual.decode(flat, codewords)
-        return jnp.moveaxis(x.reshape(*codes.shape[:-2], code.dim), 0, -2)
-
-    framed = decode(key_codes, codebooks.key, spec.key)
-    keys = from_frame(framed, positions, spec, codebooks.key_mean, codebooks.inv_freq)
-    return keys, decode(value_codes, codebooks.value, spec.value)
-
-
-def check_spec(cache: KVCache, codebooks: Codebooks | None) -> None:
-    """Refuse codebooks of another spec than the cache's.
+def check_spec(cache: KVCache, codec: Codec | None) -> None:
+    """Refuse a codec of another spec than the cache's.
 
     Raises:
         InputError: naming both.
     """
-    ours = codebooks.spec if codebooks is not None else None
+    ours = codec.spec if codec is not None else None
     if ours != cache.spec:
         raise InputError(
-            f"the cache was made for [{cache.spec or 'full precision'}], the codebooks for "
+            f"the cache was made for [{cache.spec or 'full precision'}], the codec for "
             f"[{ours or 'full precision'}]; use one spec"
         )
 
@@ -243,7 +156,7 @@ def append(
     cache: KVCache,
     k: Float[Array, "*L B T H d"],
     v: Float[Array, "*L B T H d"],
-    codebooks: Codebooks | None = None,
+    codec: Codec | None = None,
     count: Int[Array, " B"] | None = None,
 ) -> KVCache:
     """The cache with new tokens: one token, a prompt, or anything between, at any length so far.
@@ -257,7 +170,8 @@ def append(
         cache: what there is; donate it where it is not needed any more.
         k: new keys, rotated at their positions ``length … length + T - 1``.
         v: new values.
-        codebooks: of this layer, or stacked like the cache; None for a cache without a spec.
+        codec: codebooks of this layer, or stacked like the cache, or another codec; None for a
+            cache without a spec.
         count: new tokens of each sequence, at most T; the rest of k and v is padding and may be
             NaN. None means T each.
 
@@ -274,7 +188,7 @@ def append(
         raise InputError(
             f"keys {k.shape} and values {v.shape} do not fit this cache, which takes {held}"
         )
-    check_spec(cache, codebooks)
+    check_spec(cache, codec)
     if not tokens:
         return cache
     new = jnp.full((batch,), tokens, jnp.int32) if count is None else count.astype(jnp.int32)
@@ -286,7 +200,7 @@ def append(
             "make it with a larger max_length"
         )
 
-    if cache.key_codes.shape[-3] and spec is not None and codebooks is not None:
+    if spec is not None and codec is not None and cache.blocks:
         stacked = cache.length.ndim == 2
         flush = jax.vmap(_encode_blocks, (0, 0, 0, 0, None)) if stacked else _encode_blocks
         filled = blocks_after(spec, after) > blocks_after(spec, before)
@@ -296,7 +210,7 @@ def append(
             0,
             rounds,
             lambda _, codes: flush(
-                cache.replace(key_codes=codes[0], value_codes=codes[1]), k, v, codebooks, new
+                cache.replace(key_codes=codes[0], value_codes=codes[1]), k, v, codec, new
             ),
             (cache.key_codes, cache.value_codes),
         )
@@ -311,7 +225,7 @@ def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     step = jnp.arange(k.shape[1])
     position = cache.length[:, None] + step  # [B, T]
     real = step < count[:, None]
-    coded = blocks_after(cache.spec, cache.length + count) * cache.key_codes.shape[-2]
+    coded = _coded(cache.spec, cache.length + count)
     recent = real & (position >= sinks + coded[:, None])
     sink_slot = jnp.where(real & (position < sinks), position, sinks)
     ring_slot = jnp.where(recent, (position - sinks) % ring, ring)
@@ -331,11 +245,11 @@ def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
 
 
 def _encode_blocks(
-    cache: KVCache, k: Array, v: Array, codebooks: Codebooks, count: Array
-) -> tuple[Array, Array]:
+    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array
+) -> tuple[Codes, Codes]:
     """One layer: codes with the blocks added that fill once ``count`` new tokens have come."""
-    spec = codebooks.spec
-    tokens, ring, blocks = k.shape[1], cache.window_key.shape[1], cache.key_codes.shape[2]
+    spec = codec.spec
+    tokens, ring, blocks = k.shape[1], cache.window_key.shape[1], cache.blocks
     most = min(-(-tokens // spec.block), blocks)  # the window held window + block - 1 at most
     first = blocks_after(spec, cache.length)[:, None]
     index = first + jnp.arange(most)  # [B, M]
@@ -349,17 +263,19 @@ def _encode_blocks(
         old, late = window[row, offset % ring], fresh[row, new].astype(window.dtype)
         return jnp.where(from_ring[..., None, None], old, late)
 
-    key_codes, value_codes = encode_tokens(
-        gather(cache.window_key, k), gather(cache.window_value, v), position, codebooks
-    )
+    fresh = codec.encode(gather(cache.window_key, k), gather(cache.window_value, v), position)
     done = index < blocks_after(spec, cache.length + count)[:, None]
     target = jnp.where(done, index, blocks)
 
-    def put(codes: Array, fresh: Array) -> Array:  # fresh [B, M, b, H, bytes]
-        moved = jnp.moveaxis(fresh, 3, 2)  # [B, M, H, b, bytes]
-        return codes.at[row[..., 0], :, target].set(moved, mode="drop")
+    def put(codes: Array, fresh: Array) -> Array:  # [B, H, N, …], [B, M, H, …]
+        return codes.at[row[..., 0], :, target].set(fresh.astype(codes.dtype), mode="drop")
 
-    return put(cache.key_codes, key_codes), put(cache.value_codes, value_codes)
+    return jax.tree.map(put, (cache.key_codes, cache.value_codes), fresh)
+
+
+def _coded(spec: CacheSpec | None, length: Array) -> Array:
+    """Coded tokens once ``length`` tokens are in the cache."""
+    return blocks_after(spec, length) * (1 if spec is None else spec.block)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -371,7 +287,7 @@ def exact_tokens(
     """One layer's sinks and window: keys, values (0 where there is none) and which are there."""
     sinks, ring = cache.sink_key.shape[1], cache.window_key.shape[1]
     length = cache.length[:, None]
-    first = blocks_after(cache.spec, length) * cache.key_codes.shape[-2]
+    first = _coded(cache.spec, length)
     slot = jnp.arange(ring)
     offset = first + (slot - first) % ring  # the one position - sinks that slot can hold now
     there = jnp.concatenate([jnp.arange(sinks) < length, offset < length - sinks], axis=1)
@@ -383,28 +299,37 @@ def exact_tokens(
     return keys, join(cache.sink_value, cache.window_value), there
 
 
+def coded_tokens(
+    cache: KVCache, codec: Codec
+) -> tuple[Float[Array, "B N b H d"], Float[Array, "B N b H d"]]:
+    """One layer's blocks written out, float32; those beyond the length mean nothing."""
+    spec = codec.spec
+    batch, blocks = cache.length.shape[0], cache.blocks
+    position = spec.sinks + jnp.arange(blocks * spec.block).reshape(blocks, spec.block)
+    position = jnp.broadcast_to(position, (batch, *position.shape))
+    codes = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (cache.key_codes, cache.value_codes))
+    return codec.decode(*codes, position)
+
+
 def materialize(
-    cache: KVCache, codebooks: Codebooks | None = None
+    cache: KVCache, codec: Codec | None = None
 ) -> tuple[Float[Array, "B n H d"], Float[Array, "B n H d"], Bool[Array, "B n"]]:
     """One layer's cache written out: rotated keys, values, and which entries are tokens.
 
     Order: sinks, ring slots, blocks; attention does not mind. Float32. For tests and for looking
     at what a cache remembers; attention does not need it.
     """
+    check_spec(cache, codec)
     keys, values, there = exact_tokens(cache)
     keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-    if cache.spec is None or codebooks is None:
+    if codec is None:
         return keys, values, there
-    batch, _, blocks, block, _ = cache.key_codes.shape
-    position = cache.spec.sinks + jnp.arange(blocks * block)
 
-    def flat(codes: Array) -> Array:  # [B, H, N, b, bytes] -> [B, N b, H, bytes]
-        return jnp.moveaxis(codes, 1, 3).reshape(batch, blocks * block, codes.shape[1], -1)
+    def flat(x: Array) -> Array:  # [B, N, b, H, d] -> [B, N b, H, d]
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-    old_keys, old_values = decode_tokens(
-        flat(cache.key_codes), flat(cache.value_codes), position, codebooks
-    )
-    coded = jnp.arange(blocks * block) < (blocks_after(cache.spec, cache.length) * block)[:, None]
+    old_keys, old_values = map(flat, coded_tokens(cache, codec))
+    coded = jnp.arange(old_keys.shape[1]) < _coded(cache.spec, cache.length)[:, None]
     return (
         jnp.concatenate([keys, old_keys], axis=1),
         jnp.concatenate([values, old_values], axis=1),

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from gsrq_jax import residual
-from gsrq_jax.cache import to_frame
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
+from gsrq_jax.frame import to_frame
 from gsrq_jax.rope import rotate
 from gsrq_jax.sensitivity import log_smooth
 from gsrq_jax.spec import QuantSpec

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -22,11 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
+from gsrq_jax import packing, residual
 from gsrq_jax.errors import InputError
-from gsrq_jax.spec import QuantSpec
+from gsrq_jax.frame import from_frame, to_frame
+from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 FORMAT = "gsrq-jax codebooks"
 VERSION = 1
@@ -72,6 +75,58 @@ class Codebooks:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.size * x.dtype.itemsize for x in _arrays(self).values())
+
+    def encode(
+        self,
+        k: Float[Array, "*lead b H d"],
+        v: Float[Array, "*lead b H d"],
+        positions: Int[Array, "*lead b"],
+    ) -> tuple[UInt8[Array, "*lead H b kb"], UInt8[Array, "*lead H b vb"]]:
+        """Packed codes of rotated keys and of values, by one layer's codewords, greedily.
+
+        A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do.
+        """
+        framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
+        return (
+            _encode(framed, self.key, self.spec.key),
+            _encode(v.astype(jnp.float32), self.value, self.spec.value),
+        )
+
+    def decode(
+        self,
+        key_codes: UInt8[Array, "*lead H b kb"],
+        value_codes: UInt8[Array, "*lead H b vb"],
+        positions: Int[Array, "*lead b"],
+    ) -> tuple[Float[Array, "*lead b H d"], Float[Array, "*lead b H d"]]:
+        """Rotated keys and values, float32, that packed codes stand for."""
+        framed = _decode(key_codes, self.key, self.spec.key)
+        keys = from_frame(framed, positions, self.spec, self.key_mean, self.inv_freq)
+        return keys, _decode(value_codes, self.value, self.spec.value)
+
+
+def unpack(
+    packed: UInt8[Array, "*lead bytes"], code: ResidualSpec
+) -> UInt8[Array, "*lead groups stages"]:
+    """Codeword indices of packed vectors."""
+    codes = packing.unpack(packed, code.codes, code.code_bits)
+    return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
+
+
+def _encode(x: Array, codewords: Array, code: ResidualSpec) -> Array:
+    """``[*lead, b, H, d]`` to packed ``[*lead, H, b, bytes]``."""
+    heads = x.shape[-2]
+    points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), code.dim)
+    codes = residual.encode(points, codewords)
+    packed = packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
+    return jnp.moveaxis(packed.reshape(heads, *x.shape[:-2], code.nbytes), 0, -3)
+
+
+def _decode(packed: Array, codewords: Array, code: ResidualSpec) -> Array:
+    """The way back: ``[*lead, H, b, bytes]`` to ``[*lead, b, H, d]``, float32."""
+    codes = jnp.moveaxis(unpack(packed, code), -4, 0)  # [H, *lead, b, G, R]
+    flat = codes.reshape(codes.shape[0], math.prod(codes.shape[1:-2]), *codes.shape[-2:])
+    x = residual.decode(flat, codewords)
+    return jnp.moveaxis(x.reshape(*codes.shape[:-2], code.dim), 0, -2)
 
 
 def _arrays(codebooks: Codebooks) -> dict[str, Any]:

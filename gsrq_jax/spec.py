@@ -8,6 +8,9 @@ import dataclasses
 import math
 from typing import Any, Literal, Self
 
+import jax
+import jax.numpy as jnp
+
 from gsrq_jax.errors import InputError
 
 Frame = Literal["block", "pre", "post"]
@@ -95,18 +98,62 @@ class ResidualSpec:
         return self.groups, self.stages, self.codewords, self.group
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What every quantised cache has, whatever fills it; the base of each codec's spec.
+
+    Attributes:
+        block: tokens encoded together.
+        window: recent tokens that stay exact (at least; up to ``window + block - 1`` do).
+        sinks: first tokens of a sequence that stay exact.
+
+    Raises:
+        InputError: if a number is too small.
+    """
+
+    block: int = 128
+    window: int = 128
+    sinks: int = 4
+
+    def __post_init__(self):
+        for name, least in (("block", 1), ("window", 0), ("sinks", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a key or value vector."""
+        raise NotImplementedError
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits a number, keys and values together: codes alone."""
+        raise NotImplementedError
+
+    @property
+    def ring(self) -> int:
+        """Slots of the exact window."""
+        return self.window + self.block
+
+    def code_shapes(self) -> tuple[Any, Any]:
+        """What one head keeps of one block of keys, and of values.
+
+        Pytrees of ``jax.ShapeDtypeStruct``.
+        """
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class QuantSpec:
-    """A quantised KV cache.
+class QuantSpec(CacheSpec):
+    """A KV cache of residual codes.
 
     Attributes:
         key: the code of a key vector.
         value: the code of a value vector, of the same ``dim``.
         frame: rotary frame in which keys are quantised. ``block``: rotated by the offset inside
             its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
-        block: tokens encoded together.
-        window: recent tokens that stay exact (at least; up to ``window + block - 1`` do).
-        sinks: first tokens of a sequence that stay exact.
+
+    ``block``, ``window`` and ``sinks`` are those of `CacheSpec`.
 
     Raises:
         InputError: if the numbers do not fit each other.
@@ -115,11 +162,9 @@ class QuantSpec:
     key: ResidualSpec
     value: ResidualSpec
     frame: Frame = "block"
-    block: int = 128
-    window: int = 128
-    sinks: int = 4
 
     def __post_init__(self):
+        super().__post_init__()
         if self.key.dim != self.value.dim:
             raise InputError(
                 f"keys have {self.key.dim} channels and values {self.value.dim}; "
@@ -127,9 +172,6 @@ class QuantSpec:
             )
         if self.frame not in FRAMES:
             raise InputError(f"unknown frame {self.frame!r}; choose one of {', '.join(FRAMES)}")
-        for name, least in (("block", 1), ("window", 0), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @classmethod
     def from_bits(
@@ -151,14 +193,17 @@ class QuantSpec:
         return self.key.dim
 
     @property
-    def ring(self) -> int:
-        """Slots of the exact window."""
-        return self.window + self.block
-
-    @property
     def bits(self) -> float:
         """Nominal bits a number, keys and values together."""
         return (self.key.bits + self.value.bits) / 2
+
+    def code_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Packed codes of a block: uint8 ``[block, bytes]``, keys and values."""
+        key, value = (
+            jax.ShapeDtypeStruct((self.block, code.nbytes), jnp.uint8)
+            for code in (self.key, self.value)
+        )
+        return key, value
 
     def __str__(self) -> str:
         def code(c: ResidualSpec) -> str:

@@ -8,18 +8,20 @@ past tokens exact, the worst case of a deployed cache). All next-token predictio
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from gsrq_jax.attention import attend_as_cached, causal
-from gsrq_jax.codebook import Codebooks
+from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
+
+Sums = dict[str, Float32[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,34 +48,54 @@ class Fidelity:
         return self.perplexity / self.full_precision - 1
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("every", "chunk", "remat"))
-def compare(
+@functools.partial(jax.jit, static_argnums=0)
+def exact_hidden(
+    graphdef: nnx.GraphDef, params: nnx.State, tokens: Int[Array, "B T"]
+) -> Float[Array, "B T hidden"]:
+    """Hidden states at full precision."""
+    return llama.apply(graphdef, params, tokens, _positions(tokens), _causal)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("every", "remat"))
+def cached_hidden(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     tokens: Int[Array, "B T"],
-    codebooks: Codebooks,
+    codec: Codec,
     *,
     every: int = 1,
+    window: Int[Array, ""] | None = None,
+    remat: bool = False,
+) -> Float[Array, "B T hidden"]:
+    """Hidden states over the cache that ``codec``, stacked, stands for.
+
+    ``window`` replaces the spec's without compiling anew; ``remat`` recomputes activations in the
+    backward pass instead of keeping them.
+    """
+
+    def coded(q: Array, k: Array, v: Array, codec: Codec):
+        return attend_as_cached(q, k, v, codec, every=every, window=window), None
+
+    hidden, _ = llama.apply(graphdef, params, tokens, _positions(tokens), coded, codec, remat=remat)
+    return hidden
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("chunk", "remat"))
+def divergence(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    full: Float[Array, "B T hidden"],
+    ours: Float[Array, "B T hidden"],
+    *,
     chunk: int = 128,
     remat: bool = False,
-) -> dict[str, Float32[Array, ""]]:
+) -> Sums:
     """Sums over the ``B (T - 1)`` predictions: ``nll_full``, ``nll``, ``kl``, ``agree``.
 
-    Logits exist for ``chunk`` positions at a time. ``kl`` is differentiable in the codewords;
-    ``remat`` recomputes activations in the backward pass instead of keeping them.
+    Logits exist for ``chunk`` positions at a time.
     """
     batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-
-    def exact(q: Array, k: Array, v: Array, _: None):
-        return causal(q, k, v), None
-
-    def coded(q: Array, k: Array, v: Array, books: Codebooks):
-        return attend_as_cached(q, k, v, books, every=every), None
-
-    full, _ = llama.apply(graphdef, params, tokens, positions, exact)
-    ours, _ = llama.apply(graphdef, params, tokens, positions, coded, codebooks, remat=remat)
-
     parts = -(-(length - 1) // chunk)
     pad = parts * chunk - (length - 1)
 
@@ -81,7 +103,7 @@ def compare(
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, parts, chunk, *x.shape[2:]), 1, 0)
 
-    def sums(total: dict[str, Array], part: tuple[Array, ...]):
+    def sums(total: Sums, part: tuple[Array, ...]):
         full, ours, target, counts = part
         a = jax.nn.log_softmax(llama.logits(graphdef, params, full))
         b = jax.nn.log_softmax(llama.logits(graphdef, params, ours))
@@ -103,22 +125,52 @@ def compare(
     return jax.lax.scan(jax.checkpoint(sums) if remat else sums, zero, xs)[0]
 
 
+def compare(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    codec: Codec,
+    *,
+    every: int = 1,
+    remat: bool = False,
+) -> Sums:
+    """`divergence` of the cache from full precision; differentiable in the codec's arrays."""
+    full = exact_hidden(graphdef, params, tokens)
+    ours = cached_hidden(graphdef, params, tokens, codec, every=every, remat=remat)
+    return divergence(graphdef, params, tokens, full, ours, remat=remat)
+
+
 def fidelity(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     sequences: Iterable[Int[np.ndarray, " T"]],
-    codebooks: Codebooks,
+    codec: Codec,
     *,
     every: int = 1,
+    window: int | None = None,
+    exact: Sequence[Float[Array, "1 T hidden"]] | None = None,
 ) -> Fidelity:
-    """`compare` over sequences of one length, one at a time.
+    """Means over sequences of one length, one at a time.
+
+    Args:
+        graphdef: of the model.
+        params: of the model.
+        sequences: tokens.
+        codec: stacked.
+        every: tokens encoded at a time, see `gsrq_jax.attention.was_coded`.
+        window: instead of the spec's.
+        exact: `exact_hidden` of each sequence, where it is known.
 
     Raises:
         InputError: if no sequence has two tokens, so that there is nothing to predict.
     """
     n, total = 0, dict.fromkeys(("nll_full", "nll", "kl", "agree"), 0.0)
-    for sequence in sequences:
-        sums = compare(graphdef, params, jnp.asarray(sequence)[None], codebooks, every=every)
+    width = None if window is None else jnp.int32(window)
+    for index, sequence in enumerate(sequences):
+        tokens = jnp.asarray(sequence)[None]
+        full = exact_hidden(graphdef, params, tokens) if exact is None else exact[index]
+        ours = cached_hidden(graphdef, params, tokens, codec, every=every, window=width)
+        sums = divergence(graphdef, params, tokens, full, ours)
         total = {name: value + float(sums[name]) for name, value in total.items()}
         n += len(sequence) - 1
     if n < 1:
@@ -130,3 +182,11 @@ def fidelity(
         kl=total["kl"] / n,
         top1=total["agree"] / n,
     )
+
+
+def _causal(q: Array, k: Array, v: Array, _: None):
+    return causal(q, k, v), None
+
+
+def _positions(tokens: Array) -> Array:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -1,6 +1,6 @@
 """Text out of a LLaMA over a cache, full or quantised: prefill, the decode loop, sampling.
 
-Pure functions of ``(graphdef, params)``, a cache and codebooks. A cache for ``codebooks=None`` is
+Pure functions of ``(graphdef, params)``, a cache and a codec. A cache for ``None`` is
 exact. Shapes: L layers, B sequences, T prompt tokens, V vocabulary.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from gsrq_jax.attention import attend, causal
 from gsrq_jax.cache import KVCache, append, init_cache
-from gsrq_jax.codebook import Codebooks
+from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
 
@@ -87,7 +87,7 @@ def prefill(
     params: nnx.State,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
-    codebooks: Codebooks | None,
+    codec: Codec | None,
     *,
     max_length: int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
@@ -99,17 +99,17 @@ def prefill(
         params: of the model.
         tokens: prompts, padded on the right.
         count: tokens of each prompt, at least 1.
-        codebooks: stacked; None for an exact cache.
+        codec: a stacked codec, such as codebooks; None for an exact cache.
         max_length: tokens that the cache must hold.
         dtype: of the exact parts of the cache.
 
     Returns:
         Logits after each prompt's last token, and the cache.
     """
-    spec = codebooks.spec if codebooks is not None else None
+    spec = codec.spec if codec is not None else None
     batch, length = tokens.shape
 
-    def layer(q: Array, k: Array, v: Array, books: Codebooks | None):
+    def layer(q: Array, k: Array, v: Array, books: Codec | None):
         empty = init_cache(
             spec,
             batch=batch,
@@ -121,7 +121,7 @@ def prefill(
         return causal(q, k, v), append(empty, k, v, books, count)
 
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    hidden, cache = llama.apply(graphdef, params, tokens, positions, layer, codebooks)
+    hidden, cache = llama.apply(graphdef, params, tokens, positions, layer, codec)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     return llama.logits(graphdef, params, last), cache
 
@@ -132,7 +132,7 @@ def extend(
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     cache: KVCache,
-    codebooks: Codebooks | None,
+    codec: Codec | None,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Read more tokens after those in the cache: one to decode, a chunk of a prompt, a new turn.
 
@@ -143,18 +143,18 @@ def extend(
     """
     positions = cache.length[0][:, None] + jnp.arange(tokens.shape[1])
 
-    def layer(q: Array, k: Array, v: Array, held: tuple[KVCache, Codebooks | None]):
+    def layer(q: Array, k: Array, v: Array, held: tuple[KVCache, Codec | None]):
         return attend(q, k, v, *held, count), (k, v)
 
-    hidden, (k, v) = llama.apply(graphdef, params, tokens, positions, layer, (cache, codebooks))
+    hidden, (k, v) = llama.apply(graphdef, params, tokens, positions, layer, (cache, codec))
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return llama.logits(graphdef, params, last), append(cache, k, v, codebooks, count)
+    return llama.logits(graphdef, params, last), append(cache, k, v, codec, count)
 
 
 def decode(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    codebooks: Codebooks | None,
+    codec: Codec | None,
     state: DecodeState,
     steps: Int[Array, ""],
     *,
@@ -170,7 +170,7 @@ def decode(
         left, state = carry
         alive = ~state.done
         logits, cache = extend(
-            graphdef, params, state.token[:, None], alive.astype(jnp.int32), state.cache, codebooks
+            graphdef, params, state.token[:, None], alive.astype(jnp.int32), state.cache, codec
         )
         return left - 1, _take(state.replace(cache=cache), logits, sampler, eos)
 
@@ -227,7 +227,7 @@ class Generator:
 
     Attributes:
         graphdef, params: of the model.
-        codebooks: stacked; None for the exact cache.
+        codec: a stacked codec, such as codebooks; None for the exact cache.
         sampler: how tokens are chosen.
         eos: tokens that end a sequence.
         dtype: of the exact parts of the cache.
@@ -235,7 +235,7 @@ class Generator:
 
     graphdef: nnx.GraphDef
     params: nnx.State
-    codebooks: Codebooks | None = None
+    codec: Codec | None = None
     sampler: Sampler = Sampler()
     eos: tuple[int, ...] = ()
     dtype: jax.typing.DTypeLike = jnp.bfloat16
@@ -294,9 +294,7 @@ class Generator:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         count = jnp.asarray([len(p) for p in prompts], jnp.int32)
-        logits, cache = self._prefill(
-            self.params, tokens, count, self.codebooks, max_length=max_length
-        )
+        logits, cache = self._prefill(self.params, tokens, count, self.codec, max_length=max_length)
         state = start(
             cache,
             logits,
@@ -307,7 +305,7 @@ class Generator:
         )
         while not bool(state.done.all()):
             yield state
-            state = self._decode(self.params, self.codebooks, state, jnp.int32(stride))
+            state = self._decode(self.params, self.codec, state, jnp.int32(stride))
         yield state
 
 

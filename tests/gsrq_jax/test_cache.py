@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 
 from gsrq_jax import attention
-from gsrq_jax.cache import (
-    KVCache,
-    append,
-    blocks_after,
-    decode_tokens,
-    encode_tokens,
-    from_frame,
-    init_cache,
-    materialize,
-    to_frame,
-)
+from gsrq_jax.cache import KVCache, append, blocks_after, init_cache, materialize
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
+from gsrq_jax.frame import from_frame, to_frame
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 HEADS, GROUP, DIM = 2, 3, 16
@@ -90,7 +81,7 @@ def poison(cache: KVCache) -> KVCache:
     length = np.asarray(cache.length)
     sinks = cache.sink_key.shape[1]
     ring = cache.window_key.shape[1]
-    block = cache.key_codes.shape[3]
+    block = spec.block if spec else 1
     arrays = {f.name: np.array(getattr(cache, f.name)) for f in dataclasses.fields(cache)[:6]}
     for row, n in enumerate(length):
         coded = max(0, n - sinks - spec.window) // spec.block if spec else 0
@@ -122,7 +113,7 @@ def expected_tokens(k, v, length, codebooks):
     """What a cache of ``length[B]`` tokens must show, from the definition: exact or round trip."""
     spec = codebooks.spec
     at = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
-    old_k, old_v = decode_tokens(*encode_tokens(k, v, at, codebooks), at, codebooks)
+    old_k, old_v = codebooks.decode(*codebooks.encode(k, v, at), at)
     blocks = jnp.maximum(0, length - spec.sinks - spec.window) // spec.block
     coded_end = spec.sinks + blocks[:, None] * spec.block
     coded = ((at >= spec.sinks) & (at < coded_end))[..., None, None]

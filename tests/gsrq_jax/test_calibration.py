@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from gsrq_jax import calibration
-from gsrq_jax.cache import decode_tokens, encode_tokens
 from gsrq_jax.calibration import FitOptions, SampleStore
 from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
@@ -52,7 +51,7 @@ def test_codebooks_code_what_the_cache_will_give_them(samples, frame):
     books, report = fit(samples, spec)
     assert books.spec == spec
     np.testing.assert_allclose(books.key_mean, MEAN, atol=1e-4)
-    decoded_k, decoded_v = decode_tokens(*encode_tokens(k, v, positions, books), positions, books)
+    decoded_k, decoded_v = books.decode(*books.encode(k, v, positions), positions)
     # Rotations keep lengths: what the mean leaves of a key is the same in every frame.
     left = k - rotate(jnp.broadcast_to(MEAN, k.shape), positions[:, None], INV_FREQ)
     error = np.sum(np.square(k - decoded_k), (0, 2)) / np.sum(np.square(left), (0, 2))
@@ -68,7 +67,7 @@ def test_keys_that_are_not_centred(samples):
     spec = dataclasses.replace(SPEC, frame="pre")
     books, report = fit(samples, spec, dataclasses.replace(FEW, center=False))
     np.testing.assert_array_equal(books.key_mean, np.zeros((H, D)))
-    decoded, _ = decode_tokens(*encode_tokens(k, v, positions, books), positions, books)
+    decoded, _ = books.decode(*books.encode(k, v, positions), positions)
     np.testing.assert_allclose(report.key.error[:, 0, -1], relative_error(k, decoded), rtol=1e-3)
 
 
@@ -88,7 +87,7 @@ def test_heavy_tokens_are_coded_better(samples):
     weighted, _ = fit(samples, k_norms=norms, v_norms=norms)
 
     def errors(books):
-        decoded = decode_tokens(*encode_tokens(k, v, positions, books), positions, books)
+        decoded = books.decode(*books.encode(k, v, positions), positions)
         return [
             float(jnp.sum(jnp.square(x - y)[heavy])) for x, y in zip((k, v), decoded, strict=True)
         ]

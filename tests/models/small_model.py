@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsrq_jax.cache import decode_tokens, encode_tokens
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.models import llama
 from gsrq_jax.models.config import LlamaConfig
@@ -85,7 +84,7 @@ def read_through_cache(params, tokens, held, codebooks, *, every=None):
         coded = jnp.zeros((*tokens.shape, tokens.shape[1]), bool)
         if books is not None:
             spec = books.spec
-            old = decode_tokens(*encode_tokens(k, v, position, books), position, books)
+            old = books.decode(*books.encode(k, v, position), position)
             block = spec.block if every is None else every
             past = jnp.maximum(held - spec.sinks - spec.window, 0) // block * block
             key = jnp.arange(tokens.shape[1])

@@ -244,7 +244,7 @@ def test_text_that_changed_under_a_run(refused, tiny_model, tmp_path, monkeypatc
 def test_full_disk_and_room_again(refused, tiny_run, tiny_model, tmp_path, monkeypatch):
     out = tmp_path / "run"
     args = ("--model", tiny_model, "--out", out, *tiny.FLAGS)
-    real_save, real_compare = codebook.save, evaluation.compare
+    real_save, real_divergence = codebook.save, evaluation.divergence
 
     with full_disk(100):
         message = refused(commands.train, *args, lines=None)
@@ -266,14 +266,14 @@ def test_full_disk_and_room_again(refused, tiny_run, tiny_model, tmp_path, monke
     assert {x.name for x in out.iterdir()} == {"run.json", "work"}
 
     # Codebooks are there, and the disk is full when they are written again.
-    def compare(*arguments, **options):
+    def divergence(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(codebook, "save", real_save)
-    monkeypatch.setattr(evaluation, "compare", compare)
+    monkeypatch.setattr(evaluation, "divergence", divergence)
     with pytest.raises(SystemExit):
         commands.train([str(x) for x in args])
-    monkeypatch.setattr(evaluation, "compare", real_compare)
+    monkeypatch.setattr(evaluation, "divergence", real_divergence)
     monkeypatch.setattr(codebook, "save", save)
     refused(commands.train, *args, lines=None)
     books = codebook.load(out / "codebooks")

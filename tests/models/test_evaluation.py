@@ -9,7 +9,13 @@ import pytest
 from small_model import CONFIG, SPEC, codebooks, model, read_through_cache
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.models.evaluation import Fidelity, compare, fidelity
+from gsrq_jax.models.evaluation import (
+    Fidelity,
+    cached_hidden,
+    divergence,
+    exact_hidden,
+    fidelity,
+)
 
 T = 38  # 37 predictions
 SEQUENCES = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, T)).astype(np.int32)
@@ -44,7 +50,9 @@ def direct(every):
     ("every", "chunk"), [(1, 128), (1, 8), (1, 37), (SPEC.block, 36), (SPEC.block, 1)]
 )
 def test_sums_do_not_depend_on_the_chunk(every, chunk):
-    got = compare(*model(), jnp.asarray(SEQUENCES), BOOKS, every=every, chunk=chunk)
+    tokens = jnp.asarray(SEQUENCES)
+    full, ours = exact_hidden(*model(), tokens), cached_hidden(*model(), tokens, BOOKS, every=every)
+    got = divergence(*model(), tokens, full, ours, chunk=chunk)
     want = direct(every)
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -76,6 +84,15 @@ def test_a_window_over_everything_is_full_precision():
     assert abs(got.kl) < 1e-6
     assert got.top1 == 1
     assert abs(got.rise) < 1e-6
+
+
+def test_another_window_and_known_hidden_states():
+    exact = [exact_hidden(*model(), jnp.asarray(s)[None]) for s in SEQUENCES[:2]]
+    got = fidelity(*model(), SEQUENCES[:2], BOOKS, window=3, exact=exact)
+    narrow = dataclasses.replace(BOOKS, spec=dataclasses.replace(SPEC, window=3))
+    want = fidelity(*model(), SEQUENCES[:2], narrow)
+    np.testing.assert_allclose(dataclasses.astuple(got), dataclasses.astuple(want), rtol=1e-6)
+    assert got.kl != fidelity(*model(), SEQUENCES[:2], BOOKS).kl
 
 
 def test_one_prediction():

@@ -146,7 +146,7 @@ def test_teacher_forced_pass_and_loop_agree(forced):
     want, _ = read_through_cache(model()[1], tokens, at, CACHES["coded"])
     np.testing.assert_allclose(logits, want, atol=1e-4)
 
-    sums = evaluation.compare(*model(), tokens, CACHES["coded"], every=SPEC.block, chunk=32)
+    sums = evaluation.compare(*model(), tokens, CACHES["coded"], every=SPEC.block)
     logp = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
     nll = -np.take_along_axis(logp, np.asarray(tokens)[:, 1:, None], axis=-1).sum()
     np.testing.assert_allclose(sums["nll"], nll, rtol=1e-5)
@@ -294,7 +294,7 @@ def test_the_cache_is_donated_and_reused(cache):
         assert old.is_deleted() or not old.size
     assert not second.cache.window_key.is_deleted()
     compiled = running._decode.lower(
-        running.params, running.codebooks, second, jnp.int32(4)
+        running.params, running.codec, second, jnp.int32(4)
     ).compile()
     memory = compiled.memory_analysis()
     if memory is None:
