@@ -70,17 +70,23 @@ def fits(rng, x, config):
 
 
 def measure(x, centroids):
-    """Shrinkage over occupied cells weighted by members, cosine and relative error."""
+    """Shrinkage over occupied cells weighted by members, cosine and relative error.
+
+    Points that are as good as zero, such as residuals of cells of one, have no direction and do
+    not count in the first two. Works under ``jit`` and ``vmap``.
+    """
     code, error = assign(x, centroids)
     norms, lengths = jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(centroids, axis=-1)
+    least = 1e-4 * jnp.sqrt(jnp.mean(norms**2))
     members = jnp.bincount(code, length=len(centroids))
     mean_norm = jnp.bincount(code, norms, length=len(centroids)) / jnp.maximum(members, 1)
-    ratio = jnp.where(members > 0, lengths / jnp.maximum(mean_norm, 1e-30), 0)
-    cosine = jnp.sum(x * centroids[code], -1) / (norms * lengths[code])
+    members = jnp.where(mean_norm > least, members, 0)
+    ratio = lengths / jnp.maximum(mean_norm, least)
+    cosine = jnp.sum(x * centroids[code], -1) / jnp.maximum(norms * lengths[code], 1e-30)
     return {
-        "shrinkage": float(jnp.sum(members * ratio) / len(x)),
-        "cosine": float(cosine.mean()),
-        "mse": float(error.sum() / jnp.sum(norms**2)),
+        "shrinkage": jnp.sum(members * ratio) / jnp.maximum(members.sum(), 1),
+        "cosine": jnp.mean(cosine, where=norms > least),
+        "mse": error.sum() / jnp.maximum(jnp.sum(norms**2), 1e-30),
     }
 
 
@@ -93,7 +99,7 @@ def run(config):
         for method, result in fits(rng, x[0], config).items():
             for sample, points in zip(SAMPLES, x, strict=True):
                 for metric, value in measure(points, result.centroids).items():
-                    found.setdefault((method, sample, metric), []).append(value)
+                    found.setdefault((method, sample, metric), []).append(float(value))
     return [
         {
             "method": method,
