@@ -13,7 +13,7 @@ import tyro
 
 from gsrq_jax import codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import generation, loading, text, training
+from gsrq_jax.models import generation, loading, longbench_run, text, training
 
 Config = TypeVar("Config")
 
@@ -45,6 +45,17 @@ def run(
 def train(arguments: list[str] | None = None) -> None:
     """``gsrq-train`` and ``train_codebooks.py``."""
     run(training.TrainConfig, training.train, arguments, "; the same command goes on from here")
+
+
+def longbench(arguments: list[str] | None = None) -> None:
+    """``gsrq-longbench`` and ``eval_longbench.py``."""
+    after = "; the same command goes on from here"
+    run(longbench_run.LongBenchConfig, longbench_run.evaluate, arguments, after)
+
+
+def measure_fidelity(arguments: list[str] | None = None) -> None:
+    """``gsrq-fidelity``."""
+    run(fidelity.FidelityConfig, fidelity.measure, arguments)
 
 
 @dataclasses.dataclass(frozen=True)

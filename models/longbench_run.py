@@ -1,0 +1,403 @@
+"""A run of LongBench: prompts read once, answered with each method's cache, scored, tabled.
+
+`eval_longbench.py` is this with its flags. One folder a run: ``run.json`` (what was asked for),
+``<method>/<task>.jsonl`` (predictions as LongBench's own ``eval.py`` reads them, appended as they
+are made), ``report.json``, and ``report.md`` and ``report.png`` made from it. A run that was
+stopped goes on where it was, in the same batches; methods can be added to a finished one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+from tqdm import tqdm
+
+from gsrq_jax import codec as codecs
+from gsrq_jax.cache import KVCache, append, init_cache
+from gsrq_jax.codec import Codec
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import generation, loading, longbench, longbench_metrics, longbench_report
+from gsrq_jax.models.generation import DecodeState, Sampler
+from gsrq_jax.models.longbench import Row
+from gsrq_jax.models.runfolder import Lines, claim, writing
+
+
+@dataclasses.dataclass(frozen=True)
+class LongBenchConfig:
+    """Run LongBench with full and quantised KV caches.
+
+    Attributes:
+        model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
+        data: folder of ``<task>.jsonl``, LongBench's data.zip, or a hub id.
+        tasks: their names, or ``en``, ``zh``, ``e`` (LongBench-E) for all of a kind.
+        method: how the cache is kept; several are run on the same prompts.
+        max_length: tokens of a prompt, longer ones lose their middle; by default as many as the
+            model's context leaves room for.
+        window: recent tokens that stay exact.
+        sinks: first tokens that stay exact.
+        batch: prompts at a time.
+        buckets: lengths that prompts are padded to; each is compiled for every method.
+        limit: rows a task, the first ones; all by default.
+        keep: what the cache keeps of a coded block: ``codes``, or what they decode to, which
+            attends alike.
+        seed: of the bootstrap and of whatever methods learn.
+        dtype: of the model.
+        out: folder of the run.
+    """
+
+    model: str = "demo"
+    data: str = longbench.HUB_ID
+    tasks: tuple[str, ...] = ("en",)
+    method: tuple[str, ...] = ("full",)
+    max_length: int | None = None
+    window: int = 128
+    sinks: int = 4
+    batch: int = 8
+    buckets: int = 4
+    limit: int | None = None
+    keep: Literal["codes", "decoded"] = "codes"
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    out: pathlib.Path = pathlib.Path("runs/longbench")
+
+
+def evaluate(config: LongBenchConfig) -> pathlib.Path:
+    """Run what is not done yet, then score all of it; returns the path of ``report.json``.
+
+    Raises:
+        InputError: for whatever in ``config`` cannot be used, and for a disk that is full or not
+            ours to write. Nothing is begun if ``config`` was at fault.
+    """
+    for name in ("batch", "buckets"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    tasks = longbench.select(config.tasks)
+    for task in tasks:
+        longbench_metrics.require(task.metric)
+    folders = _folders(config.method)
+    rows = longbench.load(config.data, tasks, limit=config.limit)
+    model = loading.load(config.model, dtype=config.dtype)
+    prompts = _prompts(config, model, rows)
+    methods = _resolve(config, model)
+
+    out = config.out
+    with writing(out):
+        claim(out, "longbench", _asked(config, model, rows, prompts))
+        done = {
+            method: {task.name: Lines(out / folder / f"{task.name}.jsonl") for task in tasks}
+            for method, folder in folders.items()
+        }
+        _answer(config, model, rows, prompts, methods, done)
+        specs = {name: codec.spec if codec is not None else None for name, codec in methods.items()}
+        found = longbench_report.write(
+            out,
+            config=_plain(config),
+            model=model,
+            specs=specs,
+            rows=rows,
+            length=max(map(len, prompts)),
+            predictions={
+                method: {
+                    (task, row["_id"]): row["pred"] for task, x in lines.items() for row in x.rows
+                }
+                for method, lines in done.items()
+            },
+            seed=config.seed,
+        )
+    print(f"\n{longbench_report.summary(found)}\n\nreport: {out / 'report.md'}")
+    return out / "report.json"
+
+
+# --- what is asked --------------------------------------------------------------------------------
+
+
+def _resolve(config: LongBenchConfig, model: loading.LoadedModel) -> dict[str, Codec | None]:
+    for name in config.method:
+        if name != "full":
+            raise InputError(f"unknown method {name!r}; choose full")
+    return dict.fromkeys(config.method)
+
+
+def _folders(methods: Sequence[str]) -> dict[str, str]:
+    """The name of each method's folder; a path's separators become underscores."""
+    folders = {x: x.strip("/").replace("/", "_").lstrip(".") for x in methods}
+    if not folders:
+        raise InputError("no method is named; choose some by --method")
+    if len(set(folders.values())) < len(folders) or "" in folders.values():
+        raise InputError(
+            f"two of the methods {', '.join(methods)} would share a folder; rename one"
+        )
+    return folders
+
+
+def _prompts(
+    config: LongBenchConfig, model: loading.LoadedModel, rows: Sequence[Row]
+) -> list[list[int]]:
+    tokenizer, context = model.tokenizer, model.config.max_length
+    if tokenizer is None:
+        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    prompts = []
+    for row in rows:
+        room = longbench.room(row.task, tokenizer, context)
+        length = room if config.max_length is None else config.max_length
+        if length < 2:
+            raise InputError(
+                f"the context of {model.name}, {context} tokens, has no room for a prompt of "
+                f"{row.task.name} and {row.task.max_new_tokens} new tokens; leave the task out"
+                if config.max_length is None
+                else f"--max-length must be at least 2, got {length}"
+            )
+        ids = longbench.prompt(row, tokenizer, length)
+        if len(ids) + row.task.max_new_tokens > context:
+            raise InputError(
+                f"the prompt of {row.task.name} {row.id}, {len(ids)} tokens, with "
+                f"{row.task.max_new_tokens} new ones is beyond the context of {model.name}, "
+                f"{context} tokens; choose a smaller --max-length"
+            )
+        prompts.append(ids)
+    return prompts
+
+
+def _plain(config: LongBenchConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _asked(
+    config: LongBenchConfig,
+    model: loading.LoadedModel,
+    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+) -> dict[str, Any]:
+    """What may not change between the parts of one run: content rather than paths."""
+    digest = hashlib.sha256()
+    for row, ids in zip(rows, prompts, strict=True):
+        digest.update(json.dumps([row.task.name, row.id, row.answers, ids]).encode())
+    asked = _plain(config)
+    for name in ("out", "method"):
+        del asked[name]
+    return asked | {"model": [model.name, model.fingerprint["weights"]], "data": digest.hexdigest()}
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts that are read together.
+
+    Attributes:
+        rows: indices of them.
+        length: tokens that they are padded to.
+    """
+
+    rows: tuple[int, ...]
+    length: int
+
+
+def batches(
+    lengths: Sequence[int], limits: Sequence[int], *, size: int, buckets: int
+) -> list[Batch]:
+    """All prompts in batches of ``size``, in few lengths, the longest first.
+
+    Args:
+        lengths: tokens of each prompt.
+        limits: new tokens that each may have; alike ones go together.
+        size: of a batch; a bucket's last one may have fewer.
+        buckets: at most so many padded lengths, in equal steps up to the longest prompt's.
+    """
+    longest = max(lengths)
+    edges = [-(-longest * (i + 1) // buckets // _STEP) * _STEP for i in range(buckets)]
+    edges[-1] = -(-longest // _STEP) * _STEP
+    groups: dict[int, list[int]] = {edge: [] for edge in reversed(edges)}
+    for i in sorted(range(len(lengths)), key=lambda i: (-limits[i], -lengths[i])):
+        groups[next(edge for edge in edges if lengths[i] <= edge)].append(i)
+    return [
+        Batch(tuple(group[start : start + size]), edge)
+        for edge, group in groups.items()
+        for start in range(0, len(group), size)
+    ]
+
+
+_STEP = 128  # padded lengths are multiples of it
+
+
+def _answer(
+    config: LongBenchConfig,
+    model: loading.LoadedModel,
+    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+    methods: Mapping[str, Codec | None],
+    done: Mapping[str, Mapping[str, Lines]],
+) -> None:
+    """Predictions for all rows that have none, of each method."""
+    known = {
+        method: {(task, row["_id"]) for task, x in lines.items() for row in x.rows}
+        for method, lines in done.items()
+    }
+
+    def missing(method: str, batch: Batch) -> list[int]:
+        keys = known[method]
+        return [i for i in batch.rows if (rows[i].task.name, rows[i].id) not in keys]
+
+    limits = [row.task.max_new_tokens for row in rows]
+    runner = Runner(model, batch=config.batch, max_new_tokens=max(limits))
+    plan = batches(list(map(len, prompts)), limits, size=config.batch, buckets=config.buckets)
+    total = len(rows) * len(methods)
+    left = sum(len(missing(method, batch)) for batch in plan for method in methods)
+    with tqdm(total=total, initial=total - left, desc="answer", unit="row") as bar:
+        for batch in plan:
+            todo = {method: x for method in methods if (x := missing(method, batch))}
+            if not todo:
+                continue
+            here = [rows[i] for i in batch.rows]
+            exact = runner.read([prompts[i] for i in batch.rows], batch.length)
+            for method, indices in todo.items():
+                codec = methods[method]
+                if codec is not None and config.keep == "decoded":
+                    codec = codecs.decoded(codec)
+                answers = runner.answer(exact, here, codec)
+                new: dict[str, list[dict[str, Any]]] = {}
+                for i in indices:
+                    new.setdefault(rows[i].task.name, []).append(
+                        _record(rows[i], prompts[i], answers[batch.rows.index(i)], model)
+                    )
+                for task, records in new.items():
+                    done[method][task].add(records)
+                bar.update(len(indices))
+
+
+def _record(
+    row: Row, prompt: list[int], answer: list[int], model: loading.LoadedModel
+) -> dict[str, Any]:
+    """A line that LongBench's ``eval.py`` can read."""
+    return {
+        "_id": row.id,
+        "pred": model.tokenizer.decode(answer),
+        "answers": row.answers,
+        "all_classes": row.all_classes,
+        "length": row.length,
+        "prompt_tokens": len(prompt),
+        "new_tokens": len(answer),
+    }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Prompts that were read: what every method's cache is made of.
+
+    Attributes:
+        logits: float32 ``[B, V]`` after each prompt's last token.
+        cache: exact, of all layers.
+        count: int32 ``[B]``, tokens of each prompt.
+    """
+
+    logits: Array
+    cache: KVCache
+    count: Array
+
+
+class Runner:
+    """Prefill once, then a cache and a decode loop for each method, compiled once a shape.
+
+    Args:
+        model: that answers.
+        batch: prompts at a time.
+        max_new_tokens: that any answer may have.
+    """
+
+    def __init__(self, model: loading.LoadedModel, *, batch: int, max_new_tokens: int):
+        tokenizer = model.tokenizer
+        eos = model.config.eos_tokens
+        if not eos and tokenizer.eos is not None:
+            eos = (tokenizer.eos,)
+        self._model, self._batch, self._new, self._eos = model, batch, max_new_tokens, eos
+        self._prefill = jax.jit(
+            functools.partial(generation.prefill, model.graphdef), static_argnames="max_length"
+        )
+        self._begin = jax.jit(_begin, static_argnames=("capacity", "new", "eos"))
+        step = functools.partial(generation.decode, model.graphdef, sampler=Sampler(), eos=eos)
+        self._decode: Callable[..., DecodeState] = jax.jit(step, donate_argnums=2)
+
+    def read(self, prompts: Sequence[list[int]], length: int) -> Exact:
+        """Prefill up to a batch of prompts, padded to ``length`` tokens."""
+        tokens = np.zeros((self._batch, length), np.int32)
+        count = np.ones(self._batch, np.int32)
+        for i, ids in enumerate(prompts):
+            tokens[i, : len(ids)] = ids
+            count[i] = len(ids)
+        logits, cache = self._prefill(self._model.params, tokens, count, None, max_length=length)
+        return Exact(logits, cache, jnp.asarray(count))
+
+    def answer(self, exact: Exact, rows: Sequence[Row], codec: Codec | None) -> list[list[int]]:
+        """Greedy answers to prompts that were read, with the cache of ``codec`` (None: exact)."""
+        stops = [longbench.stops(row.task, self._model.tokenizer) for row in rows]
+        limits = np.zeros(self._batch, np.int32)
+        limits[: len(rows)] = [row.task.max_new_tokens for row in rows]
+        banned = np.zeros(exact.logits.shape, bool)
+        for i, tokens in enumerate(stops):
+            banned[i, list(tokens + self._eos) if tokens else []] = True
+        state = self._begin(
+            exact,
+            codec,
+            banned,
+            capacity=exact.cache.capacity + self._new,
+            new=self._new,
+            eos=self._eos,
+        )
+        reached = 1
+        for limit in sorted(set(limits[: len(rows)].tolist())):
+            state = state.replace(done=state.done | (limits <= reached))
+            state = self._decode(self._model.params, codec, state, jnp.int32(limit - reached))
+            reached = limit
+        tokens, count = jax.device_get((state.tokens, state.count))
+        return [_until(tokens[i, : count[i]].tolist(), stops[i]) for i in range(len(rows))]
+
+
+def _until(tokens: list[int], stops: tuple[int, ...]) -> list[int]:
+    """Up to the first stop, it included: what follows was written in vain."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]
+
+
+def _begin(
+    exact: Exact,
+    codec: Codec | None,
+    banned: Bool[Array, "B V"],
+    *,
+    capacity: int,
+    new: int,
+    eos: tuple[int, ...],
+) -> DecodeState:
+    """The state from which a method decodes: its cache of the prompts, the first token chosen.
+
+    Layer by layer, so that what encoding needs exists for one layer at a time.
+    """
+    keys, values = exact.cache.window_key, exact.cache.window_value  # position p in slot p
+    _, batch, _, heads, dim = keys.shape
+
+    def layer(x: tuple[Array, Array, Codec | None]) -> KVCache:
+        k, v, codec = x
+        empty = init_cache(
+            codec.spec if codec is not None else None,
+            batch=batch,
+            kv_heads=heads,
+            head_dim=dim,
+            max_length=capacity,
+            dtype=k.dtype,
+        )
+        return append(empty, k, v, codec, exact.count)
+
+    cache = jax.lax.map(layer, (keys, values, codec))
+    logits = jnp.where(banned, -jnp.inf, exact.logits)
+    return generation.start(
+        cache, logits, jax.random.key(0), max_new_tokens=new, sampler=Sampler(), eos=eos
+    )

@@ -1,0 +1,103 @@
+"""The folder of a run that can be interrupted: whose it is, what it was asked, what it wrote."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gsrq_jax.errors import InputError
+
+_RECORD, _NEW_RECORD = "run.json", ".run.json.new"
+
+
+def claim(out: pathlib.Path, kind: str, asked: Mapping[str, Any], *, what: str = "--{}") -> None:
+    """Make ``out`` the folder of this run, or find that it is.
+
+    Args:
+        out: the folder; made if it is not there.
+        kind: of run, such as ``longbench``.
+        asked: plain values that must be the same whenever the run goes on.
+        what: how a name in ``asked`` is shown.
+
+    Raises:
+        InputError: if it is a file, holds something else, or a run that was asked for otherwise.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another --out")
+    record = json.loads(json.dumps({"kind": kind, **asked}))
+    before = _read(out)
+    if before is None:
+        found = (
+            sorted(x.name for x in out.iterdir() if x.name != _NEW_RECORD) if out.exists() else []
+        )
+        if found:
+            raise InputError(
+                f"{out} exists and holds something else ({found[0]}); choose another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _NEW_RECORD).write_text(json.dumps(record, indent=1))
+        os.replace(out / _NEW_RECORD, out / _RECORD)
+        return
+    changed = [x for x in record if x not in before or record[x] != before[x]]
+    if changed:
+        names = ", ".join(what.format(x.replace("_", "-")) for x in changed)
+        raise InputError(
+            f"{out} holds a run with another {names}; choose another --out, or remove it to start "
+            "anew"
+        )
+
+
+def _read(out: pathlib.Path) -> dict[str, Any] | None:
+    """What ``run.json`` holds, if it is there and ours."""
+    try:
+        record = json.loads((out / _RECORD).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+@contextlib.contextmanager
+def writing(out: pathlib.Path) -> Iterator[None]:
+    """A failing disk is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out} ({error.strerror or error}); make room or choose another "
+            "--out. What is done is kept: the same command goes on from there"
+        ) from error
+
+
+class Lines:
+    """A file of JSON objects, one a line, that grows as they are made.
+
+    A last line that was cut while it was written is dropped.
+
+    Raises:
+        InputError: if another line is damaged.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            self.rows = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}); remove it to do it anew") from error
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows; they are on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
