@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Int, Key, UInt8
+from jaxtyping import Array, BFloat16, Float, Int, Key
 
 from gsrq_jax import packing, residual
 from gsrq_jax.calibration import LayerSamples
@@ -141,10 +141,15 @@ class VQLLMSpec(CacheSpec):
 
 
 class Coded(NamedTuple):
-    """What is kept of vectors: their packed codes, and their standard deviations."""
+    """What is kept of vectors: arrays, or the shapes of them.
 
-    codes: UInt8[Array, "*shape bytes"]
-    scale: BFloat16[Array, "*shape"]
+    Attributes:
+        codes: packed, uint8 ``[*shape, bytes]``.
+        scale: standard deviations, bfloat16 ``[*shape]``.
+    """
+
+    codes: Any
+    scale: Any
 
 
 @jax.tree_util.register_dataclass
