@@ -87,13 +87,22 @@ class VQLLMSpec(CacheSpec):
 
     @classmethod
     def from_bits(
-        cls, bits: float, head_dim: int, *, group: int = 32, codewords: int = 256, **fields: Any
+        cls,
+        bits: float,
+        head_dim: int,
+        *,
+        group: int | None = None,
+        codewords: int = 256,
+        **fields: Any,
     ) -> Self:
         """``bits`` bits a number without the scale; ``fields`` are the others.
+
+        Groups are of 32 channels, or of whole heads where those are smaller.
 
         Raises:
             InputError: if that rate does not exist, naming the nearest that do.
         """
+        group = min(32, head_dim) if group is None else group
         code = ResidualSpec.from_bits(bits, head_dim, codewords=codewords, group=group)
         return cls(head_dim, group, code.stages, codewords, **fields)
 
@@ -231,7 +240,7 @@ class FitOptions:
     Attributes:
         steps: updates of the codewords.
         sequences: sequences between two updates.
-        length: tokens of a sequence.
+        length: tokens of a sequence, at most as many as there are samples.
         decay: of the moving averages, each step.
         epsilon: what smooths the counts.
         start: groups of channels, at most, that k-means starts from.
@@ -299,6 +308,7 @@ def _codewords(rng: Array, x: Array, code: ResidualSpec, options: FitOptions) ->
     tokens, heads, _ = x.shape
     points = (x / _scale(x)[..., None]).reshape(tokens, heads * code.groups, code.group)
     order = jax.random.permutation(order_rng, tokens)
+    length = min(options.length, tokens)
 
     first = order[: -(-options.start // points.shape[1])]
     shared = ResidualSpec(code.group, code.group, code.stages, code.codewords)
@@ -315,7 +325,7 @@ def _codewords(rng: Array, x: Array, code: ResidualSpec, options: FitOptions) ->
         words, average = state
 
         def sequence(total: Array, index: Array) -> tuple[Array, None]:
-            place = index * options.length + jnp.arange(options.length)
+            place = index * length + jnp.arange(length)
             return total + _cells(points[order[place % tokens]], words), None
 
         indices = index * options.sequences + jnp.arange(options.sequences)

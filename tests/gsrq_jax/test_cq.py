@@ -18,7 +18,7 @@ from gsrq_jax.spec import QuantSpec
 H, D, N = 2, 16, 1500
 INV_FREQ = jnp.float32(50.0) ** (-jnp.arange(D // 2) * 2 / D)
 AT = np.arange(N, dtype=np.int32)
-quick = functools.partial(cq.fit, jax.random.key(0), iterations=12)
+quick = functools.partial(cq.fit, jax.random.key(0), iterations=6)
 
 
 def samples_of(bare_k, v):
@@ -154,7 +154,9 @@ def test_weights_of_finer_parts_add_up(coupled):
     spec = cq.spec(1, D, code_bits=4)
     fine = quick(coupled, INV_FREQ, spec, k_fisher=fisher[0], v_fisher=fisher[1])
     added = fisher.reshape(2, N, H, 4, 2).sum(-1)
-    coarse = quick(coupled, INV_FREQ, spec, k_fisher=added[0], v_fisher=added[1])
+    coarse = jax.jit(quick, static_argnums=2)(
+        coupled, INV_FREQ, spec, k_fisher=added[0], v_fisher=added[1]
+    )
     uniform = quick(coupled, INV_FREQ, spec, weighted=False)
     for name in ("key", "value"):
         np.testing.assert_allclose(getattr(fine, name), getattr(coarse, name), atol=1e-5)

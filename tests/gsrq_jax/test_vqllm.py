@@ -84,6 +84,7 @@ def test_rates(bits, codewords, stages):
     spec = VQLLMSpec.from_bits(bits, 64, codewords=codewords, window=32)
     assert spec == VQLLMSpec(64, 32, stages, codewords, window=32)
     assert (spec.bits, stored_bits(spec)) == (bits, bits + 16 / 64)
+    assert VQLLMSpec.from_bits(1, 16).group == 16
 
 
 def test_deeper_is_better(samples, fitted):
@@ -187,15 +188,16 @@ def test_updates_are_moving_averages(samples):
     """A step here sees every token once, so that their order does not matter."""
     part = samples_of(samples.k[:60], samples.v[:60])
     options = FitOptions(steps=0, sequences=3, length=20, decay=0.6, epsilon=0.1, start=100)
+    longer = dataclasses.replace(options, steps=2, sequences=1, length=1000)
     fit = functools.partial(vqllm.fit, jax.random.key(1), part, INV_FREQ, SPEC)
     start = fit(options=options)
-    learned = fit(options=dataclasses.replace(options, steps=2))
     scale = np.asarray(jnp.asarray(part.v.std(-1, ddof=1)).astype(jnp.bfloat16), np.float32)
     points = (part.v / scale[..., None]).reshape(-1, 8)
     ones = np.ones((*start.value.shape[:-1], 1))
     average = np.concatenate([start.value, ones], -1)
     expected = moving_average(points, start.value, average, 2, 0.6, 0.1)
-    np.testing.assert_allclose(learned.value, expected, atol=1e-4)
+    for learned in (fit(options=dataclasses.replace(options, steps=2)), fit(options=longer)):
+        np.testing.assert_allclose(learned.value, expected, atol=1e-4)
     assert np.abs(learned.value - start.value).max() > 0.1
 
 
