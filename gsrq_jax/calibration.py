@@ -115,7 +115,10 @@ def fit_layer(
 
 
 class LayerSamples(NamedTuple):
-    """Samples of one layer: k, v ``[N, H, d]`` bfloat16, norms ``[N, H]`` float32, positions."""
+    """Samples of one layer: k, v ``[N, H, d]`` bfloat16, norms ``[N, H]`` float32, positions.
+
+    Norms are ``[N, H, splits]`` where a store has several splits.
+    """
 
     k: np.ndarray
     v: np.ndarray
@@ -132,6 +135,7 @@ class SampleStore:
         folder: where the files are.
         layers, sequences, tokens, heads, dim: sizes; ``tokens`` samples of each sequence.
         first: position of a sequence's first sample (the sinks before it are never coded).
+        splits: parts of a head's channels, each with a gradient norm of its own.
     """
 
     folder: pathlib.Path
@@ -141,6 +145,7 @@ class SampleStore:
     heads: int
     dim: int
     first: int
+    splits: int = 1
 
     @classmethod
     def open(cls, folder: pathlib.Path, **sizes: int) -> Self:
@@ -169,7 +174,7 @@ class SampleStore:
         return json.loads(self._progress.read_text())["done"]
 
     def put(self, sequence: int, k: Array, v: Array, k_norms: Array, v_norms: Array) -> None:
-        """Store one sequence: k, v ``[L, tokens, H, d]``, norms ``[L, tokens, H]``.
+        """Store one sequence: k, v ``[L, tokens, H, d]``, norms ``[L, tokens, H]`` (or splits).
 
         Raises:
             InputError: if a number is not finite; nothing is stored then.
@@ -209,11 +214,12 @@ class SampleStore:
     def _files(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         vectors = (self.layers, self.sequences * self.tokens, self.heads, self.dim)
         bfloat16, float32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+        norms = vectors[:3] if self.splits == 1 else (*vectors[:3], self.splits)
         return {
             "k": (vectors, bfloat16),
             "v": (vectors, bfloat16),
-            "k_norms": (vectors[:3], float32),
-            "v_norms": (vectors[:3], float32),
+            "k_norms": (norms, float32),
+            "v_norms": (norms, float32),
         }
 
     def _offset(self, shape: tuple[int, ...], dtype: np.dtype, layer: int, sequence: int) -> int:

@@ -13,7 +13,7 @@ import tyro
 
 from gsrq_jax import codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import generation, loading, longbench_run, text, training
+from gsrq_jax.models import fidelity, generation, loading, longbench_run, needle, text, training
 
 Config = TypeVar("Config")
 
@@ -56,6 +56,11 @@ def longbench(arguments: list[str] | None = None) -> None:
 def measure_fidelity(arguments: list[str] | None = None) -> None:
     """``gsrq-fidelity``."""
     run(fidelity.FidelityConfig, fidelity.measure, arguments)
+
+
+def measure_needle(arguments: list[str] | None = None) -> None:
+    """``gsrq-needle``."""
+    run(needle.NeedleConfig, needle.measure, arguments)
 
 
 @dataclasses.dataclass(frozen=True)

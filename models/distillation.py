@@ -24,23 +24,27 @@ def refine(
     steps: int,
     batch: int,
     rate: float,
+    copies: int,
     seed: int,
     work: pathlib.Path,
 ) -> Codebooks:
-    """Distil for ``steps`` steps of Adam on random batches of ``tokens``; codewords in float32.
+    """Distil for ``steps`` steps of Adam on pieces of ``tokens``; codewords in float32.
 
-    The loss is the mean KL divergence of the next-token predictions, each position seeing the
-    cache as `gsrq_jax.attention.attend_as_cached` shows it. The rate falls to 0 by a cosine. An
-    interrupted run goes on from ``work``.
+    Each step reads ``batch`` sequences cut anywhere from the text, in each of which ``copies``
+    passages come a second time: copying from far back is what coded keys break first, and little
+    text asks for it. The loss is the mean KL divergence of the next-token predictions, each
+    position seeing the cache as `gsrq_jax.attention.attend_as_cached` shows it. The rate falls to 0
+    by a cosine. An interrupted run goes on from ``work``.
 
     Args:
         model: whose predictions count.
         codebooks: where to begin.
         tokens: calibration sequences.
         steps: of the optimizer.
-        batch: sequences of a step.
+        batch: sequences of a step, of the length of those of ``tokens``.
         rate: first learning rate, in units of each stage's RMS codeword entry.
-        seed: of the order of the sequences.
+        copies: passages repeated in each sequence.
+        seed: of the pieces.
         work: folder for the state.
     """
 
@@ -57,9 +61,11 @@ def refine(
         *leaves, count = map(jnp.asarray, calibration.load_leaves(file))
         state, done = jax.tree.unflatten(jax.tree.structure(state), leaves), int(count)
 
+    start = 0 if model.tokenizer is None else len(model.tokenizer.encode(""))
     bar = tqdm(range(done, steps), initial=done, total=steps, desc="distil", unit="step")
     for index in bar:
-        state, value = step(codebooks, state, tokens[_rows(len(tokens), batch, index, seed)])
+        rows = _pieces(tokens, start, batch, copies, (seed, index))
+        state, value = step(codebooks, state, rows)
         bar.set_postfix(kl=f"{float(value):.4f}")
         if (index + 1) % _SAVE_EVERY == 0 or index + 1 == steps:
             calibration.save_leaves(file, (state, index + 1))
@@ -69,11 +75,21 @@ def refine(
 _SAVE_EVERY = 16
 
 
-def _rows(sequences: int, batch: int, step: int, seed: int) -> Int[np.ndarray, " batch"]:
-    """Sequences of a step: every one is used once before any is used again."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(sequences)
-        for epoch in set((places // sequences).tolist())
-    }
-    return np.asarray([orders[place // sequences][place % sequences] for place in places.tolist()])
+def _pieces(
+    tokens: Int[np.ndarray, "n T"], start: int, batch: int, copies: int, seed: tuple[int, int]
+) -> Int[np.ndarray, "batch T"]:
+    """Sequences cut anywhere from the text behind ``tokens``, passages of it repeated.
+
+    The first ``start`` tokens are those that every sequence begins with.
+    """
+    rng = np.random.default_rng(seed)
+    text = tokens[:, start:].reshape(-1)
+    room = tokens.shape[1] - start
+    begins = rng.integers(0, len(text) - room + 1, batch)
+    rows = np.stack([text[begin : begin + room] for begin in begins])
+    for row in rows:
+        for _ in range(copies):
+            length = int(rng.integers(room // 64, room // 8 + 1))
+            origin, target = sorted(rng.integers(0, room - length + 1, 2))
+            row[target : target + length] = row[origin : origin + length].copy()
+    return np.concatenate([np.tile(tokens[0, :start], (batch, 1)), rows], axis=1)

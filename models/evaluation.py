@@ -87,13 +87,15 @@ def divergence(
     tokens: Int[Array, "B T"],
     full: Float[Array, "B T hidden"],
     ours: Float[Array, "B T hidden"],
+    first: Int[Array, ""] | int = 0,
     *,
     chunk: int = 128,
     remat: bool = False,
 ) -> Sums:
-    """Sums over the ``B (T - 1)`` predictions: ``nll_full``, ``nll``, ``kl``, ``agree``.
+    """Sums over the predictions: ``nll_full``, ``nll``, ``kl``, ``agree``.
 
-    Logits exist for ``chunk`` positions at a time.
+    There are ``T - 1`` a sequence, of which those before ``first`` do not count. Logits exist for
+    ``chunk`` positions at a time.
     """
     batch, length = tokens.shape
     parts = -(-(length - 1) // chunk)
@@ -119,7 +121,7 @@ def divergence(
         }
         return {name: total[name] + jnp.sum(x * counts) for name, x in new.items()}, None
 
-    real = jnp.ones((batch, length - 1))
+    real = jnp.broadcast_to((jnp.arange(length - 1) >= first) * 1.0, (batch, length - 1))
     zero = dict.fromkeys(("nll_full", "nll", "kl", "agree"), jnp.zeros(()))
     xs = tuple(split(x) for x in (full[:, :-1], ours[:, :-1], tokens[:, 1:], real))
     return jax.lax.scan(jax.checkpoint(sums) if remat else sums, zero, xs)[0]
@@ -148,6 +150,7 @@ def fidelity(
     *,
     every: int = 1,
     window: int | None = None,
+    stride: int | None = None,
     exact: Sequence[Float[Array, "1 T hidden"]] | None = None,
 ) -> Fidelity:
     """Means over sequences of one length, one at a time.
@@ -159,6 +162,8 @@ def fidelity(
         codec: stacked.
         every: tokens encoded at a time, see `gsrq_jax.attention.was_coded`.
         window: instead of the spec's.
+        stride: tokens from the beginning of a sequence to that of the next, where they overlap:
+            each prediction counts once, where it has the most context.
         exact: `exact_hidden` of each sequence, where it is known.
 
     Raises:
@@ -170,9 +175,10 @@ def fidelity(
         tokens = jnp.asarray(sequence)[None]
         full = exact_hidden(graphdef, params, tokens) if exact is None else exact[index]
         ours = cached_hidden(graphdef, params, tokens, codec, every=every, window=width)
-        sums = divergence(graphdef, params, tokens, full, ours)
+        first = len(sequence) - 1 - stride if stride is not None and index else 0
+        sums = divergence(graphdef, params, tokens, full, ours, first)
         total = {name: value + float(sums[name]) for name, value in total.items()}
-        n += len(sequence) - 1
+        n += len(sequence) - 1 - first
     if n < 1:
         raise InputError("nothing to predict; give at least one sequence of two tokens or more")
     return Fidelity(

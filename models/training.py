@@ -32,6 +32,7 @@ from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import distillation, evaluation, llama, loading, report, text
 from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
             predictions from those at full precision; each costs some six forward passes.
         distill_batch: sequences of a step.
         distill_rate: first learning rate, relative to the codewords.
+        distill_copies: passages of each of these sequences that come a second time in it.
         eval_text: text file to measure on; else sequences of the calibration text that were held
             out.
         eval_sequences: sequences to measure on.
@@ -92,6 +94,7 @@ class TrainConfig:
     distill_steps: int = 0
     distill_batch: int = 4
     distill_rate: float = 0.01
+    distill_copies: int = 4
     eval_text: str | None = None
     eval_sequences: int = 2
     eval_length: int = 1024
@@ -162,7 +165,7 @@ def _run(config: TrainConfig) -> None:
             dim=spec.head_dim,
             first=spec.sinks,
         )
-        _capture(config, model, tokens, store)
+        capture(model, tokens, store, weigh=config.weights == "gradient")
         codebooks, layers = _fit(config, spec, model, store, work, jax.tree.structure(layer))
         if config.distill_steps:
             codebooks = distillation.refine(
@@ -172,6 +175,7 @@ def _run(config: TrainConfig) -> None:
                 steps=config.distill_steps,
                 batch=config.distill_batch,
                 rate=config.distill_rate,
+                copies=config.distill_copies,
                 seed=config.seed,
                 work=work,
             )
@@ -264,7 +268,7 @@ def _texts(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh"))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh", "splits"))
 def key_value_samples(
     config: LlamaConfig,
     graphdef: nnx.GraphDef,
@@ -273,17 +277,21 @@ def key_value_samples(
     *,
     first: int,
     weigh: bool,
+    splits: int = 1,
 ) -> tuple[
     Float[Array, "L B n H d"],
     Float[Array, "L B n H d"],
-    Float[Array, "L B n H"],
-    Float[Array, "L B n H"],
+    Float[Array, "L B n H ..."],
+    Float[Array, "L B n H ..."],
 ]:
     """Rotated keys, values, and the norms of the loss's gradient with respect to each of them.
 
     The loss is the summed cross-entropy of the next tokens; gradients are taken with respect to
     zeros added to keys and values, so none is formed for the parameters. Tokens before ``first``
     are left out. Without ``weigh`` the norms are ones.
+
+    With several ``splits`` norms have one more axis: of each of that many parts of a head's
+    channels, those of keys before RoPE (which mixes parts; whole heads keep their norm).
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
@@ -308,22 +316,26 @@ def key_value_samples(
         shape = (config.layers, *tokens.shape, config.kv_heads, config.head_dim)
         zeros = jnp.zeros(shape, jax.tree.leaves(params)[0].dtype)
         gradients, (k, v) = jax.grad(loss, has_aux=True)((zeros, zeros))
-        norms = [jnp.linalg.norm(g.astype(jnp.float32), axis=-1) for g in gradients]
+        of_keys, of_values = (g.astype(jnp.float32) for g in gradients)
+        if splits > 1:
+            of_keys = rotate(of_keys, -positions[..., None], config.inv_freq)
+        parts = [g.reshape(*g.shape[:-1], splits, -1) for g in (of_keys, of_values)]
+        norms = [jnp.linalg.norm(g, axis=-1) for g in parts]
     else:
         _, (k, v) = forward(None)
-        norms = [jnp.ones(k.shape[:-1])] * 2
+        norms = [jnp.ones((*k.shape[:-1], splits))] * 2
+    if splits == 1:
+        norms = [n[..., 0] for n in norms]
     k_norms, v_norms = norms
     return tuple(x[:, :, first:] for x in (k, v, k_norms, v_norms))
 
 
-def _capture(
-    config: TrainConfig,
-    model: loading.LoadedModel,
-    tokens: Int[np.ndarray, "n T"],
-    store: SampleStore,
+def capture(
+    model: loading.LoadedModel, tokens: Int[np.ndarray, "n T"], store: SampleStore, *, weigh: bool
 ) -> None:
-    bar = tqdm(total=tokens.size, initial=store.done * config.length, desc="capture", unit="tok")
-    with bar:
+    """Fill ``store`` with the samples of these sequences, from where it is; shows progress."""
+    length = tokens.shape[1]
+    with tqdm(total=tokens.size, initial=store.done * length, desc="capture", unit="tok") as bar:
         for index in range(store.done, len(tokens)):
             samples = key_value_samples(
                 model.config,
@@ -331,10 +343,11 @@ def _capture(
                 model.params,
                 jnp.asarray(tokens[index])[None],
                 first=store.first,
-                weigh=config.weights == "gradient",
+                weigh=weigh,
+                splits=store.splits,
             )
             store.put(index, *(x[:, 0] for x in samples))
-            bar.update(config.length)
+            bar.update(length)
 
 
 _fit_layer = jax.jit(calibration.fit_layer, static_argnames=("spec", "options"))

@@ -78,15 +78,17 @@ class UniformSpec(CacheSpec):
                 )
 
     @classmethod
-    def rounded(cls, bits: int, head_dim: int, *, group: int | None = None, **fields: Any) -> Self:
+    def rounded(
+        cls, bits: float, head_dim: int, *, group: int | None = None, **fields: Any
+    ) -> Self:
         """Keys and values token by token, in groups of ``group`` channels (None: the head)."""
-        grid = Grid(bits, "channels", head_dim if group is None else group)
+        grid = Grid(int(bits), "channels", head_dim if group is None else group)
         return cls(head_dim, grid, grid, **fields)
 
     @classmethod
-    def kivi(cls, bits: int, head_dim: int, *, group: int = 32, **fields: Any) -> Self:
+    def kivi(cls, bits: float, head_dim: int, *, group: int = 32, **fields: Any) -> Self:
         """KIVI: keys channel by channel, values token by token."""
-        key, value = Grid(bits, "tokens", group), Grid(bits, "channels", group)
+        key, value = Grid(int(bits), "tokens", group), Grid(int(bits), "channels", group)
         return cls(head_dim, key, value, **fields)
 
     @property

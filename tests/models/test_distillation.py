@@ -43,7 +43,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (5, 40)).astype(np.int32)
 
 def test_the_divergence_falls(model, books, tmp_path):
     refined = distillation.refine(
-        model, books, TOKENS, steps=60, batch=5, rate=0.05, seed=0, work=tmp_path
+        model, books, TOKENS, steps=60, batch=5, rate=0.05, copies=1, seed=0, work=tmp_path
     )
 
     def kl(b):
@@ -55,22 +55,22 @@ def test_the_divergence_falls(model, books, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(model, books, tmp_path, monkeypatch):
-    options = {"steps": 6, "batch": 2, "rate": 0.03, "seed": 0}
+    options = {"steps": 6, "batch": 2, "rate": 0.03, "copies": 2, "seed": 0}
     monkeypatch.setattr(distillation, "_SAVE_EVERY", 2)
     folders = [tmp_path / name for name in ("whole", "parts")]
     for folder in folders:
         folder.mkdir()
     whole = distillation.refine(model, books, TOKENS, **options, work=folders[0])
 
-    seen, real = [], distillation._rows
+    seen, real = [], distillation._pieces
 
-    def stop_at_five(sequences, batch, step, seed):
-        seen.append(step)
-        if step == 5 and len(seen) == 6:
+    def stop_at_five(tokens, start, batch, copies, seed):
+        seen.append(seed[1])
+        if seed[1] == 5 and len(seen) == 6:
             raise KeyboardInterrupt
-        return real(sequences, batch, step, seed)
+        return real(tokens, start, batch, copies, seed)
 
-    monkeypatch.setattr(distillation, "_rows", stop_at_five)
+    monkeypatch.setattr(distillation, "_pieces", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         distillation.refine(model, books, TOKENS, **options, work=folders[1])
     parts = distillation.refine(model, books, TOKENS, **options, work=folders[1])
@@ -79,9 +79,21 @@ def test_an_interrupted_run_goes_on_to_the_same_result(model, books, tmp_path, m
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
 
 
-@pytest.mark.parametrize(("sequences", "batch"), [(7, 3), (5, 5), (2, 4)])
-def test_every_sequence_is_used_once_before_any_is_used_again(sequences, batch):
-    steps = 3 * sequences
-    order = np.concatenate([distillation._rows(sequences, batch, i, 0) for i in range(steps)])
-    for epoch in order[: len(order) // sequences * sequences].reshape(-1, sequences):
-        assert sorted(epoch.tolist()) == list(range(sequences))
+def test_pieces_of_the_text_with_repeated_passages():
+    tokens = np.arange(4 * 129).reshape(4, 129)
+    tokens[:, 0] = -1  # what every sequence begins with
+    plain = distillation._pieces(tokens, 1, 6, 0, (0, 0))
+    assert plain.shape == (6, 129)
+    assert (plain[:, 0] == -1).all()
+    text = tokens[:, 1:].reshape(-1).tolist()
+    places = [text.index(row[1]) for row in plain]
+    assert len(set(places)) > 3
+    for row, place in zip(plain, places, strict=True):
+        assert row[1:].tolist() == text[place : place + 128]
+
+    copied = distillation._pieces(tokens, 1, 6, 3, (0, 0))
+    for row, place in zip(copied, places, strict=True):
+        changed = np.flatnonzero(row[1:] != text[place : place + 128])
+        assert 0 < len(changed) <= 3 * 16
+        assert set(row.tolist()) <= {-1, *text[place : place + 128]}
+    assert (copied != distillation._pieces(tokens, 1, 6, 3, (0, 1))).any()

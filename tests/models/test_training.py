@@ -293,7 +293,7 @@ def counted(monkeypatch):
     watch(SampleStore, "_mark")  # the end of storing a sequence, or of a new store
     watch(SampleStore, "layer")  # the beginning of fitting a layer
     watch(codebook, "save")
-    watch(evaluation, "compare")
+    watch(evaluation, "divergence")
     watch(loading, "load")
     return calls
 
@@ -322,10 +322,10 @@ def test_stopped_anywhere_and_resumed(tiny_run, tiny_model, tmp_path, counted, c
     run(("save", 0))
     assert (counted["key_value_samples"], counted["layer"]) == (0, 1)
     assert not (out / "codebooks").exists()
-    run(("compare", 1))
+    run(("divergence", 1))
     assert (counted["layer"], counted["save"]) == (0, 1)
     run(("", 0))
-    assert (counted["key_value_samples"], counted["layer"], counted["compare"]) == (0, 0, 2)
+    assert (counted["key_value_samples"], counted["layer"], counted["divergence"]) == (0, 0, 2)
 
     equal(codebook.load(out / "codebooks"), codebook.load(tiny_run / "codebooks"))
     ours, other = (json.loads((x / "report.json").read_text()) for x in (out, tiny_run))

@@ -1,0 +1,190 @@
+"""``gsrq-fidelity``: perplexity, KL and top-1 agreement of methods against full precision.
+
+Protocol: sequences of ``length`` tokens of a held-out text, the first at its beginning, the others
+``stride`` tokens after the one before; each one teacher-forced pass, sinks and exactly ``window``
+past tokens exact (`gsrq_jax.models.evaluation`). Each prediction counts once.
+"""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+import sys
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Int
+from tqdm import tqdm
+
+from gsrq_jax import codec, results
+from gsrq_jax.cache import init_cache
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import evaluation, loading, methods, text
+from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.models.methods import Calibration
+from gsrq_jax.spec import CacheSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class FidelityConfig:
+    """Perplexity, KL and top-1 agreement of quantised caches against full precision.
+
+    Attributes:
+        method: ``gsrq@1``, ``kivi2`` …, or folders of codebooks; an unknown one names them all.
+        eval_text: held-out text file to measure on.
+        model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
+        window: numbers of recent tokens that stay exact, one result each.
+        sinks: first tokens that stay exact.
+        sequences: at most so many.
+        length: tokens of each.
+        stride: tokens from one to the next; by default they do not overlap.
+        calibration: what methods that learn are fitted to.
+        work: folder where fitted methods are kept for the next run.
+        dtype: of the model.
+        out: folder of the results, one JSON file a method and length.
+    """
+
+    method: tyro.conf.UseAppendAction[tuple[str, ...]]
+    eval_text: str
+    model: str = "demo"
+    window: tuple[int, ...] = (128,)
+    sinks: int = 4
+    sequences: int = 24
+    length: int = 2048
+    stride: int | None = None
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    work: pathlib.Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    out: pathlib.Path = pathlib.Path("results/fidelity")
+
+
+def measure(config: FidelityConfig) -> list[pathlib.Path]:
+    """Run it; returns the files.
+
+    Raises:
+        InputError: for whatever in ``config`` cannot be used.
+    """
+    if min(config.window, default=-1) < 0:
+        raise InputError("--window takes numbers from 0 up, at least one")
+    model = loading.load(config.model, dtype=config.dtype)
+    sequences = _sequences(config, model)
+    codecs = methods.resolve(
+        config.method, model, config.calibration, config.work, window=128, sinks=config.sinks
+    )
+    arguments = (model.graphdef, model.params)
+    exact = [evaluation.exact_hidden(*arguments, jnp.asarray(s)[None]) for s in sequences]
+    files = []
+    for name, method in codecs.items():
+        if method is None:
+            continue  # it stands beside every other
+        rows = []
+        for window in tqdm(config.window, desc=name, unit="window"):
+            found = evaluation.fidelity(
+                *arguments, sequences, method, window=window, stride=config.stride, exact=exact
+            )
+            rows += _rows(config, model, name, method.spec, window, found)
+        file = config.out / f"{file_name(name)}-{config.length}.json"
+        results.write_result(file, rows, command=_repeat(name))
+        files.append(file)
+        for row in rows:
+            if row["metric"] == "perplexity":
+                rise = row["value"] / row["full_precision"] - 1
+                print(f"{name}, window {row['window']}: perplexity {row['value']:.3f}, {rise:+.2%}")
+    return files
+
+
+def _sequences(config: FidelityConfig, model: loading.LoadedModel) -> Int[np.ndarray, "n T"]:
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    if not 2 <= config.length <= model.config.max_length:
+        raise InputError(
+            f"--length must be from 2 to the context of {model.name}, {model.config.max_length}, "
+            f"got {config.length}"
+        )
+    start = model.tokenizer.encode("")
+    room = config.length - len(start)
+    stride = room if config.stride is None else config.stride
+    if not 1 <= stride <= room:
+        raise InputError(f"--stride must be from 1 to {room}, got {config.stride}")
+    pieces = text.read(config.eval_text)
+    wanted = room + (config.sequences - 1) * stride
+    ids = text.tokens(pieces, model.tokenizer, count=wanted)
+    begins = range(0, len(ids) - room + 1, stride)
+    if config.sequences < 1 or not begins:
+        raise InputError(
+            f"the text {config.eval_text!r} has {len(ids)} tokens, too few for a sequence of "
+            f"{config.length}; give more text, or smaller --length and at least one of --sequences"
+        )
+    return np.stack(
+        [np.concatenate([np.asarray(start, np.int32), ids[b : b + room]]) for b in begins]
+    )
+
+
+def effective_bits(spec: CacheSpec | None, config: LlamaConfig, length: int) -> float:
+    """Bits a number of a cache of ``length`` tokens: codes, scales, window and sinks in bfloat16.
+
+    From the arrays of the cache, of one layer; codebooks are not in it.
+    """
+    cache = jax.eval_shape(
+        lambda: init_cache(
+            spec,
+            batch=1,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            max_length=length,
+        )
+    )
+    return 8 * cache.nbytes / (2 * length * config.kv_heads * config.head_dim)
+
+
+def _rows(
+    config: FidelityConfig,
+    model: loading.LoadedModel,
+    name: str,
+    spec: CacheSpec,
+    window: int,
+    found: evaluation.Fidelity,
+) -> list[dict[str, Any]]:
+    held = dataclasses.replace(spec, window=window)
+    row = {
+        "model": model.name,
+        "method": name,
+        "title": methods.title(name),
+        "bits": spec.bits,
+        "bits_stored": codec.stored_bits(spec),
+        "bits_effective": effective_bits(held, model.config, config.length),
+        "window": window,
+        "sinks": spec.sinks,
+        "dataset": pathlib.Path(config.eval_text).stem,
+        "length": config.length,
+        "stride": config.stride,
+        "n": found.n,
+    }
+    metrics = {
+        "perplexity": (found.perplexity, found.full_precision),
+        "kl": (found.kl, 0.0),
+        "top1": (found.top1, 1.0),
+    }
+    return [
+        row | {"metric": metric, "value": value, "full_precision": full}
+        for metric, (value, full) in metrics.items()
+    ]
+
+
+def file_name(method: str) -> str:
+    """A method's name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9.@-]+", "-", method).strip("-")
+
+
+def _repeat(name: str) -> str:
+    """The command of this run with one method only: the result does not depend on the others."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word == "--method":
+            next(words, None)
+        else:
+            kept.append(word)
+    return shlex.join(["gsrq-fidelity", "--method", name, *kept])

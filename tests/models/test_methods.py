@@ -1,0 +1,223 @@
+"""Methods by name, and the command that measures them, on a tiny random model."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from gsrq_jax import codebook
+from gsrq_jax.cache import append, init_cache, materialize
+from gsrq_jax.codec import decoded, stored_bits
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import commands, fidelity, loading, methods
+from gsrq_jax.models.methods import Calibration
+
+CALIBRATION = Calibration(tokens=1280, length=256)
+NAMES = (
+    "full",
+    "int8",
+    "int4",
+    "kivi2",
+    "kivi1",
+    "vqllm@0.5",
+    "vqllm@0.25",
+    "cq@1",
+    "cq-unweighted@1",
+    "kmeans@0.25",
+    "spherical@0.25",
+    "gsrq@0.5",
+    "gsrq@0.25",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_model_folder(tmp_path_factory.mktemp("model"), head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return loading.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def codecs(model, work):
+    return methods.resolve(NAMES, model, CALIBRATION, work, window=8, sinks=2)
+
+
+def test_all_are_there_and_their_bits_are_counted(codecs):
+    assert tuple(codecs) == NAMES
+    assert codecs["full"] is None
+    got = {name: (c.spec.bits, stored_bits(c.spec)) for name, c in codecs.items() if c}
+    assert got == {
+        "int8": (8, 9),
+        "int4": (4, 5),
+        "kivi2": (2, 3),
+        "kivi1": (1, 2),
+        "vqllm@0.5": (0.5, 1),
+        "vqllm@0.25": (0.25, 0.75),
+        "cq@1": (1, 1),
+        "cq-unweighted@1": (1, 1),
+        "kmeans@0.25": (0.25, 0.25),
+        "spherical@0.25": (0.25, 0.25),
+        "gsrq@0.5": (0.5, 0.5),
+        "gsrq@0.25": (0.25, 0.25),
+    }
+    assert {(c.spec.window, c.spec.sinks) for c in codecs.values() if c} == {(8, 2)}
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_in_the_real_cache(codecs, name, model):
+    """What the cache gives back is what the codec makes of each block, and `decoded` the same."""
+    layer = jax.tree.map(lambda x: x[1], codecs[name])
+    spec, tokens = layer.spec, 2 + 8 + 2 * 128 + 3
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(2, tokens, 2, 32)), jnp.float32) for _ in "kv")
+    count = jnp.array([tokens, 2 + 8 + 128])
+    padded = jnp.arange(tokens)[:, None, None] >= count[:, None, None, None]
+    k, v = (jnp.where(padded, jnp.nan, x) for x in (k, v))
+
+    def held(codec):
+        cache = init_cache(
+            codec.spec, batch=2, kv_heads=2, head_dim=32, max_length=tokens, dtype=jnp.float32
+        )
+        return materialize(append(cache, k, v, codec, count), codec)
+
+    keys, values, there = jax.jit(held)(layer)
+    assert there.sum(axis=1).tolist() == count.tolist()
+    at = spec.sinks + jnp.arange(128)
+    block = slice(spec.sinks, spec.sinks + 128)
+    codes = layer.encode(k[:, block], v[:, block], jnp.broadcast_to(at, (2, 128)))
+    shapes = jax.tree.map(lambda x: (x.shape[2:], x.dtype), codes)
+    assert shapes == jax.tree.map(lambda s: (s.shape, s.dtype), spec.code_shapes())
+    old = layer.decode(*codes, jnp.broadcast_to(at, (2, 128)))
+    first = slice(spec.sinks + spec.ring, spec.sinks + spec.ring + 128)
+    for got, want in zip((keys, values), old, strict=True):
+        np.testing.assert_allclose(got[:, first], want, atol=1e-4)
+    *kept, still_there = jax.jit(held)(decoded(layer))
+    np.testing.assert_array_equal(still_there, there)
+    for got, want in zip(kept, (keys, values), strict=True):
+        np.testing.assert_allclose(got[there], want[there], atol=1e-4)
+
+
+@pytest.mark.parametrize(("high", "low"), [("gsrq@0.5", "gsrq@0.25"), ("vqllm@0.5", "vqllm@0.25")])
+def test_a_lower_rate_is_the_same_alone(codecs, model, high, low):
+    """One fit serves all rates of a family: the result does not depend on the others."""
+    alone = methods.resolve([low], model, CALIBRATION, window=8, sinks=2)[low]
+    assert alone.spec == codecs[low].spec
+    for got, want in zip(jax.tree.leaves(alone), jax.tree.leaves(codecs[low]), strict=True):
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=2e-2)
+    assert codecs[high].key.shape[-3] == 2 * alone.key.shape[-3]
+
+
+def test_fits_are_kept(codecs, model, work, monkeypatch):
+    monkeypatch.setattr(methods.training, "key_value_samples", None)
+    again = methods.resolve(["gsrq@0.5"], model, CALIBRATION, work, window=8, sinks=2)
+    for got, want in zip(
+        jax.tree.leaves(again["gsrq@0.5"]), jax.tree.leaves(codecs["gsrq@0.5"]), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    other = dataclasses.replace(CALIBRATION, seed=1)
+    with pytest.raises(InputError, match="fitted to something else; remove it or choose another"):
+        methods.resolve(["gsrq@0.5"], model, other, work, window=8, sinks=2)
+
+
+def test_a_folder_of_codebooks(codecs, model, tmp_path):
+    codebook.save(tmp_path / "books", codecs["gsrq@0.5"], model=model.fingerprint)
+    name = str(tmp_path / "books")
+    assert methods.title(name) == "books"
+    assert methods.resolve([name], model)[name].spec == codecs["gsrq@0.5"].spec
+    wide = methods.resolve([name], model, window=64)[name]
+    assert (wide.spec.window, wide.spec.sinks) == (64, 2)
+    codebook.save(tmp_path / "others", codecs["gsrq@0.5"], model="another")
+    with pytest.raises(InputError, match="another"):
+        methods.resolve([str(tmp_path / "others")], model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gzip", "unknown method 'gzip'; choose full, int8"),
+        ("gsrq", "write gsrq@1 for one bit"),
+        ("gsrq@one", "write gsrq@1 for one bit"),
+        ("kivi2@3", "kivi2 has 2 bits"),
+        ("gsrq@0.3", "0.3 bits cannot be had"),
+        ("cq@4", "take at most 2 bits"),
+    ],
+)
+def test_refused(model, name, message, work):
+    with pytest.raises(InputError, match=message):
+        methods.resolve([name], model, CALIBRATION, work, window=8, sinks=2)
+
+
+def test_the_command(folder, work, tmp_path, capsys):
+    (tmp_path / "held.txt").write_text("the dog and the cat and the dog again. " * 40)
+    arguments = [
+        *("--model", str(folder), "--eval-text", str(tmp_path / "held.txt"), "--length", "300"),
+        *("--method", "full", "--method", "gsrq@0.5", "--method", "kivi1", "--window", "0", "300"),
+        *("--sequences", "3", "--sinks", "2", "--out", str(tmp_path / "out"), "--work", str(work)),
+        *("--calibration.tokens", "1280", "--calibration.length", "256"),
+    ]
+    commands.measure_fidelity(arguments)
+    assert "gsrq@0.5, window 0: perplexity" in capsys.readouterr().out
+    files = sorted(x.name for x in (tmp_path / "out").iterdir())
+    assert files == ["gsrq@0.5-300.json", "kivi1-300.json"]
+    rows = json.loads((tmp_path / "out" / "kivi1-300.json").read_text())["rows"]
+    assert [r["metric"] for r in rows] == ["perplexity", "kl", "top1"] * 2
+    assert {r["n"] for r in rows} == {3 * 299}
+    narrow, wide = (
+        next(r for r in rows if r["window"] == w and r["metric"] == "kl") for w in (0, 300)
+    )
+    assert narrow["value"] > 1e-4
+    assert abs(wide["value"]) < 1e-6
+    assert narrow["bits_stored"] == 2
+
+
+def test_overlapping_sequences_count_once(model, tmp_path):
+    path = tmp_path / "held.txt"
+    path.write_text("the dog and the cat and the dog again. " * 10)
+    config = fidelity.FidelityConfig(
+        ("kivi1",), str(path), length=101, stride=60, sequences=3, out=tmp_path, model=""
+    )
+    rows = fidelity._sequences(config, model)
+    assert rows.shape == (3, 101)
+    np.testing.assert_array_equal(rows[1, 1:41], rows[0, 61:])
+    got = fidelity.evaluation.fidelity(
+        model.graphdef, model.params, rows, methods.resolve(["kivi1"], model)["kivi1"], stride=60
+    )
+    assert got.n == 100 + 2 * 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--length", "600"), "--length must be from 2 to the context"),
+        (("--length", "100", "--stride", "100"), "--stride must be from 1 to 99"),
+        (("--window", "-1"), "--window takes numbers from 0 up"),
+        (("--length", "512"), "too few for a sequence of 512"),
+    ],
+)
+def test_bad_flags(folder, tmp_path, capsys, flags, message):
+    (tmp_path / "held.txt").write_text("the dog")
+    with pytest.raises(SystemExit):
+        commands.measure_fidelity(
+            [
+                "--model",
+                str(folder),
+                "--eval-text",
+                str(tmp_path / "held.txt"),
+                "--method",
+                "int8",
+                *flags,
+            ]
+        )
+    assert message in capsys.readouterr().err
