@@ -7,15 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from gsrq_jax import codec, results
-from gsrq_jax.cache import init_cache
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import longbench_metrics
-from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.models import fidelity, longbench_metrics, methods
 from gsrq_jax.models.loading import LoadedModel
 from gsrq_jax.models.longbench import Row
 from gsrq_jax.spec import CacheSpec
@@ -37,36 +34,14 @@ def interval(scores: Sequence[Sequence[float]], *, seed: int, draws: int = 2000)
     return [round(100 * float(x), 2) for x in np.quantile(means, (0.025, 0.975))]
 
 
-def bits(spec: CacheSpec | None, config: LlamaConfig, length: int) -> dict[str, float]:
-    """Bits a number: ``bits`` of codes, ``bits_stored`` of a coded block's arrays,
-    ``bits_effective`` of the arrays of a whole cache for ``length`` tokens, sinks and window
-    included.
-    """
-    if spec is None:
-        return {"bits": 16.0, "bits_stored": 16.0, "bits_effective": 16.0}
-    shape: dict[str, Any] = {
-        "batch": 1,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_length": length,
-    }
-    ours, full = (jax.eval_shape(lambda s=s: init_cache(s, **shape)).nbytes for s in (spec, None))
-    return {
-        "bits": spec.bits,
-        "bits_stored": codec.stored_bits(spec),
-        "bits_effective": 16 * ours / full,
-    }
-
-
 def write(
     folder: pathlib.Path,
     *,
     config: dict[str, Any],
     model: LoadedModel,
-    specs: Mapping[str, CacheSpec | None],
     rows: Sequence[Row],
     length: int,
-    predictions: Mapping[str, Mapping[tuple[str, str], str]],
+    ways: Sequence[tuple[str, CacheSpec | None, Mapping[tuple[str, str], str]]],
     seed: int,
 ) -> dict[str, Any]:
     """Score everything, write ``report.json`` and what is made from it; returns its content.
@@ -75,26 +50,26 @@ def write(
         folder: of the run.
         config: the run's flags, as JSON holds them.
         model: that answered.
-        specs: of each method's cache.
         rows: that were asked, in the order of the data.
         length: tokens of the longest prompt.
-        predictions: of each method, by task and id of the row.
+        ways: method, spec of its cache, and predictions by task and id of the row.
         seed: of the bootstrap.
     """
     measured = []
     full: dict[tuple[str, str], float] = {}
-    for method in sorted(specs, key=lambda x: specs[x] is not None):  # full precision first
-        spec = specs[method]
+    for method, spec, predictions in sorted(ways, key=lambda x: x[1] is not None):  # full first
         common = {
             "model": model.name,
             "method": method,
-            "preset": "full precision" if spec is None else str(spec),
-            **bits(spec, model.config, length),
+            "title": methods.title(method),
+            "bits": spec.bits if spec else 16.0,
+            "bits_stored": codec.stored_bits(spec) if spec else 16.0,
+            "bits_effective": fidelity.effective_bits(spec, model.config, length),
             "window": spec.window if spec else None,
             "sinks": spec.sinks if spec else None,
             "length": length,
         }
-        for dataset, part, n, value, low, high in _scores(rows, predictions[method], seed):
+        for dataset, part, n, value, low, high in _scores(rows, predictions, seed):
             if spec is None:
                 full[dataset, part] = value
             measured.append(
@@ -170,36 +145,36 @@ def render(folder: pathlib.Path) -> dict[str, Any]:
 def summary(data: dict[str, Any]) -> str:
     """One line a method: bits and the average over tasks."""
     lines = [
-        "| method | bits | stored | with window | average | 95 % interval | full precision |",
+        "| method | window | bits | stored | whole cache | average | 95 % interval |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in data["rows"]:
         if not row["dataset"].startswith(AVERAGE):
             continue
         name = row["method"] + (" (LongBench-E)" if row["dataset"] != AVERAGE else "")
-        full = row["full_precision"]
+        window = "" if row["window"] is None else row["window"]
         lines.append(
-            f"| {name} | {row['bits']:.3g} | {row['bits_stored']:.3g} "
+            f"| {name} | {window} | {row['bits']:.3g} | {row['bits_stored']:.3g} "
             f"| {row['bits_effective']:.3g} | {row['value']:.2f} "
-            f"| {row['low']:.1f} – {row['high']:.1f} | {'' if full is None else f'{full:.2f}'} |"
+            f"| {row['low']:.1f} – {row['high']:.1f} |"
         )
     return "\n".join(lines)
 
 
 def by_task(data: dict[str, Any]) -> str:
     """One line a task, one column a method: score and interval."""
-    methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
+    ways = list(dict.fromkeys(map(_way, data["rows"])))
     lines = [
-        f"| task | n | {' | '.join(methods)} |",
-        "| --- | --- |" + " --- |" * len(methods),
+        f"| task | n | {' | '.join(ways)} |",
+        "| --- | --- |" + " --- |" * len(ways),
     ]
     by: dict[tuple[str, str], dict[str, Any]] = {}
     for row in data["rows"]:
-        by.setdefault((row["dataset"], row["part"]), {})[row["method"]] = row
+        by.setdefault((row["dataset"], row["part"]), {})[_way(row)] = row
     for (dataset, part), found in by.items():
         cells = [
             f"{row['value']:.2f} ({row['low']:.0f} – {row['high']:.0f})"
-            for row in (found[method] for method in methods)
+            for row in (found[way] for way in ways)
         ]
         n = next(iter(found.values()))["n"]
         lines.append(f"| {dataset} {part}".rstrip() + f" | {n} | {' | '.join(cells)} |")
@@ -209,8 +184,8 @@ def by_task(data: dict[str, Any]) -> str:
 def markdown(data: dict[str, Any]) -> str:
     """`report.md` from what `report.json` holds."""
     first = data["rows"][0]
-    windows = {(r["window"], r["sinks"]) for r in data["rows"] if r["window"] is not None}
-    exact = "; ".join(f"{w} recent tokens and {s} first ones exact" for w, s in sorted(windows))
+    sinks = ", ".join(sorted({str(r["sinks"]) for r in data["rows"] if r["sinks"] is not None}))
+    exact = f", the first {sinks} tokens and the window exact" if sinks else ""
     return "\n".join(
         [
             f"# LongBench: {first['model']}",
@@ -218,9 +193,9 @@ def markdown(data: dict[str, Any]) -> str:
             summary(data),
             "",
             f"{data['data']}; prompts of at most {first['length']:,} tokens, read with exact "
-            f"attention, greedy answers over the cache{f' ({exact})' if exact else ''}. Bits a "
-            "number: of the codes; stored with their scales; of the whole cache of the longest "
-            f"prompt. Intervals: {data['interval']} within each task. One run of "
+            f"attention, greedy answers over the cache{exact}. Bits a number: of the codes; stored "
+            "with their scales; of the whole cache of the longest prompt, window included. "
+            f"Intervals: {data['interval']} within each task. One run of "
             f"`{data['command']}` on {data['device']}, {data['date']}.",
             "",
             "![average by method, scores by task](report.png)",
@@ -235,26 +210,26 @@ def markdown(data: dict[str, Any]) -> str:
 
 def picture(data: dict[str, Any]) -> Figure:
     """Averages with their intervals, and the score of every task, by method."""
-    methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
+    ways = list(dict.fromkeys(map(_way, data["rows"])))
     whole = [row for row in data["rows"] if not row["part"]]
     averages = [row for row in whole if row["dataset"].startswith(AVERAGE)]
     tasks = list(dict.fromkeys(r["dataset"] for r in whole if not r["dataset"].startswith(AVERAGE)))
-    figure = Figure(figsize=(13, 2.5 + 0.35 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(13, 2.5 + 0.35 * len(ways)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2), sharey=True)
     for name in dict.fromkeys(row["dataset"] for row in averages):
-        rows = {row["method"]: row for row in averages if row["dataset"] == name}
+        rows = {_way(row): row for row in averages if row["dataset"] == name}
         value, low, high = (
-            np.array([rows[method][x] for method in methods]) for x in ("value", "low", "high")
+            np.array([rows[way][x] for way in ways]) for x in ("value", "low", "high")
         )
         spread = np.maximum([value - low, high - value], 0)
-        left.errorbar(value, range(len(methods)), xerr=spread, fmt="o", capsize=3, label=name)
-    left.set_yticks(range(len(methods)), methods)
+        left.errorbar(value, range(len(ways)), xerr=spread, fmt="o", capsize=3, label=name)
+    left.set_yticks(range(len(ways)), ways)
     left.invert_yaxis()
     left.set_xlabel("score, 95 % interval")
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
-    cells = {(row["method"], row["dataset"]): row["value"] for row in whole}
-    grid = [[cells[method, task] for task in tasks] for method in methods]
+    cells = {(_way(row), row["dataset"]): row["value"] for row in whole}
+    grid = [[cells[way, task] for task in tasks] for way in ways]
     right.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
     right.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     dark = np.max(grid) / 2
@@ -264,3 +239,7 @@ def picture(data: dict[str, Any]) -> Figure:
             right.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     figure.suptitle(f"LongBench, {data['rows'][0]['model']}", fontsize="medium")
     return figure
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    return row["method"] if row["window"] is None else f"{row['method']}, W = {row['window']}"

@@ -1,9 +1,10 @@
 """A run of LongBench: prompts read once, answered with each method's cache, scored, tabled.
 
 `eval_longbench.py` is this with its flags. One folder a run: ``run.json`` (what was asked for),
-``<method>/<task>.jsonl`` (predictions as LongBench's own ``eval.py`` reads them, appended as they
-are made), ``report.json``, and ``report.md`` and ``report.png`` made from it. A run that was
-stopped goes on where it was, in the same batches; methods can be added to a finished one.
+``<method>-w<window>/<task>.jsonl`` (predictions as LongBench's own ``eval.py`` reads them, appended
+as they are made), ``report.json``, and ``report.md`` and ``report.png`` made from it. A run that
+was stopped goes on where it was, in the same batches; methods and windows can be added to a
+finished one.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, Bool
 from tqdm import tqdm
 
@@ -24,10 +26,19 @@ from gsrq_jax import codec as codecs
 from gsrq_jax.cache import KVCache, append, init_cache
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import generation, loading, longbench, longbench_metrics, longbench_report
+from gsrq_jax.models import (
+    fidelity,
+    generation,
+    loading,
+    longbench,
+    longbench_metrics,
+    longbench_report,
+    methods,
+)
 from gsrq_jax.models.generation import DecodeState, Sampler
 from gsrq_jax.models.longbench import Row
-from gsrq_jax.models.runfolder import Lines, claim, writing
+from gsrq_jax.models.methods import Calibration
+from gsrq_jax.models.runfolder import WORK, Lines, claim, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,35 +46,40 @@ class LongBenchConfig:
     """Run LongBench with full and quantised KV caches.
 
     Attributes:
+        method: ``full``, ``gsrq@1``, ``kivi2`` …, or folders of codebooks; an unknown one names
+            them all. Prompts are read once for all of them.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         data: folder of ``<task>.jsonl``, LongBench's data.zip, or a hub id.
         tasks: their names, or ``en``, ``zh``, ``e`` (LongBench-E) for all of a kind.
-        method: how the cache is kept; several are run on the same prompts.
         max_length: tokens of a prompt, longer ones lose their middle; by default as many as the
             model's context leaves room for.
-        window: recent tokens that stay exact.
+        window: numbers of recent tokens that stay exact, one result each.
         sinks: first tokens that stay exact.
         batch: prompts at a time.
         buckets: lengths that prompts are padded to; each is compiled for every method.
         limit: rows a task, the first ones; all by default.
         keep: what the cache keeps of a coded block: ``codes``, or what they decode to, which
             attends alike.
-        seed: of the bootstrap and of whatever methods learn.
+        calibration: what methods that learn are fitted to.
+        work: folder where fitted methods are kept for the next run; by default ``work`` in ``out``.
+        seed: of the bootstrap.
         dtype: of the model.
         out: folder of the run.
     """
 
+    method: tyro.conf.UseAppendAction[tuple[str, ...]]
     model: str = "demo"
     data: str = longbench.HUB_ID
     tasks: tuple[str, ...] = ("en",)
-    method: tuple[str, ...] = ("full",)
     max_length: int | None = None
-    window: int = 128
+    window: tuple[int, ...] = (128,)
     sinks: int = 4
     batch: int = 8
     buckets: int = 4
     limit: int | None = None
     keep: Literal["codes", "decoded"] = "codes"
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    work: pathlib.Path | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     out: pathlib.Path = pathlib.Path("runs/longbench")
@@ -74,42 +90,48 @@ def evaluate(config: LongBenchConfig) -> pathlib.Path:
 
     Raises:
         InputError: for whatever in ``config`` cannot be used, and for a disk that is full or not
-            ours to write. Nothing is begun if ``config`` was at fault.
+            ours to write. No answer is written if ``config`` was at fault.
     """
     for name in ("batch", "buckets"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    if min(config.window, default=-1) < 0:
+        raise InputError("--window takes numbers from 0 up, at least one")
+    if not config.method:
+        raise InputError(f"no method is named; give at least --method {methods.FULL}")
     tasks = longbench.select(config.tasks)
     for task in tasks:
         longbench_metrics.require(task.metric)
-    folders = _folders(config.method)
     rows = longbench.load(config.data, tasks, limit=config.limit)
     model = loading.load(config.model, dtype=config.dtype)
     prompts = _prompts(config, model, rows)
-    methods = _resolve(config, model)
-
+    asked = _asked(config, model, rows, prompts)
     out = config.out
     with writing(out):
-        claim(out, "longbench", _asked(config, model, rows, prompts))
+        claim(out, "longbench", asked, begin=False)
+        ways = _ways(config, model)
+        claim(out, "longbench", asked)
+        for way in ways:
+            claim(out / way.name, "method", {"method": way.digest()})
         done = {
-            method: {task.name: Lines(out / folder / f"{task.name}.jsonl") for task in tasks}
-            for method, folder in folders.items()
+            way: {task.name: Lines(out / way.name / f"{task.name}.jsonl") for task in tasks}
+            for way in ways
         }
-        _answer(config, model, rows, prompts, methods, done)
-        specs = {name: codec.spec if codec is not None else None for name, codec in methods.items()}
+        _answer(config, model, rows, prompts, done)
         found = longbench_report.write(
             out,
             config=_plain(config),
             model=model,
-            specs=specs,
             rows=rows,
             length=max(map(len, prompts)),
-            predictions={
-                method: {
-                    (task, row["_id"]): row["pred"] for task, x in lines.items() for row in x.rows
-                }
-                for method, lines in done.items()
-            },
+            ways=[
+                (
+                    way.method,
+                    None if way.codec is None else way.codec.spec,
+                    {(task, x["_id"]): x["pred"] for task, y in lines.items() for x in y.rows},
+                )
+                for way, lines in done.items()
+            ],
             seed=config.seed,
         )
     print(f"\n{longbench_report.summary(found)}\n\nreport: {out / 'report.md'}")
@@ -119,23 +141,49 @@ def evaluate(config: LongBenchConfig) -> pathlib.Path:
 # --- what is asked --------------------------------------------------------------------------------
 
 
-def _resolve(config: LongBenchConfig, model: loading.LoadedModel) -> dict[str, Codec | None]:
-    for name in config.method:
-        if name != "full":
-            raise InputError(f"unknown method {name!r}; choose full")
-    return dict.fromkeys(config.method)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Way:
+    """A method with its window.
+
+    Attributes:
+        method: as it was named.
+        name: of its folder.
+        codec: stacked; None for full precision.
+    """
+
+    method: str
+    name: str
+    codec: Codec | None
+
+    def digest(self) -> str:
+        """Changes with whatever its answers depend on."""
+        digest = hashlib.sha256(repr(self.codec and self.codec.spec).encode())
+        for leaf in jax.tree.leaves(self.codec):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        return digest.hexdigest()
 
 
-def _folders(methods: Sequence[str]) -> dict[str, str]:
-    """The name of each method's folder; a path's separators become underscores."""
-    folders = {x: x.strip("/").replace("/", "_").lstrip(".") for x in methods}
-    if not folders:
-        raise InputError("no method is named; choose some by --method")
-    if len(set(folders.values())) < len(folders) or "" in folders.values():
-        raise InputError(
-            f"two of the methods {', '.join(methods)} would share a folder; rename one"
-        )
-    return folders
+def _ways(config: LongBenchConfig, model: loading.LoadedModel) -> list[Way]:
+    found = methods.resolve(
+        config.method,
+        model,
+        config.calibration,
+        config.work or config.out / WORK,
+        window=config.window[0],
+        sinks=config.sinks,
+    )
+    ways = []
+    for method, codec in found.items():
+        name = fidelity.file_name(method)
+        if codec is None:
+            ways.append(Way(method, name, None))
+            continue
+        for window in dict.fromkeys(config.window):
+            ways.append(Way(method, f"{name}-w{window}", codecs.respec(codec, window=window)))
+    names = [way.name for way in ways]
+    if len(set(names)) < len(names):
+        raise InputError(f"two of {', '.join(config.method)} would share a folder; rename one")
+    return ways
 
 
 def _prompts(
@@ -181,7 +229,7 @@ def _asked(
     for row, ids in zip(rows, prompts, strict=True):
         digest.update(json.dumps([row.task.name, row.id, row.answers, ids]).encode())
     asked = _plain(config)
-    for name in ("out", "method"):
+    for name in ("out", "work", "method", "window", "seed"):
         del asked[name]
     return asked | {"model": [model.name, model.fingerprint["weights"]], "data": digest.hexdigest()}
 
@@ -234,43 +282,40 @@ def _answer(
     model: loading.LoadedModel,
     rows: Sequence[Row],
     prompts: Sequence[list[int]],
-    methods: Mapping[str, Codec | None],
-    done: Mapping[str, Mapping[str, Lines]],
+    done: Mapping[Way, Mapping[str, Lines]],
 ) -> None:
-    """Predictions for all rows that have none, of each method."""
+    """Predictions for all rows that have none, in each way."""
     known = {
-        method: {(task, row["_id"]) for task, x in lines.items() for row in x.rows}
-        for method, lines in done.items()
+        way: {(task, x["_id"]) for task, y in lines.items() for x in y.rows}
+        for way, lines in done.items()
     }
 
-    def missing(method: str, batch: Batch) -> list[int]:
-        keys = known[method]
-        return [i for i in batch.rows if (rows[i].task.name, rows[i].id) not in keys]
+    def missing(way: Way, batch: Batch) -> list[int]:
+        return [i for i in batch.rows if (rows[i].task.name, rows[i].id) not in known[way]]
 
     limits = [row.task.max_new_tokens for row in rows]
     runner = Runner(model, batch=config.batch, max_new_tokens=max(limits))
     plan = batches(list(map(len, prompts)), limits, size=config.batch, buckets=config.buckets)
-    total = len(rows) * len(methods)
-    left = sum(len(missing(method, batch)) for batch in plan for method in methods)
+    total = len(rows) * len(done)
+    left = sum(len(missing(way, batch)) for batch in plan for way in done)
     with tqdm(total=total, initial=total - left, desc="answer", unit="row") as bar:
         for batch in plan:
-            todo = {method: x for method in methods if (x := missing(method, batch))}
+            todo = {way: x for way in done if (x := missing(way, batch))}
             if not todo:
                 continue
             here = [rows[i] for i in batch.rows]
             exact = runner.read([prompts[i] for i in batch.rows], batch.length)
-            for method, indices in todo.items():
-                codec = methods[method]
+            for way, indices in todo.items():
+                codec = way.codec
                 if codec is not None and config.keep == "decoded":
                     codec = codecs.decoded(codec)
-                answers = runner.answer(exact, here, codec)
+                answers = dict(zip(batch.rows, runner.answer(exact, here, codec), strict=True))
                 new: dict[str, list[dict[str, Any]]] = {}
                 for i in indices:
-                    new.setdefault(rows[i].task.name, []).append(
-                        _record(rows[i], prompts[i], answers[batch.rows.index(i)], model)
-                    )
+                    record = _record(rows[i], prompts[i], answers[i], model)
+                    new.setdefault(rows[i].task.name, []).append(record)
                 for task, records in new.items():
-                    done[method][task].add(records)
+                    done[way][task].add(records)
                 bar.update(len(indices))
 
 

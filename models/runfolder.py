@@ -11,15 +11,18 @@ from gsrq_jax.errors import InputError
 
 _RECORD, _NEW_RECORD = "run.json", ".run.json.new"
 
+WORK = "work"
+"""Folder in that of a run, for what is made before the run is begun."""
 
-def claim(out: pathlib.Path, kind: str, asked: Mapping[str, Any], *, what: str = "--{}") -> None:
+
+def claim(out: pathlib.Path, kind: str, asked: Mapping[str, Any], *, begin: bool = True) -> None:
     """Make ``out`` the folder of this run, or find that it is.
 
     Args:
         out: the folder; made if it is not there.
         kind: of run, such as ``longbench``.
-        asked: plain values that must be the same whenever the run goes on.
-        what: how a name in ``asked`` is shown.
+        asked: plain values that must be the same whenever the run goes on, by flag.
+        begin: if the folder is free, write what the run was asked for; otherwise only look.
 
     Raises:
         InputError: if it is a file, holds something else, or a run that was asked for otherwise.
@@ -29,20 +32,22 @@ def claim(out: pathlib.Path, kind: str, asked: Mapping[str, Any], *, what: str =
     record = json.loads(json.dumps({"kind": kind, **asked}))
     before = _read(out)
     if before is None:
-        found = (
-            sorted(x.name for x in out.iterdir() if x.name != _NEW_RECORD) if out.exists() else []
-        )
+        ours = (WORK, _NEW_RECORD)
+        entries = out.iterdir() if out.exists() else ()
+        found = sorted(x.name for x in entries if x.name not in ours)
         if found:
             raise InputError(
                 f"{out} exists and holds something else ({found[0]}); choose another --out"
             )
+        if not begin:
+            return
         out.mkdir(parents=True, exist_ok=True)
         (out / _NEW_RECORD).write_text(json.dumps(record, indent=1))
         os.replace(out / _NEW_RECORD, out / _RECORD)
         return
     changed = [x for x in record if x not in before or record[x] != before[x]]
     if changed:
-        names = ", ".join(what.format(x.replace("_", "-")) for x in changed)
+        names = ", ".join("--" + x.replace("_", "-") for x in changed)
         raise InputError(
             f"{out} holds a run with another {names}; choose another --out, or remove it to start "
             "anew"

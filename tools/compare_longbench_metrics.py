@@ -4,7 +4,8 @@
 
 CHECKOUT is the folder of LongBench that holds its ``metrics.py`` and ``eval.py``; ENV has its
 requirements for them (``rouge``, ``jieba``, ``fuzzywuzzy``, ``numpy``). FOLDER holds rows of
-LongBench (``<task>.jsonl``), whose answers are added to made-up ones; it may be left out.
+LongBench (``<task>.jsonl``), whose answers are added to made-up ones; it may be left out. With
+``--golden FILE`` LongBench's scores of short made-up predictions are kept for the tests.
 """
 
 import argparse
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=300, help="predictions a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default="results/longbench-metrics.json")
+    parser.add_argument("--golden", type=pathlib.Path)
     flags = parser.parse_args()
 
     rng = random.Random(flags.seed)
@@ -194,7 +196,9 @@ def main() -> None:
         python, packages, singles, wholes = json.loads(given.read_text())
 
     theirs = iter(singles)
-    rows, shown = [], collections.Counter()
+    rows: list[dict] = []
+    golden: list[list] = []
+    shown: collections.Counter[str] = collections.Counter()
     for task, case, (whole, by_length) in zip(tasks, cases, wholes, strict=True):
         classes = case["all_classes"]
         compared = different = full = 0
@@ -203,6 +207,7 @@ def main() -> None:
             for answer in answers:
                 ours = longbench_metrics.METRICS[task.metric](prediction, answer, classes)
                 wanted = next(theirs)
+                golden.append([task.name, prediction, answer, classes, wanted])
                 compared += 1
                 full += wanted > 0
                 if ours != wanted:
@@ -231,6 +236,11 @@ def main() -> None:
             f"scorer {'differs' if whole_differs else 'same'} ({whole}), "
             f"scorer_e {'differs' if by_length_differs else 'same'}"
         )
+    if flags.golden:
+        short = [x for x in golden if len(x[1]) + len(x[2]) < 300]
+        lines = ",\n".join(json.dumps(x, ensure_ascii=False) for x in short)
+        flags.golden.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        return
     bad = sum(r["different"] + r["scorer_different"] + r["scorer_e_different"] for r in rows)
     total = sum(row["compared"] for row in rows)
     print(f"{total} compared, {bad} different; LongBench on Python {python}")
