@@ -68,7 +68,7 @@ from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import CacheSpec
 
-CHUNK = 8192  # vectors of a head coded at a time
+CHUNK = 1024  # keys coded at a time, of each head and layer; each takes C² floats
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _dot = functools.partial(
     jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -201,7 +201,7 @@ class CommVQ:
         key: complex vectors of keys, real parts before imaginary ones, ``[L, H, R, C, d]``.
         value: what each bit of a value adds, ``[L, V, D]``.
         value_guess: linear map from a value and 1 to scores of its bits, ``[L, D + 1, V]``.
-        value_scale: mean magnitude of each channel of the values, ``[L, D]``.
+        value_scale: mean magnitude of each channel of the values, 1 if it is 0, ``[L, D]``.
         inv_freq: rotary frequencies, ``[L, d / 2]``.
         spec: of the cache.
     """
@@ -397,7 +397,7 @@ def em(
     words: int,
     temperatures: Float[Array, " steps"],
     *,
-    chunk: int = CHUNK,
+    chunk: int = 8192,
 ) -> tuple[Float[Array, "C d"], Float[Array, " steps"]]:
     """The words of one head and stage, by EM.
 
@@ -484,7 +484,7 @@ def value_words(
     bits: int,
     rounds: int,
     *,
-    chunk: int = CHUNK,
+    chunk: int = 8192,
 ) -> tuple[Float[Array, "V D"], Float[Array, "D_and_1 V"], Float[Array, " rounds"]]:
     """What each bit of a value adds, by alternating least squares and search.
 
@@ -556,8 +556,7 @@ def _key_scale(bare: Float[Array, "*n H d"]) -> BFloat16[Array, "*n"]:
 
 def _value_scale(joint: Float[Array, "*n D"], channels: Float[Array, " D"]) -> Array:
     """The norm of a token's value, each channel over its mean magnitude. BFloat16 ``[*n]``."""
-    relative = joint / jnp.maximum(channels, _TINY)
-    return jnp.sqrt(jnp.sum(jnp.square(relative), axis=-1)).astype(jnp.bfloat16)
+    return jnp.sqrt(jnp.sum(jnp.square(joint / channels), axis=-1)).astype(jnp.bfloat16)
 
 
 def _over(x: Float[Array, "*n D"], scale: BFloat16[Array, "*n"]) -> Float[Array, "*n D"]:
@@ -588,7 +587,7 @@ class FitOptions:
     first_temperature: float = 1e-3
     last_temperature: float = 1e-5
     rounds: int = 16
-    chunk: int = CHUNK
+    chunk: int = 8192
 
 
 def fit(
@@ -664,6 +663,7 @@ def _fit(
 
     joint = v.astype(jnp.float32).reshape(tokens, -1)
     channels = jnp.mean(jnp.abs(joint), axis=0)
+    channels = jnp.where(channels > 0, channels, 1)
     scale = _value_scale(joint, channels)
     value, guess, _ = value_words(
         value_rng,

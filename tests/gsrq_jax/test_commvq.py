@@ -44,6 +44,10 @@ def fitted(samples):
     }
 
 
+append = jax.jit(cache.append)
+materialize = jax.jit(cache.materialize)
+
+
 @jax.jit
 def encode(codec, k, v, positions):
     return codec.encode(k, v, positions)
@@ -105,6 +109,7 @@ def test_rotation_commutes_with_decoding(fitted):
     codes = jax.random.randint(jax.random.key(1), (H, 50, TWO.stages, 2), 0, C).astype(jnp.uint8)
 
     def difference(decode):
+        decode = jax.jit(decode)
         outside = rotate(decode(codes, words), 37, INV_FREQ)
         inside = decode(codes, rotate(words, 37, INV_FREQ))
         return float(np.abs(inside - outside).max() / np.abs(outside).max())
@@ -181,9 +186,9 @@ def test_em_keeps_the_best_iterate(points):
 
 
 def test_em_does_not_mind_chunks(points):
-    weights, falling = jnp.ones(N), jnp.geomspace(1e-2, 1e-3, 5)
+    weights, falling = jnp.ones(N), jnp.geomspace(1e-2, 1e-3, 25)
     _, whole = em(jax.random.key(0), points, weights, falling, chunk=N)
-    _, parts = em(jax.random.key(0), points, weights, falling, chunk=137)
+    _, parts = em(jax.random.key(0), points, weights, falling, chunk=200)
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
 
 
@@ -249,6 +254,14 @@ def test_keys_take_the_nearest_codeword_of_each_stage(fitted, samples):
         assert wrong.mean() < 0.01  # ties, in float32
 
 
+def test_keys_are_coded_in_chunks(points, fitted, monkeypatch):
+    words = fitted[ONE].key[0]
+    whole = jax.jit(lambda x: commvq._encode_key(x, words))(points)
+    monkeypatch.setattr(commvq, "CHUNK", 150)
+    parts = jax.jit(lambda x: commvq._encode_key(x, words))(points)
+    np.testing.assert_array_equal(parts, whole)
+
+
 # --- learning values ------------------------------------------------------------------------------
 
 
@@ -297,13 +310,13 @@ def test_sweeps_of_the_spec_are_those_of_the_encoder(fitted, samples):
         relative_errors(
             dataclasses.replace(fitted[ONE], spec=dataclasses.replace(ONE, sweeps=sweeps)), samples
         )[1]
-        for sweeps in (0, 1, 4)
+        for sweeps in (0, ONE.sweeps)
     ]
-    assert errors[0] > 1.05 * errors[1] > 1.05 * errors[2]
+    assert errors[0] > 1.1 * errors[1]
 
 
 def test_a_zero_token_stays_zero(fitted, samples):
-    k, v, at = (x[:1] for x in blocks_of(samples, ONE))
+    k, v, at = blocks_of(samples, ONE)
     k, v = k.at[0, 2].set(0), v.at[0, 2].set(0)
     back_k, back_v = decode(fitted[ONE], *encode(fitted[ONE], k, v, at), at)
     for back in (back_k, back_v):
@@ -350,15 +363,17 @@ def stacked(fitted):
 
 def test_stacked_layers_under_vmap_and_scan(fitted, samples):
     one, other, layers = stacked(fitted)
-    k, v, at = (x[:2] for x in blocks_of(samples, ONE))
+    k, v, at = blocks_of(samples, ONE)
 
     def through(codec, k, v):
         codes = codec.encode(k, v, at)
         return codes, codec.decode(*codes, at)
 
-    expected = jax.tree.map(
-        lambda *x: np.stack(x), *(jax.jit(through)(c, k, v) for c in (one, other))
-    )
+    each = []
+    for codec in (one, other):
+        codes = encode(codec, k, v, at)
+        each.append((codes, decode(codec, *codes, at)))
+    expected = jax.tree.map(lambda *x: np.stack(x), *each)
     mapped = jax.jit(jax.vmap(through, (0, None, None)))(layers, k, v)
     scanned = jax.jit(lambda c: jax.lax.scan(lambda _, c: (None, through(c, k, v)), None, c))(
         layers
@@ -375,7 +390,6 @@ def run_cache(codec, k, v, *, nan: bool):
     """Two sequences of 30 and 21 tokens, as a prompt with padding and then token by token."""
     counts, most = np.array([26, 17]), 26
     empty = cache.init_cache(ONE, batch=2, kv_heads=H, head_dim=D, max_length=32, dtype=jnp.float32)
-    append = jax.jit(cache.append)
     beyond = np.arange(most)[None, :, None, None] >= counts[:, None, None, None]
     fill = np.nan if nan else 0.0
     prompt = [jnp.where(beyond, fill, x[:, :most]) for x in (k, v)]
@@ -401,13 +415,15 @@ def test_attention_over_the_cache_is_that_over_what_it_decodes_to(fitted, sequen
     query = jnp.asarray(rng.normal(size=(2, 1, 2 * H, D)), jnp.float32)
     new_k, new_v = (jnp.asarray(x, jnp.float32) for x in rng.normal(size=(2, 2, 1, H, D)))
     found = jax.jit(attention.attend)(query, new_k, new_v, held, codec)
+    at = ONE.sinks + jnp.arange(3 * ONE.block).reshape(3, ONE.block)
+    at = jnp.broadcast_to(at, (2, *at.shape))
+    split = (x[:, ONE.sinks :][:, : 3 * ONE.block].reshape(*at.shape, H, D) for x in (k, v))
+    old_k, old_v = decode(codec, *encode(codec, *split, at), at)
     for row, length in enumerate((30, 21)):
         coded = (length - ONE.sinks - ONE.window) // ONE.block
         assert coded >= 1
         end = ONE.sinks + coded * ONE.block
-        at = ONE.sinks + jnp.arange(coded * ONE.block).reshape(coded, ONE.block)
-        split = [x[row, ONE.sinks : end].reshape(coded, ONE.block, H, D) for x in (k, v)]
-        old = decode(codec, *encode(codec, *split, at), at)
+        old = old_k[row, :coded], old_v[row, :coded]
         keys, values = (
             np.concatenate([x[row, : ONE.sinks], o.reshape(-1, H, D), x[row, end:length], n[row]])
             for x, o, n in zip((k, v), old, (new_k, new_v), strict=True)
@@ -428,7 +444,7 @@ def test_padding_is_not_read(fitted, sequences):
         if a.ndim == 4 and a.shape[1] == H:  # codes: whole blocks only
             for row in range(2):
                 np.testing.assert_array_equal(a[row, :, : done[row]], b[row, :, : done[row]])
-    for a, b in zip(*(cache.materialize(c, fitted[ONE]) for c in (clean, poisoned)), strict=True):
+    for a, b in zip(*(materialize(c, fitted[ONE]) for c in (clean, poisoned)), strict=True):
         assert np.isfinite(np.float32(a)).all()
         np.testing.assert_array_equal(a, b)
 
