@@ -179,12 +179,11 @@ def make_samples(
         )
         questions.append(both[:same])
         answers.append(both[same:])
-    question, asked = _padded(questions)
-    answer, told = _padded(answers)
+    asked_of, told_of = _padded(questions), _padded(answers)
     head = tokenizer.encode(HEAD)
     found = []
     for length in lengths:
-        context = length - question.shape[1] - answer.shape[1]
+        context = length - asked_of[0].shape[1] - told_of[0].shape[1]
         rooms = [context - len(head) - sum(map(len, n)) for n in needles]
         if min(rooms) < length / 2:
             raise InputError(
@@ -203,10 +202,10 @@ def make_samples(
                 length=length,
                 depth=np.repeat(np.asarray(depths), samples),
                 context=np.asarray(contexts, np.int32),
-                question=question,
-                asked=asked,
-                answer=answer,
-                told=told,
+                question=asked_of[0],
+                asked=asked_of[1],
+                answer=told_of[0],
+                told=told_of[1],
             )
         )
     return found
@@ -591,7 +590,8 @@ def picture(data: Sequence[Mapping[str, Any]]) -> Figure:
     size = (5 + (1 + 0.7 * len(depths)) * len(lengths), 3 + 0.6 * len(caches))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(METRICS), len(lengths), sharex=True, sharey=True, squeeze=False)
-    for line, (metric, meaning) in zip(axes, METRICS.items(), strict=True):
+    labels = ("right answers", "log-probability of a token, nats")
+    for line, metric, label in zip(axes, METRICS, labels, strict=True):
         grids = [[[values[c, n, d, metric] for d in depths] for c in caches] for n in lengths]
         least = 0.0 if metric == "needle" else min(-1e-9, float(np.min(grids)))
         most = 1.0 if metric == "needle" else 0.0
@@ -608,6 +608,5 @@ def picture(data: Sequence[Mapping[str, Any]]) -> Figure:
                 axis.set_title(f"{length:,} tokens", fontsize="medium")
             else:
                 axis.set_xlabel("depth")
-        label = meaning.replace("that ", "that\n").replace("of a token", "\nof a token")
-        figure.colorbar(drawn, ax=list(line), label=label)
+        figure.colorbar(drawn, ax=list(line)).set_label(label, fontsize="small")
     return figure
