@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -112,7 +112,7 @@ def evaluate(config: LongBenchConfig) -> pathlib.Path:
         ways = _ways(config, model)
         claim(out, "longbench", asked)
         for way in ways:
-            claim(out / way.name, "method", {"method": way.digest()})
+            way.claim(out)
         done = {
             way: {task.name: Lines(out / way.name / f"{task.name}.jsonl") for task in tasks}
             for way in ways
@@ -154,6 +154,16 @@ class Way:
     method: str
     name: str
     codec: Codec | None
+
+    def claim(self, out: pathlib.Path) -> None:
+        """Make its folder, or find that its answers are those of this codec."""
+        try:
+            claim(out / self.name, "method", {"codec": self.digest()})
+        except InputError as error:
+            raise InputError(
+                f"{out / self.name} holds answers over another codec than {self.method} is now, or "
+                "something else; choose another --out, or remove it to start anew"
+            ) from error
 
     def digest(self) -> str:
         """Changes with whatever its answers depend on."""
@@ -350,58 +360,58 @@ class Exact:
     count: Array
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Runner:
     """Prefill once, then a cache and a decode loop for each method, compiled once a shape.
 
-    Args:
+    Attributes:
         model: that answers.
         batch: prompts at a time.
         max_new_tokens: that any answer may have.
     """
 
-    def __init__(self, model: loading.LoadedModel, *, batch: int, max_new_tokens: int):
-        tokenizer = model.tokenizer
-        eos = model.config.eos_tokens
-        if not eos and tokenizer.eos is not None:
-            eos = (tokenizer.eos,)
-        self._model, self._batch, self._new, self._eos = model, batch, max_new_tokens, eos
-        self._prefill = jax.jit(
-            functools.partial(generation.prefill, model.graphdef), static_argnames="max_length"
-        )
-        self._begin = jax.jit(_begin, static_argnames=("capacity", "new", "eos"))
-        step = functools.partial(generation.decode, model.graphdef, sampler=Sampler(), eos=eos)
-        self._decode: Callable[..., DecodeState] = jax.jit(step, donate_argnums=2)
+    model: loading.LoadedModel
+    batch: int
+    max_new_tokens: int
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end any answer."""
+        known = self.model.tokenizer.eos
+        return self.model.config.eos_tokens or (() if known is None else (known,))
 
     def read(self, prompts: Sequence[list[int]], length: int) -> Exact:
         """Prefill up to a batch of prompts, padded to ``length`` tokens."""
-        tokens = np.zeros((self._batch, length), np.int32)
-        count = np.ones(self._batch, np.int32)
+        tokens = np.zeros((self.batch, length), np.int32)
+        count = np.ones(self.batch, np.int32)
         for i, ids in enumerate(prompts):
             tokens[i, : len(ids)] = ids
             count[i] = len(ids)
-        logits, cache = self._prefill(self._model.params, tokens, count, None, max_length=length)
+        model = self.model
+        logits, cache = _prefill(
+            model.graphdef, model.params, tokens, count, None, max_length=length
+        )
         return Exact(logits, cache, jnp.asarray(count))
 
     def answer(self, exact: Exact, rows: Sequence[Row], codec: Codec | None) -> list[list[int]]:
         """Greedy answers to prompts that were read, with the cache of ``codec`` (None: exact)."""
-        stops = [longbench.stops(row.task, self._model.tokenizer) for row in rows]
-        limits = np.zeros(self._batch, np.int32)
+        model = self.model
+        stops = [longbench.stops(row.task, model.tokenizer) for row in rows]
+        limits = np.zeros(self.batch, np.int32)
         limits[: len(rows)] = [row.task.max_new_tokens for row in rows]
         banned = np.zeros(exact.logits.shape, bool)
         for i, tokens in enumerate(stops):
-            banned[i, list(tokens + self._eos) if tokens else []] = True
-        state = self._begin(
-            exact,
-            codec,
-            banned,
-            capacity=exact.cache.capacity + self._new,
-            new=self._new,
-            eos=self._eos,
-        )
+            banned[i, list(tokens + self.eos) if tokens else []] = True
+        new, eos = self.max_new_tokens, self.eos
+        capacity = exact.cache.capacity + new
+        state = _begin(exact, codec, banned, capacity=capacity, new=new, eos=eos)
         reached = 1
         for limit in sorted(set(limits[: len(rows)].tolist())):
             state = state.replace(done=state.done | (limits <= reached))
-            state = self._decode(self._model.params, codec, state, jnp.int32(limit - reached))
+            steps = jnp.int32(limit - reached)
+            state = _decode(
+                model.graphdef, model.params, codec, state, steps, sampler=Sampler(), eos=eos
+            )
             reached = limit
         tokens, count = jax.device_get((state.tokens, state.count))
         return [_until(tokens[i, : count[i]].tolist(), stops[i]) for i in range(len(rows))]
@@ -413,6 +423,13 @@ def _until(tokens: list[int], stops: tuple[int, ...]) -> list[int]:
     return tokens[: end + 1]
 
 
+_prefill = jax.jit(generation.prefill, static_argnums=0, static_argnames="max_length")
+_decode = jax.jit(
+    generation.decode, static_argnums=0, static_argnames=("sampler", "eos"), donate_argnums=3
+)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "new", "eos"))
 def _begin(
     exact: Exact,
     codec: Codec | None,
