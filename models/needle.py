@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from gsrq_jax.cache import append, blocks_after, init_cache
+from gsrq_jax.cache import KVCache, append, blocks_after, init_cache
 from gsrq_jax.codec import Codec, respec, stored_bits
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import fidelity, generation, loading, methods, text, training
@@ -285,18 +285,14 @@ def answers(
     Returns:
         Mean log-probability of an answer's tokens, and whether each of them is the most likely one.
     """
-    layers, batch, _, heads, dim = k.shape
     spec = None if codec is None else codec.spec
-    cache = init_cache(
-        spec,
-        batch=batch,
-        kv_heads=heads,
-        head_dim=dim,
-        max_length=max_length,
-        layers=layers,
-        dtype=dtype,
-    )
-    cache = append(cache, k, v, codec)
+    batch, _, heads, dim = k.shape[1:]
+
+    def fill(layer: tuple[Array, Array, Codec | None]) -> KVCache:
+        size: dict[str, Any] = {"kv_heads": heads, "head_dim": dim, "max_length": max_length}
+        return append(init_cache(spec, batch=batch, dtype=dtype, **size), *layer)
+
+    cache = jax.lax.map(fill, (k, v, codec))  # encoding all layers at once would take much memory
     logits, cache = generation.extend(graphdef, params, question, asked, cache, codec)
 
     def step(carry, xs):
