@@ -143,7 +143,7 @@ def load(data: str, tasks: Sequence[Task], *, limit: int | None = None) -> list[
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, got {limit}")
     read = _reader(data)
-    rows = []
+    rows: list[Row] = []
     for task in tasks:
         found: dict[str, Row] = {}
         for number, data_of_row in enumerate(read(task.name), 1):

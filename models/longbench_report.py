@@ -20,7 +20,9 @@ from gsrq_jax.spec import CacheSpec
 AVERAGE = "average"
 
 
-def interval(scores: Sequence[Sequence[float]], *, seed: int, draws: int = 2000) -> list[float]:
+def interval(
+    scores: Sequence[Sequence[float]], *, seed: int, draws: int = 2000
+) -> tuple[float, float]:
     """Bootstrap 95 % interval of the mean of the means of groups, in percent.
 
     Rows are drawn within each group (one group: a task; several: an average over tasks). It says
@@ -31,7 +33,8 @@ def interval(scores: Sequence[Sequence[float]], *, seed: int, draws: int = 2000)
     for group in scores:
         x = np.asarray(group)
         means += x[rng.integers(len(x), size=(draws, len(x)))].mean(axis=1) / len(scores)
-    return [round(100 * float(x), 2) for x in np.quantile(means, (0.025, 0.975))]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return round(100 * float(low), 2), round(100 * float(high), 2)
 
 
 def write(
@@ -173,7 +176,7 @@ def by_task(data: dict[str, Any]) -> str:
         by.setdefault((row["dataset"], row["part"]), {})[_way(row)] = row
     for (dataset, part), found in by.items():
         cells = [
-            f"{row['value']:.2f} ({row['low']:.0f} – {row['high']:.0f})"
+            f"{row['value']:.2f} ({row['low']:.1f} – {row['high']:.1f})"
             for row in (found[way] for way in ways)
         ]
         n = next(iter(found.values()))["n"]

@@ -89,7 +89,7 @@ def test_wheel_brings_one_name_and_every_module(wheel):
     assert {name.split("/")[0] for name in names} == {"gsrq_jax", f"gsrq_jax-{version}.dist-info"}
     for package, folder in SOURCES.items():
         assert {f"{package.replace('.', '/')}/{file.name}" for file in folder.glob("*.py")} <= names
-    assert "gsrq_jax/py.typed" in names
+    assert {"gsrq_jax/py.typed", "gsrq_jax/models/longbench_tasks.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -200,9 +200,9 @@ def test_interval():
     low, high = interval([[0.0, 1.0] * 50], seed=0)
     assert low == pytest.approx(40.2, abs=2)
     assert high == pytest.approx(59.8, abs=2)
-    assert interval([[0.5] * 3], seed=0) == [50, 50]
+    assert interval([[0.5] * 3], seed=0) == (50, 50)
     wide, narrow = interval([[0.0, 1.0]], seed=0), interval([[0.0, 1.0]] * 9, seed=0)
-    assert wide == [0, 100]
+    assert wide == (0, 100)
     assert 0 < narrow[0] < narrow[1] < 100
 
 
