@@ -12,7 +12,7 @@ from typing import Any
 from gsrq_jax.models import report
 
 ROOT = pathlib.Path(__file__).parents[1]
-RUNS = ("smollm2-1bit", "smollm2-1bit-sinks64")
+RUNS = ("smollm2-1bit", "smollm2-1bit-sinks64", "smollm2-1bit-distilled")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -41,8 +41,11 @@ def runs() -> str:
         perplexity = by_metric["perplexity"]
         exact, ours = perplexity["full_precision"], perplexity["value"]
         ratios = " / ".join(f"{row['ratio']:.1f} ×" for row in data["cache"])
+        steps = data["config"].get("distill_steps", 0)
+        refined = f", {steps} steps of distillation" if steps else ""
         lines.append(
-            f"| {perplexity['bits']:g} bit, window {perplexity['window']} | {perplexity['sinks']} "
+            f"| {perplexity['bits']:g} bit, window {perplexity['window']}{refined} "
+            f"| {perplexity['sinks']} "
             f"| {exact:.3f} | {ours:.3f} | {ours / exact - 1:+.2%} "
             f"| {by_metric['kl']['value']:.4f} | {by_metric['top1']['value']:.1%} | {ratios} |"
         )

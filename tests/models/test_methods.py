@@ -138,7 +138,7 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
     assert methods.resolve([name], model)[name].spec == codecs["gsrq@0.5"].spec
     wide = methods.resolve([name], model, window=64)[name]
     assert (wide.spec.window, wide.spec.sinks) == (64, 2)
-    codebook.save(tmp_path / "others", codecs["gsrq@0.5"], model="another")
+    codebook.save(tmp_path / "others", codecs["gsrq@0.5"], model={"name": "another"})
     with pytest.raises(InputError, match="another"):
         methods.resolve([str(tmp_path / "others")], model)
 
