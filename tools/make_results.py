@@ -1,0 +1,225 @@
+"""Make docs/results.md and results.png from results/: ``python tools/make_results.py``.
+
+With ``--check`` nothing is written; the exit code says whether the page is that of the files.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = pathlib.Path(__file__).parents[1]
+RIVALS = ("vqllm", "cq", "kmeans", "commvq")
+Row = dict[str, Any]
+
+
+def files(*patterns: str) -> list[dict[str, Any]]:
+    """Result files by name, sorted."""
+    found = sorted(path for p in patterns for path in (ROOT / "results").glob(p))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def fidelity_rows(data: Iterable[dict[str, Any]]) -> list[Row]:
+    """One row a method, length and window, its metrics together, most bits first."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for content in data:
+        for row in content["rows"]:
+            key = (row["method"], row["length"], row["window"])
+            here = rows.setdefault(key, row | {"command": content["command"]})
+            here[row["metric"]] = row["value"]
+            if row["metric"] == "perplexity":
+                here["rise"] = row["value"] / row["full_precision"] - 1
+                here["exact"] = row["full_precision"]
+    return sorted(
+        rows.values(), key=lambda r: (-r["length"], -r["bits_stored"], r["title"], -r["window"])
+    )
+
+
+def fidelity_table(rows: list[Row]) -> str:
+    """Rise of perplexity, KL and agreement, a line a method, a column a window."""
+    windows = sorted({row["window"] for row in rows}, reverse=True)
+    cells = {(row["method"], row["window"]): row for row in rows}
+    head = " | ".join(f"W = {w}: rise | KL | top-1" for w in windows)
+    lines = [
+        f"| method | bits | stored | {head} |",
+        "| --- | --- | --- |" + " --- | --- | --- |" * len(windows),
+    ]
+    for row in {r["method"]: r for r in rows}.values():
+        parts = []
+        for window in windows:
+            cell = cells.get((row["method"], window))
+            parts.append(
+                f"{_rise(cell['rise'])} | {cell['kl']:.4f} | {cell['top1']:.1%}"
+                if cell
+                else "– | – | –"
+            )
+        lines.append(
+            f"| {row['title']} | {row['bits']:.3g} | {row['bits_stored']:.3g} | "
+            + " | ".join(parts)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def _rise(rise: float) -> str:
+    return f"{rise:+.2%}" if rise < 10 else f"× {rise + 1:.0f}"
+
+
+def standing(rows: list[Row]) -> str:
+    """GSRQ beside each peer at the peer's stored bits or the next fewer that GSRQ has."""
+    lines = []
+    ours = [r for r in rows if r["method"].startswith("gsrq@")]
+    worse = 0
+    pairs = 0
+    for row in rows:
+        if row["method"].partition("@")[0] not in (*RIVALS, "kivi2"):
+            continue
+        fewer = [
+            r
+            for r in ours
+            if r["window"] == row["window"] and r["bits_stored"] <= row["bits_stored"]
+        ]
+        if row["method"] == "kivi2":
+            fewer = [r for r in fewer if r["bits"] == 1]
+        if not fewer:
+            continue
+        best = max(fewer, key=lambda r: r["bits_stored"])
+        pairs += 1
+        if best["perplexity"] >= row["perplexity"]:
+            worse += 1
+            lines.append(
+                f"- {row['title']} at {row['bits_stored']:.3g} bits, W = {row['window']}: "
+                f"{_rise(row['rise'])}; GSRQ at {best['bits_stored']:.3g}: {_rise(best['rise'])}"
+            )
+    if not pairs:
+        return "There is nothing to compare with yet."
+    first = (
+        f"Of {pairs} pairs of a peer and GSRQ at the same window and at most the peer's stored "
+        f"bits (KIVI-2: GSRQ at 1 bit), GSRQ has the lower perplexity in {pairs - worse}"
+    )
+    return first + (". The others:\n\n" + "\n".join(lines) if lines else ".")
+
+
+def scores_table(rows: list[Row]) -> str:
+    """LongBench's scores, a line a method and window, a column a task."""
+    tasks = list(dict.fromkeys(r["dataset"] for r in rows))
+    ways = {(r["method"], r["window"]): r for r in rows}
+    cells = {(r["method"], r["window"], r["dataset"]): r for r in rows}
+    counts = {r["dataset"]: r["n"] for r in rows}
+    lines = [
+        "| method | stored bits | W | " + " | ".join(f"{t} ({counts[t]})" for t in tasks) + " |",
+        "| --- " * (3 + len(tasks)) + "|",
+    ]
+    for (method, window), row in ways.items():
+        parts = []
+        for task in tasks:
+            cell = cells.get((method, window, task))
+            between = "" if task != "average" or not cell else _between(cell)
+            parts.append(f"{cell['value']:.2f}{between}" if cell else "–")
+        lines.append(
+            f"| {row['title']} | {row['bits_stored']:.3g} | {'–' if window is None else window} | "
+            + " | ".join(parts)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def _between(cell: Row) -> str:
+    return f" [{cell['low']:.1f}, {cell['high']:.1f}]" if "low" in cell else ""
+
+
+def commands(data: Iterable[dict[str, Any]]) -> str:
+    """Every file's command, card, versions and date."""
+    lines = [
+        f"- `{c['command']}` ({c['device']}, jax {c['versions']['jax']}, {c['date'][:10]})"
+        for c in data
+    ]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Rise of perplexity against stored bits, an axis a window."""
+    windows = sorted({row["window"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(4.2 * len(windows), 4), layout="constrained")
+    for axis, window in zip(
+        figure.subplots(1, len(windows), squeeze=False)[0], windows, strict=True
+    ):
+        for title in dict.fromkeys(row["title"] for row in rows):
+            line = sorted(
+                (r["bits_stored"], 100 * r["rise"])
+                for r in rows
+                if r["title"] == title and r["window"] == window and 1e-4 < r["rise"] < 10
+            )
+            if line:
+                thick = 2.5 if title == "GSRQ" else 1.2
+                axis.plot(*zip(*line, strict=True), "o-", label=title, lw=thick, ms=4)
+        axis.set(
+            xscale="log", yscale="log", title=f"window {window}", xlabel="stored bits a number"
+        )
+        axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
+        axis.grid(alpha=0.3)
+    first = figure.axes[0]
+    first.set_ylabel("rise of perplexity, %")
+    first.legend(fontsize="small")
+    return figure
+
+
+def page() -> str:
+    """The whole page."""
+    data = files("fidelity/*.json")
+    rows = fidelity_rows(data)
+    model = rows[0]["model"]
+    parts = [
+        "# Results",
+        "Made by `python tools/make_results.py` from the files in `results/`; each was written by "
+        "the command beside it.",
+        f"Model: {model}. *bits* are those of the codes, *stored* count scales and all else that a "
+        "coded token keeps; window, sinks and codebooks come on top (`bits_effective` in the files "
+        "counts window and sinks). Sinks and exactly W recent tokens are exact, the worst case of "
+        "the cache. All methods that learn are fitted to the same text, never to the one measured "
+        "on.",
+    ]
+    for length in sorted({row["length"] for row in rows}):
+        of_length = [row for row in rows if row["length"] == length]
+        count = of_length[0]["n"] // (length - 1)
+        parts += [
+            f"## Perplexity, {count} × {length} tokens of {of_length[0]['dataset']}",
+            f"Full precision: {of_length[0]['exact']:.3f}. *Rise* is over that; KL in nats a "
+            "token; *top-1* is how often the most likely token is the same.",
+            fidelity_table(of_length),
+            standing(of_length),
+        ]
+        if length == 2048:
+            parts.append("![rate and distortion](results.png)")
+    scores = files("longbench/*.json")
+    if scores:
+        parts += [
+            "## LongBench",
+            "Scores of each task (number of samples), their average with a bootstrap 95 % interval "
+            "over samples. Prompts are read at full precision, answers written over the cache.",
+            scores_table([row for content in scores for row in content["rows"]]),
+        ]
+    needle = ROOT / "results" / "needle" / "needle.md"
+    if needle.exists():
+        parts += ["## Needle retrieval", _demoted(needle.read_text(encoding="utf-8"))]
+    parts += ["## Commands", commands([*data, *scores])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _demoted(text: str) -> str:
+    """A report without its title and pictures, to stand in a section."""
+    lines = [line for line in text.splitlines() if not line.startswith(("# ", "!["))]
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines).strip()
+
+
+if __name__ == "__main__":
+    path = ROOT / "docs" / "results.md"
+    new = page()
+    if "--check" in sys.argv:
+        sys.exit(not path.exists() or path.read_text(encoding="utf-8") != new)
+    path.write_text(new, encoding="utf-8")
+    short = [row for row in fidelity_rows(files("fidelity/*-2048.json"))]
+    draw(short).savefig(ROOT / "docs" / "results.png", dpi=110)
