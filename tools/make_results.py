@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 ROOT = pathlib.Path(__file__).parents[1]
 RIVALS = ("vqllm", "cq", "kmeans", "commvq")
@@ -144,22 +145,25 @@ def draw(rows: list[Row]) -> Figure:
     """Rise of perplexity against stored bits, an axis a window."""
     windows = sorted({row["window"] for row in rows}, reverse=True)
     figure = Figure(figsize=(4.2 * len(windows), 4), layout="constrained")
+    titles = list(dict.fromkeys(row["title"] for row in rows))
     for axis, window in zip(
         figure.subplots(1, len(windows), squeeze=False)[0], windows, strict=True
     ):
-        for title in dict.fromkeys(row["title"] for row in rows):
+        for index, title in enumerate(titles):
             line = sorted(
                 (r["bits_stored"], 100 * r["rise"])
                 for r in rows
-                if r["title"] == title and r["window"] == window and 1e-4 < r["rise"] < 10
+                if r["title"] == title and r["window"] == window and 0 < r["rise"] < 10
             )
             if line:
                 thick = 2.5 if title == "GSRQ" else 1.2
-                axis.plot(*zip(*line, strict=True), "o-", label=title, lw=thick, ms=4)
+                colour = f"C{index % 10}"
+                axis.plot(*zip(*line, strict=True), "o-", c=colour, label=title, lw=thick, ms=4)
         axis.set(
             xscale="log", yscale="log", title=f"window {window}", xlabel="stored bits a number"
         )
         axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     first = figure.axes[0]
     first.set_ylabel("rise of perplexity, %")
