@@ -46,7 +46,7 @@ Where this differs:
     - EM always takes all its steps; theirs stops where the error grows by less than 1e-5. Words
       that no point uses stay where they are (theirs: a count of 1e-8).
     - Theirs learns from up to a million keys of FineWeb-Edu; here all methods get the same samples.
-    - Nothing stays exact in theirs but up to 127 recent tokens; here sinks and window are those of
+    - In theirs nothing stays exact but up to 128 recent tokens; here sinks and window are those of
       the cache, for all methods.
     - Rates other than 1 and 2 bits are ours.
 """
