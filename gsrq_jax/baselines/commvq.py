@@ -610,28 +610,37 @@ def fit(
     Raises:
         InputError: if the samples have other heads than the spec, or too few tokens.
     """
-    return _fit(rng, samples.k, samples.v, samples.positions, inv_freq, spec, options)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "options"))
-def _fit(
-    rng: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    inv_freq: Array,
-    spec: CommVQSpec,
-    options: FitOptions,
-) -> CommVQ:
-    tokens, heads, dim = k.shape
-    if (heads, dim) != (spec.heads, spec.dim) or v.shape != k.shape:
+    tokens, heads, dim = samples.k.shape
+    if (heads, dim) != (spec.heads, spec.dim) or samples.v.shape != samples.k.shape:
         raise InputError(
             f"the spec is for {spec.heads} heads of {spec.dim} channels, but the samples have "
-            f"keys {k.shape} and values {v.shape}"
+            f"keys {samples.k.shape} and values {samples.v.shape}"
         )
     if tokens < spec.words:
         raise InputError(f"{spec.words} words need as many tokens, got {tokens}; give more samples")
     key_rng, value_rng = jax.random.split(rng)
+    key = _fit_keys(key_rng, samples.k, samples.positions, inv_freq, spec, options)
+    key, value_rng = lax.optimization_barrier((key, value_rng))  # one after the other
+    value, guess, channels = _fit_values(value_rng, samples.v, spec, options)
+    return CommVQ(
+        key=key,
+        value=value,
+        value_guess=guess,
+        value_scale=channels,
+        inv_freq=jnp.asarray(inv_freq, jnp.float32),
+        spec=spec,
+    )
+
+
+# Two programs, the second after the first: in one, on CPU, the linear solvers of both ran side by
+# side, and on two cores they came to wait for each other for ever (jax 0.10.2).
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def _fit_keys(
+    rng: Array, k: Array, positions: Array, inv_freq: Array, spec: CommVQSpec, options: FitOptions
+) -> Float[Array, "H R C d"]:
+    tokens, heads, dim = k.shape
     bare = rotate(k.astype(jnp.float32), -positions[:, None], inv_freq)
     scale = _key_scale(bare)
     weights = jnp.square(scale.astype(jnp.float32))
@@ -658,26 +667,26 @@ def _fit(
         return jax.vmap(rest)(left, words), words
 
     points = jnp.moveaxis(_over(bare, scale[:, None]), 1, 0)
-    stages = jnp.arange(spec.stages), jax.random.split(key_rng, spec.stages)
+    stages = jnp.arange(spec.stages), jax.random.split(rng, spec.stages)
     _, words = lax.scan(stage, points, stages)
+    return jnp.moveaxis(words, 0, 1)
 
-    joint = v.astype(jnp.float32).reshape(tokens, -1)
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def _fit_values(
+    rng: Array, v: Array, spec: CommVQSpec, options: FitOptions
+) -> tuple[Float[Array, "V D"], Float[Array, "D_and_1 V"], Float[Array, " D"]]:
+    """Words, first guess, and the channels' magnitudes."""
+    joint = v.astype(jnp.float32).reshape(len(v), -1)
     channels = jnp.mean(jnp.abs(joint), axis=0)
     channels = jnp.where(channels > 0, channels, 1)
     scale = _value_scale(joint, channels)
-    value, guess, _ = value_words(
-        value_rng,
+    words, guess, _ = value_words(
+        rng,
         _over(joint, scale),
         jnp.square(scale.astype(jnp.float32)),
-        heads * spec.value_bits,
+        spec.heads * spec.value_bits,
         options.rounds,
         chunk=options.chunk,
     )
-    return CommVQ(
-        key=jnp.moveaxis(words, 0, 1),
-        value=value,
-        value_guess=guess,
-        value_scale=channels,
-        inv_freq=jnp.asarray(inv_freq, jnp.float32),
-        spec=spec,
-    )
+    return words, guess, channels
