@@ -428,7 +428,9 @@ def _statement(found: Found) -> list[str]:
         f"- {RAW} and {STARTED} make the same steps up to rounding; the largest relative "
         "difference between any of their means is "
         + ", ".join(f"{x:.2g} on {stage} points" for stage, x in apart.items())
-        + "."
+        + ". Where points are few, many cells have one member, of which nothing is left but "
+        "rounding noise, and the directions of noise mean nothing: in-sample changes on residual "
+        "points are to be read at the largest number of points only."
     )
     return lines
 
