@@ -293,9 +293,7 @@ def test_the_cache_is_donated_and_reused(cache):
     for old in jax.tree.leaves(first.cache):
         assert old.is_deleted() or not old.size
     assert not second.cache.window_key.is_deleted()
-    compiled = running._decode.lower(
-        running.params, running.codec, second, jnp.int32(4)
-    ).compile()
+    compiled = running._decode.lower(running.params, running.codec, second, jnp.int32(4)).compile()
     memory = compiled.memory_analysis()
     if memory is None:
         pytest.skip("this version of jax does not analyse memory on this backend")
