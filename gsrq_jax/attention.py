@@ -153,8 +153,8 @@ def was_coded(
     loop, ``every = 1`` its worst case: exactly ``window`` past tokens exact. ``window``: instead of
     the spec's.
     """
-    window = spec.window if window is None else window
-    coded = spec.sinks + jnp.maximum(query - spec.sinks - window, 0) // every * every
+    exact = spec.sinks + (spec.window if window is None else window)
+    coded = spec.sinks + jnp.maximum(query - exact, 0) // every * every
     return (key >= spec.sinks) & (key < coded[:, None])
 
 

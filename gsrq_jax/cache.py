@@ -307,8 +307,10 @@ def coded_tokens(
     batch, blocks = cache.length.shape[0], cache.blocks
     position = spec.sinks + jnp.arange(blocks * spec.block).reshape(blocks, spec.block)
     position = jnp.broadcast_to(position, (batch, *position.shape))
-    codes = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), (cache.key_codes, cache.value_codes))
-    return codec.decode(*codes, position)
+    keys, values = jax.tree.map(
+        lambda x: jnp.swapaxes(x, 1, 2), (cache.key_codes, cache.value_codes)
+    )
+    return codec.decode(keys, values, position)
 
 
 def materialize(

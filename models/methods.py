@@ -86,18 +86,20 @@ def _residual(
     options: FitOptions,
     weigh: bool,
 ) -> Codebooks:
-    def whole(norms: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.square(norms), axis=-1))
+    k, v, k_norms, v_norms, positions = map(jnp.asarray, samples)
+
+    def whole(norms: Array) -> Array | None:
+        return jnp.sqrt(jnp.sum(jnp.square(norms), axis=-1)) if weigh else None
 
     books, _ = calibration.fit_layer(
         rng,
-        samples.k,
-        samples.v,
-        samples.positions,
+        k,
+        v,
+        positions,
         inv_freq,
         spec,
-        k_norms=whole(samples.k_norms) if weigh else None,
-        v_norms=whole(samples.v_norms) if weigh else None,
+        k_norms=whole(k_norms),
+        v_norms=whole(v_norms),
         options=options,
     )
     return _stored(books)
@@ -111,18 +113,15 @@ def _coupled(
     *,
     weighted: bool,
 ) -> Codebooks:
-    def fisher(norms: Array) -> Array:  # [N, H, splits] -> [N, H, G]
-        squares = jnp.square(norms)
-        return squares.reshape(*squares.shape[:-1], spec.key.groups, -1).sum(-1)
-
     if not weighted:
         return _stored(cq.fit(rng, samples, inv_freq, spec, weighted=False))
-    if spec.key.groups > samples.k_norms.shape[-1]:
+    parts = samples.k_norms.shape[-1]
+    if spec.key.groups > parts:
         raise InputError(
             f"CQ with {spec.bits:g} bits couples fewer channels than samples have gradients for; "
-            f"take at most {spec.bits * samples.k_norms.shape[-1] / spec.key.groups:g} bits"
+            f"take at most {spec.bits * parts / spec.key.groups:g} bits"
         )
-    k_fisher, v_fisher = fisher(samples.k_norms), fisher(samples.v_norms)
+    k_fisher, v_fisher = (jnp.square(x) for x in (samples.k_norms, samples.v_norms))
     return _stored(cq.fit(rng, samples, inv_freq, spec, k_fisher=k_fisher, v_fisher=v_fisher))
 
 

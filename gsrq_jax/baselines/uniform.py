@@ -103,7 +103,7 @@ class UniformSpec(CacheSpec):
 
     def _shape(self, grid: Grid) -> tuple[int, int]:
         """Rows and the axis along which groups go."""
-        return (self.dim, self.block)[:: 1 if grid.along == "tokens" else -1]
+        return (self.dim, self.block) if grid.along == "tokens" else (self.block, self.dim)
 
     def code_shapes(self) -> tuple[Codes, Codes]:
         """Packed ``codes`` uint8, ``least`` and ``width`` float16; ``[rows, …]`` each."""
