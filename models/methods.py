@@ -64,8 +64,8 @@ class Family:
     Attributes:
         title: for tables.
         spec: of ``(bits, config, **fields)``; ``fields`` are those of `CacheSpec`.
-        fit: of ``(rng, samples, inv_freq, spec)``, one layer's codec; None where nothing is learned
-            and ``spec`` alone makes a `uniform.Uniform`.
+        fit: of ``(rng, samples, inv_freq, spec)``, one layer's codec, compiled; None where nothing
+            is learned and ``spec`` alone makes a `uniform.Uniform`.
         bits: the only rate, for families without ``@bits``.
         nested: whether the first stages of a higher rate are those of a lower one.
     """
@@ -77,6 +77,7 @@ class Family:
     nested: bool = False
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh"))
 def _residual(
     rng: Key[Array, ""],
     samples: LayerSamples,
@@ -105,6 +106,7 @@ def _residual(
     return _stored(books)
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "weighted"))
 def _coupled(
     rng: Key[Array, ""],
     samples: LayerSamples,
@@ -343,7 +345,7 @@ def _fit(
     """All layers' codecs, stacked; kept in ``work``."""
     fit = FAMILIES[family].fit
     assert fit is not None
-    one = jax.jit(functools.partial(fit, spec=spec))
+    one = functools.partial(fit, spec=spec)
     inv_freq = jnp.asarray(model.config.inv_freq, jnp.float32)
     rngs = jax.random.split(jax.random.key(options.seed), store.layers)
     shapes = jax.eval_shape(one, rngs[0], store.layer(0), inv_freq)
