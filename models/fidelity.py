@@ -6,6 +6,8 @@ past tokens exact (`gsrq_jax.models.evaluation`). Each prediction counts once.
 """
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 import re
 import shlex
@@ -25,6 +27,7 @@ from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, loading, methods, text
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.methods import Calibration
+from gsrq_jax.models.runfolder import claim, writing
 from gsrq_jax.spec import CacheSpec
 
 
@@ -44,7 +47,8 @@ class FidelityConfig:
         calibration: what methods that learn are fitted to.
         work: folder where fitted methods are kept for the next run.
         dtype: of the model.
-        out: folder of the results, one JSON file a method and length.
+        out: folder of the results, for each length one of a JSON file a method and window; what
+            is there is not measured again.
     """
 
     method: tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -62,37 +66,55 @@ class FidelityConfig:
 
 
 def measure(config: FidelityConfig) -> list[pathlib.Path]:
-    """Run it; returns the files.
+    """Run what is not there yet; returns all files that were asked for.
 
     Raises:
-        InputError: for whatever in ``config`` cannot be used.
+        InputError: for whatever in ``config`` cannot be used, and where ``out`` holds results of
+            another model, text, calibration or other sinks.
     """
     if min(config.window, default=-1) < 0:
         raise InputError("--window takes numbers from 0 up, at least one")
     model = loading.load(config.model, dtype=config.dtype)
     sequences = _sequences(config, model)
-    codecs = methods.resolve(
-        config.method, model, config.calibration, config.work, window=128, sinks=config.sinks
-    )
-    arguments = (model.graphdef, model.params)
-    exact = [evaluation.exact_hidden(*arguments, jnp.asarray(s)[None]) for s in sequences]
-    files = []
-    for name, method in codecs.items():
-        if method is None:
-            continue  # it stands beside every other
-        rows = []
-        for window in tqdm(config.window, desc=name, unit="window"):
-            found = evaluation.fidelity(
-                *arguments, sequences, method, window=window, stride=config.stride, exact=exact
-            )
-            rows += _rows(config, model, name, method.spec, window, found)
-        file = config.out / f"{file_name(name)}-{config.length}.json"
-        results.write_result(file, rows, command=_repeat(name))
-        files.append(file)
-        for row in rows:
-            if row["metric"] == "perplexity":
+    out = config.out / str(config.length)
+    asked = {
+        "model": model.fingerprint,
+        "eval_text": hashlib.sha256(sequences.tobytes()).hexdigest(),
+        "stride": config.stride,
+        "sinks": config.sinks,
+        "dtype": config.dtype,
+        "calibration": dataclasses.asdict(config.calibration)
+        | {"text": pathlib.Path(config.calibration.text).name},
+    }
+    with writing(out):
+        claim(out, "fidelity", asked, begin=False)
+        codecs = methods.resolve(
+            config.method, model, config.calibration, config.work, window=128, sinks=config.sinks
+        )
+        claim(out, "fidelity", asked)
+        arguments = (model.graphdef, model.params)
+        exact = [evaluation.exact_hidden(*arguments, jnp.asarray(s)[None]) for s in sequences]
+        files = []
+        for name, method in codecs.items():
+            if method is None:
+                continue  # it stands beside every other
+            for window in config.window:
+                file = out / f"{file_name(name)}-w{window}.json"
+                files.append(file)
+                if not file.exists():
+                    found = evaluation.fidelity(
+                        *arguments,
+                        tqdm(sequences, desc=f"{name}, window {window}", unit="seq"),
+                        method,
+                        window=window,
+                        stride=config.stride,
+                        exact=exact,
+                    )
+                    rows = _rows(config, model, name, method.spec, window, found)
+                    results.write_result(file, rows, command=_repeat(name, window))
+                row = json.loads(file.read_text(encoding="utf-8"))["rows"][0]
                 rise = row["value"] / row["full_precision"] - 1
-                print(f"{name}, window {row['window']}: perplexity {row['value']:.3f}, {rise:+.2%}")
+                print(f"{name}, window {window}: perplexity {row['value']:.3f}, {rise:+.2%}")
     return files
 
 
@@ -179,12 +201,13 @@ def file_name(method: str) -> str:
     return re.sub(r"[^A-Za-z0-9.@-]+", "-", method).strip("-")
 
 
-def _repeat(name: str) -> str:
-    """The command of this run with one method only: the result does not depend on the others."""
-    words, kept = iter(sys.argv[1:]), []
+def _repeat(name: str, window: int) -> str:
+    """The command of this result alone: it does not depend on the others of its run."""
+    words = sys.argv[1:]
+    kept, skipping = [], False
     for word in words:
-        if word == "--method":
-            next(words, None)
-        else:
+        if word.startswith("--"):
+            skipping = word in ("--method", "--window", "--work")
+        if not skipping:
             kept.append(word)
-    return shlex.join(["gsrq-fidelity", "--method", name, *kept])
+    return shlex.join(["gsrq-fidelity", "--method", name, "--window", str(window), *kept])

@@ -5,6 +5,7 @@ With ``--check`` nothing is written; the exit code says whether the page is that
 
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -133,11 +134,14 @@ def _between(cell: Row) -> str:
 
 
 def commands(data: Iterable[dict[str, Any]]) -> str:
-    """Every file's command, card, versions and date."""
-    lines = [
-        f"- `{c['command']}` ({c['device']}, jax {c['versions']['jax']}, {c['date'][:10]})"
-        for c in data
-    ]
+    """Every file's command, card, versions and date; ``W`` is a row's window."""
+
+    def line(content: dict[str, Any]) -> str:
+        command = re.sub("--window [0-9]+", "--window W", content["command"])
+        jax = content["versions"]["jax"]
+        return f"- `{command}` ({content['device']}, jax {jax}, {content['date'][:10]})"
+
+    lines = map(line, data)
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -173,7 +177,7 @@ def draw(rows: list[Row]) -> Figure:
 
 def page() -> str:
     """The whole page."""
-    data = files("fidelity/*.json")
+    data = files("fidelity/*/*-w*.json")
     rows = fidelity_rows(data)
     model = rows[0]["model"]
     parts = [
@@ -225,5 +229,5 @@ if __name__ == "__main__":
     if "--check" in sys.argv:
         sys.exit(not path.exists() or path.read_text(encoding="utf-8") != new)
     path.write_text(new, encoding="utf-8")
-    short = [row for row in fidelity_rows(files("fidelity/*-2048.json"))]
+    short = [row for row in fidelity_rows(files("fidelity/2048/*-w*.json"))]
     draw(short).savefig(ROOT / "docs" / "results.png", dpi=110)

@@ -9,8 +9,14 @@ import re
 import sys
 from typing import Any
 
+import make_results
+
 from gsrq_jax.models import report
 
+PEERS = (
+    *("int4", "kivi2", "vqllm@1", "commvq@1", "cq@1", "kmeans@1", "gsrq@1"),
+    *("vqllm@0.5", "gsrq@0.5", "cq@0.25", "kmeans@0.25", "gsrq@0.25"),
+)
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ("smollm2-1bit", "smollm2-1bit-sinks64", "smollm2-1bit-distilled")
 
@@ -37,11 +43,12 @@ def runs() -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for data in map(load, RUNS):
-        by_metric = {row["metric"]: row for row in data["rows"]}
+        by_metric = next(iter(report.datasets(data).values()))
         perplexity = by_metric["perplexity"]
         exact, ours = perplexity["full_precision"], perplexity["value"]
         ratios = " / ".join(f"{row['ratio']:.1f} ×" for row in data["cache"])
-        steps = data["config"].get("distill_steps", 0)
+        config = data["config"]
+        steps = config.get("distill", {}).get("steps", 0) or config.get("distill_steps", 0)
         refined = f", {steps} steps of distillation" if steps else ""
         lines.append(
             f"| {perplexity['bits']:g} bit, window {perplexity['window']}{refined} "
@@ -57,9 +64,25 @@ def demo() -> str:
     return f"{report.table(load('demo'))}\n\n{source('demo')}"
 
 
+def peers() -> str:
+    """GSRQ beside its peers at a window of 128, most stored bits first."""
+    rows = make_results.fidelity_rows(make_results.files("fidelity/2048/*-w128.json"))
+    lines = [
+        "| method | bits | stored | perplexity | KL, nats | same top token |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['title']} | {r['bits']:.3g} | {r['bits_stored']:.3g} | {r['rise']:+.2%} "
+        f"| {r['kl']:.4f} | {r['top1']:.1%} |"
+        for r in rows
+        if r["method"] in PEERS
+    ]
+    return "\n".join(lines)
+
+
 def filled(readme: str) -> str:
     """The README with its tables as the files have them."""
-    for name, content in (("demo", demo()), ("results", runs())):
+    for name, content in (("demo", demo()), ("results", runs()), ("peers", peers())):
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
         readme, found = pattern.subn(lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", readme)
