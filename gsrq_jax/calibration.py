@@ -37,6 +37,8 @@ class FitOptions:
         iterations: Lloyd iterations of the rule, each stage.
         warmup: spherical iterations before them, for ``gskm``.
         center: subtract the mean key of each head (before RoPE) before quantising keys.
+        refits: times that all stages are fitted anew together, by weighted least squares, to the
+            codes that the encoder gives (ours).
     """
 
     rule: residual.Rule = "gskm"
@@ -44,6 +46,7 @@ class FitOptions:
     iterations: int = 10
     warmup: int = 5
     center: bool = True
+    refits: int = 0
 
 
 class LayerReport(NamedTuple):
@@ -80,7 +83,7 @@ def fit_layer(
         v: values.
         positions: of the tokens in their sequences.
         inv_freq: the layer's rotary frequencies.
-        spec: the cache that the codebooks are for.
+        spec: the cache that the codebooks are for; its beam is also what they are learned with.
         k_norms: norm of the loss's gradient with respect to each key; None weighs all alike.
         v_norms: the same for values.
         options: how to learn.
@@ -104,6 +107,8 @@ def fit_layer(
             shape_update=options.shape_update,
             iterations=options.iterations,
             warmup=options.warmup,
+            beam=spec.beam,
+            refits=options.refits,
         )
 
     keys, key_report = fit(key_rng, framed, spec.key, k_norms)

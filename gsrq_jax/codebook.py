@@ -82,14 +82,14 @@ class Codebooks:
         v: Float[Array, "*lead b H d"],
         positions: Int[Array, "*lead b"],
     ) -> tuple[UInt8[Array, "*lead H b kb"], UInt8[Array, "*lead H b vb"]]:
-        """Packed codes of rotated keys and of values, by one layer's codewords, greedily.
+        """Packed codes of rotated keys and of values, by one layer's codewords and ``spec.beam``.
 
         A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do.
         """
         framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
         return (
-            _encode(framed, self.key, self.spec.key),
-            _encode(v.astype(jnp.float32), self.value, self.spec.value),
+            _encode(framed, self.key, self.spec.key, self.spec.beam),
+            _encode(v.astype(jnp.float32), self.value, self.spec.value, self.spec.beam),
         )
 
     def decode(
@@ -112,11 +112,11 @@ def unpack(
     return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
 
 
-def _encode(x: Array, codewords: Array, code: ResidualSpec) -> Array:
+def _encode(x: Array, codewords: Array, code: ResidualSpec, beam: int) -> Array:
     """``[*lead, b, H, d]`` to packed ``[*lead, H, b, bytes]``."""
     heads = x.shape[-2]
     points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), code.dim)
-    codes = residual.encode(points, codewords)
+    codes = residual.encode(points, codewords, beam=beam)
     packed = packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
     return jnp.moveaxis(packed.reshape(heads, *x.shape[:-2], code.nbytes), 0, -3)
 

@@ -53,13 +53,16 @@ def stored_bits(spec: CacheSpec) -> float:
 
 
 def respec(codec: C, **fields: Any) -> C:
-    """The codec for caches with another ``window`` or other ``sinks``.
+    """The codec for caches with another ``window``, other ``sinks`` or another ``beam``.
 
     Raises:
-        InputError: for a field that the arrays depend on.
+        InputError: for a field that the arrays depend on, or that the spec does not have.
     """
-    if not fields.keys() <= {"window", "sinks"}:
-        raise InputError(f"only window and sinks can change after fitting, not {sorted(fields)}")
+    free = [f.name for f in dataclasses.fields(codec.spec) if f.name in ("window", "sinks", "beam")]
+    if not fields.keys() <= set(free):
+        raise InputError(
+            f"only {', '.join(free)} can change after fitting here, not {', '.join(sorted(fields))}"
+        )
     spec = dataclasses.replace(codec.spec, **fields)
     return dataclasses.replace(codec, spec=spec)  # type: ignore[type-var]
 

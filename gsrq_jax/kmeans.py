@@ -198,16 +198,23 @@ def cluster(
     return plain(rng, points, codewords, weights, iterations=warmup + iterations, **options)
 
 
+def scores(
+    points: Float[Array, "*lead n d"], centroids: Float[Array, "*lead k d"]
+) -> Float[Array, "*lead n k"]:
+    """``2⟨x, c⟩ − ‖c‖²``: the squared length of a point less its squared distance from each."""
+    products = 2 * _exact_dot("...nd,...kd->...nk", points, centroids)
+    return products - jnp.sum(jnp.square(centroids), -1)[..., None, :]
+
+
 def nearest(
     points: Float[Array, "*lead n d"], centroids: Float[Array, "*lead k d"]
 ) -> tuple[Int[Array, "*lead n"], Float[Array, "*lead n"]]:
-    """Index of the nearest centroid and its score ``2⟨x, c⟩ − ‖c‖²`` (``‖x‖²`` less the error).
+    """Index of the nearest centroid and its score (see `scores`).
 
     Holds ``[*lead, n, k]`` floats; `assign` is the chunked form.
     """
-    scores = 2 * _exact_dot("...nd,...kd->...nk", points, centroids)
-    scores -= jnp.sum(jnp.square(centroids), -1)[..., None, :]
-    return jnp.argmax(scores, -1), jnp.max(scores, -1)
+    found = scores(points, centroids)
+    return jnp.argmax(found, -1), jnp.max(found, -1)
 
 
 @functools.partial(jax.jit, static_argnames="chunk", inline=True)

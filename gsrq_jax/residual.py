@@ -1,12 +1,16 @@
 """Residual codes: a vector is the sum of one codeword from each stage, in each channel group.
 
-``x̂ = Σ_r C_r[code_r]``. Stages are fitted and encoded greedily, each on what the ones before it
-left over; whatever rule made the codewords, a vector takes the nearest one.
+``x̂ = Σ_r C_r[code_r]``. Stages are fitted and encoded one after the other, each on what the ones
+before it left over. Greedily a vector takes the nearest codeword of each stage; a beam keeps the
+best few partial sums instead, as in faiss's ResidualQuantizer. `refit` then improves all stages
+together.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +18,13 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.kmeans import CHUNK, AxisName, Rule, ShapeUpdate, assign, cluster, nearest
+from gsrq_jax.kmeans import CHUNK, AxisName, Rule, ShapeUpdate, cell_sums, cluster, scores
 from gsrq_jax.packing import code_dtype
-from gsrq_jax.spec import ResidualSpec
+from gsrq_jax.spec import ResidualSpec, check_beam
+
+RIDGE = 1e-2
+MOST_UNKNOWNS = 16384  # of a refit, whose equations then take a gibibyte
+_FLOATS = 2**24  # that encoding holds of scores at a time, unless told
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +32,13 @@ from gsrq_jax.spec import ResidualSpec
 class FitReport:
     """How well each number of stages reproduces the points it was fitted to.
 
-    Every field is ``[*lead, groups, stages]``; entry ``r`` is for stages ``0 … r`` together.
+    Every field is ``[*lead, groups, stages]``; entry ``r`` is for stages ``0 … r`` together, coded
+    as `encode` codes with these stages alone.
 
     Attributes:
         error: weighted energy of the residual relative to that of the points.
         cosine: weighted mean cosine between a point and its reconstruction.
-        dead: codewords of stage ``r`` alone whose cell is empty, int32.
+        dead: codewords of stage ``r`` alone whose cell is then empty, int32.
     """
 
     error: Array
@@ -45,6 +54,9 @@ class FitReport:
         "shape_update",
         "iterations",
         "warmup",
+        "beam",
+        "refits",
+        "ridge",
         "chunk",
         "axis_name",
         "batch_size",
@@ -60,11 +72,19 @@ def fit(
     shape_update: ShapeUpdate = "unit",
     iterations: int = 10,
     warmup: int = 5,
+    beam: int = 1,
+    refits: int = 0,
+    ridge: float = RIDGE,
     chunk: int = CHUNK,
     axis_name: AxisName = None,
     batch_size: int | None = None,
 ) -> tuple[Float[Array, "*lead groups stages k g"], FitReport]:
     """Codewords of all stages and groups, each problem of ``lead`` on its own (GSRQ, paper).
+
+    Beam and refits are ours. With a beam, a stage is learned on what the best partial sum of the
+    stages before it leaves of each point. (faiss's default is all of them: beam times the points
+    and the time of clustering. The best one is what the code of so many stages leaves, and the
+    refits adapt all stages to the codes that the beam ends with.)
 
     Args:
         rng: key.
@@ -76,7 +96,12 @@ def fit(
         shape_update: for ``gskm``.
         iterations: passes over the points in each stage, after the spherical start.
         warmup: passes of the spherical start; other rules than ``gskm`` spend them on their own.
-        chunk: points handled at a time.
+        beam: of the encoder that the codewords are for, see `encode`.
+        refits: times that points are coded and all stages fitted anew by `refit`. The codewords
+            whose codes have the least error are returned, so refits make nothing worse.
+        ridge: for `refit`.
+        chunk: points handled at a time, for which ``chunk × (beam + 1) × K`` floats are held in
+            each problem, and in refits ``chunk × stages × K``.
         axis_name: mapped axis or axes over which the points are spread.
         batch_size: problems (of ``lead`` and groups) solved together; None means all. 1 takes the
             least memory and is no slower on a CPU.
@@ -85,25 +110,24 @@ def fit(
         ``[*lead, groups, stages, K, g]`` float32 codewords, and the report.
 
     Raises:
-        InputError: if there are fewer points than codewords, the shapes do not fit, or the rule is
-            unknown.
+        InputError: if there are fewer points than codewords, the shapes do not fit, a number is
+            out of range, or the rule is unknown.
     """
     *lead, n, d = points.shape
     if d != spec.dim:
         raise InputError(f"the spec is for {spec.dim} channels, but the points have {d}")
-    if weights is None:
-        weights = jnp.ones(points.shape[:-1])
-    each = (*points.shape[:-1], spec.groups)
-    if weights.shape not in (each, each[:-1]):
-        raise InputError(
-            f"weights must have the shape {each[:-1]}, one a point, or {each}, one a group of it, "
-            f"got {weights.shape}"
-        )
-    if weights.ndim < len(each):
-        weights = jnp.broadcast_to(weights[..., None], each)
+    check_beam(beam)
+    if refits < 0:
+        raise InputError(f"refits must be at least 0, got {refits}")
+    if refits:
+        _check_refit(spec.stages, spec.codewords, ridge)
+    weights = _of_groups(weights, points, spec.groups).reshape(-1, n, spec.groups)
     problem = functools.partial(
         _fit_stages,
         spec=spec,
+        beam=beam,
+        refits=refits,
+        ridge=ridge,
         axis_name=axis_name,
         cluster=functools.partial(
             cluster,
@@ -117,7 +141,6 @@ def fit(
         ),
         chunk=chunk,
     )
-    weights = weights.reshape(-1, n, spec.groups)
     points = points.reshape(len(weights), n, spec.groups, spec.group)
     keys = jax.random.split(rng, (len(weights), spec.groups))
 
@@ -141,6 +164,9 @@ def _fit_stages(
     weights: Array,
     *,
     spec: ResidualSpec,
+    beam: int,
+    refits: int,
+    ridge: float,
     axis_name: AxisName,
     cluster: Callable,
     chunk: int,
@@ -152,70 +178,334 @@ def _fit_stages(
         return x if axis_name is None else lax.psum(x, axis_name)
 
     points = jnp.where((weights > 0)[:, None], points, 0).astype(jnp.float32)
+    weights = jnp.where(weights > 0, weights, 0)
     energy, weight = total(jnp.sum(jnp.square(points), -1)), total(jnp.ones_like(weights))
 
-    def stage(residual: Array, key: Array) -> tuple[Array, tuple[Array, FitReport]]:
-        result = cluster(key, residual, weights=weights)
-        code, _ = assign(residual, result.centroids, chunk)
-        residual = residual - result.centroids[code]
-        report = FitReport(
-            error=_ratio(total(jnp.sum(jnp.square(residual), -1)), energy),
-            cosine=_ratio(total(_cosine(points, points - residual)), weight),
-            dead=result.dead,
+    def walk(steps: Array, codewords_of: Callable) -> tuple[Array, Array, FitReport]:
+        """Codewords, codes ``[n, R]`` and report of all stages, those before coding the points for
+        the next; ``codewords_of(step, residual)`` learns a stage or looks it up."""
+
+        def stage(state: tuple[Array, ...], step: tuple[Array, Any]):
+            number, residual, error, codes, words = step[0], *state
+            centroids = codewords_of(step[1], residual)
+
+            def extend(points: Array, residual: Array, error: Array, codes: Array):
+                # Residuals of the whole beam exist in a chunk only.
+                if beam > 1:
+                    sums = decode(codes.reshape(-1, 1, spec.stages), words[None])
+                    residuals = points[:, None] - sums.reshape(*error.shape, -1)
+                else:
+                    residuals = residual[:, None]
+                residuals, error, parent, code = _expand(residuals, error, centroids)
+                codes = jnp.take_along_axis(codes, parent[..., None], 1)
+                codes = codes.at[..., number].set(code.astype(codes.dtype))
+                best = jnp.argmin(error, -1)[:, None]
+                residual = jnp.take_along_axis(residuals, best[..., None], 1)[:, 0]
+                return residual, error, codes, jnp.take_along_axis(code, best, 1)[:, 0]
+
+            residual, error, codes, code = _in_chunks(extend, chunk, points, residual, error, codes)
+            words = words.at[number].set(centroids)
+            count = cell_sums(weights[:, None], code, spec.codewords)
+            report = FitReport(
+                error=_ratio(total(jnp.sum(jnp.square(residual), -1)), energy),
+                cosine=_ratio(total(_cosine(points, points - residual)), weight),
+                dead=jnp.sum((count if axis_name is None else lax.psum(count, axis_name)) <= 0),
+            )
+            return (residual, error, codes, words), report
+
+        error = _first_errors(points, beam)
+        # Zeros made from the data vary over the same mesh axes as what replaces them.
+        codes = jnp.zeros_like(error, code_dtype(spec.code_bits))
+        codes = jnp.broadcast_to(codes[..., None], (*codes.shape, spec.stages))
+        words = jnp.zeros((spec.stages, spec.codewords, spec.group))
+        (_, error, codes, words), report = lax.scan(
+            stage, (points, error, codes, words), (jnp.arange(spec.stages), steps)
         )
-        return residual, (result.centroids, report)
+        best = jnp.argmin(error, -1)[:, None, None]
+        return words, jnp.take_along_axis(codes, best, 1)[:, 0], report
 
-    _, fitted = lax.scan(stage, points, jax.random.split(rng, spec.stages))
-    return fitted
+    def learn(key: Array, residual: Array) -> Array:
+        return cluster(key, residual, weights=weights).centroids
+
+    words, codes, report = walk(jax.random.split(rng, spec.stages), learn)
+    if not refits:
+        return words, report
+
+    def again(state: tuple, _: None) -> tuple[tuple, None]:
+        words, codes, best = state
+        words = _refit(points, codes, words, weights, ridge, chunk, axis_name)
+        codes, report = walk(words, lambda words, _: words)[1:]
+        better = report.error[-1] < best[1].error[-1]
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (words, report), best)
+        return (words, codes, best), None
+
+    (_, _, best), _ = lax.scan(again, (words, codes, (words, report)), length=refits)
+    return best
 
 
+@functools.partial(jax.jit, static_argnames=("ridge", "chunk", "axis_name"))
+def refit(
+    x: Float[Array, "*lead n d"],
+    codes: UInt[Array, "*lead n groups stages"],
+    codewords: Float[Array, "*lead groups stages k g"],
+    weights: Float[Array, "*lead n"] | Float[Array, "*lead n groups"] | None = None,
+    *,
+    ridge: float = RIDGE,
+    chunk: int = CHUNK,
+    axis_name: AxisName = None,
+) -> Float[Array, "*lead groups stages k g"]:
+    """All stages anew for fixed codes, by weighted least squares of each group (ours).
+
+    Minimises ``Σ w‖x − Σ_r C_r[code_r]‖²`` plus ``ridge`` times the mean weight of a cell times the
+    squared distance from the present codewords, in which codewords that no point uses stay.
+    Codewords that rounding would make worse on the first sum are returned as they were.
+
+    Args:
+        x: ``[*lead, n, d]``, any float type; with ``axis_name`` this device's share of them.
+        codes: ``[*lead, n, groups, stages]`` as `encode` gives them.
+        codewords: ``[*lead, groups, stages, K, g]``, the present ones.
+        weights: as for `fit`. What has weight 0 may hold anything.
+        ridge: pull towards the present codewords, above 0. It is needed: a constant can move from
+            one stage to another, so the equations without it are singular.
+        chunk: vectors handled at a time, for which ``chunk × stages × K`` floats are held in each
+            problem, beside ``(stages × K)²`` for its equations.
+        axis_name: mapped axis or axes over which the vectors are spread.
+
+    Returns:
+        ``[*lead, groups, stages, K, g]`` float32.
+
+    Raises:
+        InputError: if the shapes do not fit, ``ridge`` is not positive, or there are more than
+            16384 codewords over all stages of a group.
+    """
+    *lead, n, groups, stages = codes.shape
+    k, group = codewords.shape[-2:]
+    if (*lead, groups, stages) != codewords.shape[:-2] or (*lead, n, groups * group) != x.shape:
+        raise InputError(
+            f"codewords of shape {codewords.shape} do not fit codes of shape {codes.shape} for "
+            f"vectors of shape {x.shape}: leading axes, vectors, groups and stages must be equal"
+        )
+    _check_refit(stages, k, ridge)
+    weights = _of_groups(weights, x, groups)
+
+    def of_group(x: Array, codes: Array, words: Array, weights: Array) -> Array:
+        x = jnp.where((weights > 0)[:, None], x, 0).astype(jnp.float32)
+        words = words.astype(jnp.float32)
+        return _refit(x, codes, words, weights, ridge, chunk, axis_name)
+
+    of_groups = jax.vmap(of_group, in_axes=(1, 1, 0, 1))
+    new = jax.vmap(of_groups)(
+        x.reshape(-1, n, groups, group),
+        codes.reshape(-1, n, groups, stages),
+        codewords.reshape(-1, *codewords.shape[-4:]),
+        weights.reshape(-1, n, groups),
+    )
+    return new.reshape(codewords.shape)
+
+
+def _refit(
+    points: Array,
+    codes: Array,
+    words: Array,
+    weights: Array,
+    ridge: float,
+    chunk: int,
+    axis_name: AxisName,
+) -> Array:
+    """One problem: ``[n, g]`` points of codes ``[n, R]`` and ``[R, K, g]`` words to such words."""
+    stages, k, group = words.shape
+    weights = jnp.where(weights > 0, weights, 0).astype(jnp.float32)
+
+    def left_by(words: Array) -> Array:
+        return points - decode(codes[:, None], words[None])
+
+    def summed(x: Any) -> Any:
+        return x if axis_name is None else lax.psum(x, axis_name)
+
+    def objective(left: Array) -> Array:
+        return summed(jnp.sum(weights * jnp.sum(jnp.square(left), -1)))
+
+    def by_rows(sums: tuple[Array, Array], at: Array, w: Array, left: Array) -> tuple[Array, Array]:
+        gram, moment = sums
+        return (
+            gram.at[at[:, :, None], at[:, None, :]].add(w[:, None, None]),
+            moment.at[at].add((w[:, None] * left)[:, None]),
+        )
+
+    def by_product(
+        sums: tuple[Array, Array], at: Array, w: Array, left: Array
+    ) -> tuple[Array, Array]:
+        words = jnp.arange(stages * k).reshape(stages, k)
+        hot = (at[..., None] == words).astype(jnp.float32).reshape(len(w), -1)
+        both = w[:, None] * jnp.concatenate([hot, left], axis=1)
+        new = jnp.matmul(hot.T, both, precision=lax.Precision.HIGHEST)
+        return sums[0] + new[:, : stages * k], sums[1] + new[:, stages * k :]
+
+    def add(sums: tuple[Array, Array], part: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        return lax.platform_dependent(sums, *part, cpu=by_rows, default=by_product), None
+
+    left = left_by(words)
+    at = codes.astype(jnp.int32) + k * jnp.arange(stages)
+    zero = jnp.zeros_like(left[0, 0] + weights[0])
+    sums = jnp.broadcast_to(zero, (stages * k,) * 2), jnp.broadcast_to(zero, (stages * k, group))
+    sums, _ = lax.scan(add, sums, jax.tree.map(lambda x: _chunked(x, chunk), (at, weights, left)))
+    gram, moment = summed(sums)
+    pull = ridge * jnp.mean(jnp.diagonal(gram))
+    factor = jax.scipy.linalg.cho_factor(gram + pull * jnp.eye(stages * k), lower=True)
+    new = words + jax.scipy.linalg.cho_solve(factor, moment).reshape(words.shape)
+    return jnp.where(objective(left_by(new)) < objective(left), new, words)
+
+
+def _check_refit(stages: int, codewords: int, ridge: float) -> None:
+    if not ridge > 0:
+        raise InputError(f"ridge must be above 0, got {ridge}")
+    if stages * codewords > MOST_UNKNOWNS:
+        raise InputError(
+            f"{stages} stages of {codewords} codewords are too many to fit together, "
+            f"{MOST_UNKNOWNS} codewords at most; take fewer or no refits"
+        )
+
+
+def _of_groups(weights: Array | None, points: Array, groups: int) -> Array:
+    """Weights of each group of ``[*lead, n, d]`` points: ``[*lead, n, groups]``."""
+    each = (*points.shape[:-1], groups)
+    if weights is None:
+        weights = jnp.ones(each[:-1])
+    if weights.shape not in (each, each[:-1]):
+        raise InputError(
+            f"weights must have the shape {each[:-1]}, one a point, or {each}, one a group of it, "
+            f"got {weights.shape}"
+        )
+    return weights if weights.ndim == len(each) else jnp.broadcast_to(weights[..., None], each)
+
+
+@functools.partial(jax.jit, static_argnames=("beam", "chunk"))
 def encode(
     x: Float[Array, "*lead n d"],
     codewords: Float[Array, "*lead groups stages k g"],
     *,
+    beam: int = 1,
     chunk: int | None = None,
 ) -> UInt[Array, "*lead n groups stages"]:
-    """The nearest codeword of each stage in turn (greedy).
+    """Codes of vectors: greedy, or the best that a beam search over the stages finds.
+
+    A beam keeps the ``beam`` partial sums nearest to the vector and extends each by every codeword
+    of the next stage. The greedy path is followed beside it, so that no vector's code is worse
+    than its greedy one. Equal distances are decided for the better partial sum, then for the
+    lower codeword.
 
     Args:
         x: ``[*lead, n, d]``, any float type.
         codewords: ``[*lead, groups, stages, K, g]``, ``groups·g = d``, ``K`` at most 65536.
-        chunk: vectors (of each lead) handled at a time; None means all at once, which holds
-            ``[*lead, groups, n, K]`` floats.
+        beam: partial sums kept, 1 to 32; 1 is greedy: the nearest codeword of each stage in turn.
+        chunk: vectors (of each lead) handled at a time, for which ``[*lead, groups, chunk, K]``
+            floats are held, ``beam + 1`` times as many with a beam. None means as many as make
+            64 MiB, over all leads and groups, or one.
 
     Returns:
         ``[*lead, n, groups, stages]`` uint8, or uint16 where ``K`` is above 256.
 
     Raises:
-        InputError: if the shapes do not fit.
+        InputError: if the shapes do not fit, or ``beam`` is out of range.
     """
-    *lead, n, d = x.shape
+    *lead, _, d = x.shape
     *code_lead, groups, _, k, group = codewords.shape
     if d != groups * group or lead != code_lead or k > 65536:
         raise InputError(
             f"codewords of shape {codewords.shape} cannot encode vectors of shape {x.shape}: "
             "leading axes must be equal, groups × group must be the vector's size, K at most 65536"
         )
+    check_beam(beam)
+    x, codewords = lax.stop_gradient((x, codewords))
     by_stage = jnp.moveaxis(codewords.astype(jnp.float32), -3, 0)  # [R, *lead, G, K, g]
     dtype = code_dtype((k - 1).bit_length())
 
     def of_chunk(x: Array) -> Array:
-        x = x.astype(jnp.float32).reshape(*lead, -1, groups, group)
+        """``[c, *lead, d]`` to ``[c, *lead, G, R]``."""
+        x = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], groups, group), 0, -2)
 
-        def stage(residual: Array, words: Array) -> tuple[Array, Array]:
-            code, _ = nearest(residual, words)
-            return residual - _take(words, code), code.astype(dtype)
+        def stage(state: tuple[Array, Array], words: Array):
+            residuals, error, parent, code = _expand(*state, words)
+            return (residuals, error), (parent.astype(jnp.uint8), code.astype(dtype))
 
-        _, codes = lax.scan(stage, jnp.swapaxes(x, -3, -2), by_stage)  # [R, *lead, G, n]
-        return jnp.moveaxis(codes, (0, -2), (-1, -2))
+        def back(slot: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+            parent, code = (jnp.take_along_axis(x, slot, -1) for x in step)
+            return parent.astype(slot.dtype), code
 
-    if chunk is None or chunk >= n:
-        return of_chunk(x)
-    count = -(-n // chunk)
-    padded = jnp.pad(x, [(0, 0)] * len(lead) + [(0, count * chunk - n), (0, 0)])
-    chunks = jnp.moveaxis(padded.reshape(*lead, count, chunk, d), -3, 0)
-    codes = jnp.moveaxis(lax.map(of_chunk, chunks), 0, -4)
-    return codes.reshape(*lead, count * chunk, *codes.shape[-2:])[..., :n, :, :]
+        error = _first_errors(x, beam)  # [*lead, G, c, S]
+        residuals = jnp.broadcast_to(x[..., None, :], (*error.shape, group))
+        (_, error), (parents, codes) = lax.scan(stage, (residuals, error), by_stage)
+        if beam > 1:
+            best = jnp.argmin(error, -1, keepdims=True)
+            _, codes = lax.scan(back, best, (parents, codes), reverse=True)
+        return jnp.moveaxis(codes[..., 0], (-1, 0), (0, -1))
+
+    if chunk is None:
+        chunk = max(1, _FLOATS // (math.prod(lead) * groups * _slots(beam) * k))
+    return jnp.moveaxis(_in_chunks(of_chunk, chunk, jnp.moveaxis(x, -2, 0)), 0, -3)
+
+
+# The beam: slots 0 … beam − 1 hold partial sums, best first, and one more the greedy one. (A beam
+# of 1 is the greedy one alone.) A slot of infinite error holds none.
+
+
+def _slots(beam: int) -> int:
+    return beam + 1 if beam > 1 else 1
+
+
+def _first_errors(x: Array, beam: int) -> Array:
+    """``[*lead, n, S]`` squared errors of the empty sum for ``[*lead, n, g]`` vectors."""
+    slot = jnp.arange(_slots(beam))
+    real = (slot == 0) | (slot == len(slot) - 1)
+    return jnp.where(real, jnp.sum(jnp.square(x), -1, keepdims=True), jnp.inf)
+
+
+def _expand(residuals: Array, error: Array, words: Array) -> tuple[Array, Array, Array, Array]:
+    """One stage of the search.
+
+    Args:
+        residuals: ``[*lead, n, S, g]`` of the sums in the slots.
+        error: ``[*lead, n, S]``, their squared lengths, infinite for empty slots.
+        words: ``[*lead, K, g]``.
+
+    Returns:
+        residuals and errors of the extended sums, the slot ``[*lead, n, S]`` that each extends,
+        and the codeword that it adds.
+    """
+    *lead, n, slots, group = residuals.shape
+    k, beam = words.shape[-2], slots - 1
+    gain = scores(residuals.reshape(*lead, n * slots, group), words)
+    gain = gain.reshape(*lead, n, slots, k)
+    code = jnp.argmax(gain[..., beam:, :], -1)
+    parent = jnp.full_like(code, beam)
+    real = jnp.full_like(code, True, bool)
+    if beam:
+        distance = error[..., :beam, None] - gain[..., :beam, :]
+        top, index = lax.top_k(-distance.reshape(*lead, n, beam * k), beam)
+        code = jnp.concatenate([index % k, code], -1)
+        parent = jnp.concatenate([index // k, parent], -1)
+        real = jnp.concatenate([top > -jnp.inf, real], -1)
+    added = _take(words, code.reshape(*lead, n * slots)).reshape(residuals.shape)
+    residuals = jnp.take_along_axis(residuals, parent[..., None], -2) - added
+    error = jnp.where(real, jnp.sum(jnp.square(residuals), -1), jnp.inf)
+    return residuals, error, parent, code
+
+
+def _chunked(x: Array, chunk: int) -> Array:
+    """``[chunks, at most chunk, …]`` with zeros at the end."""
+    count = max(1, -(-len(x) // chunk))
+    size = -(-len(x) // count)
+    padding = [(0, count * size - len(x))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
+
+
+def _in_chunks(f: Callable, chunk: int, *arrays: Array) -> Any:
+    """``f(*arrays)``, row by row of their first axis, a chunk of rows at a time."""
+    n = len(arrays[0])
+    if chunk >= n:
+        return f(*arrays)
+    found = lax.map(lambda parts: f(*parts), [_chunked(x, chunk) for x in arrays])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
 
 
 def decode(

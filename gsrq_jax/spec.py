@@ -15,6 +15,17 @@ from gsrq_jax.errors import InputError
 
 Frame = Literal["block", "pre", "post"]
 FRAMES: tuple[Frame, ...] = ("block", "pre", "post")
+MOST_BEAM = 32
+
+
+def check_beam(beam: int) -> None:
+    """Refuse a width that the encoder does not have.
+
+    Raises:
+        InputError: if it is not from 1 to `MOST_BEAM`.
+    """
+    if not 1 <= beam <= MOST_BEAM:
+        raise InputError(f"beam must be from 1 (greedy) to {MOST_BEAM}, got {beam}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +163,8 @@ class QuantSpec(CacheSpec):
         value: the code of a value vector, of the same ``dim``.
         frame: rotary frame in which keys are quantised. ``block``: rotated by the offset inside
             its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
+        beam: partial sums that the encoder keeps from stage to stage, 1 to 32; 1 is greedy.
+            Codebooks are also trained with it, and serve any other.
 
     ``block``, ``window`` and ``sinks`` are those of `CacheSpec`.
 
@@ -162,9 +175,11 @@ class QuantSpec(CacheSpec):
     key: ResidualSpec
     value: ResidualSpec
     frame: Frame = "block"
+    beam: int = 1
 
     def __post_init__(self):
         super().__post_init__()
+        check_beam(self.beam)
         if self.key.dim != self.value.dim:
             raise InputError(
                 f"keys have {self.key.dim} channels and values {self.value.dim}; "
@@ -218,6 +233,7 @@ class QuantSpec(CacheSpec):
         return (
             f"{self.bits:g} bit, {both}, head {self.head_dim}, frame {self.frame}, "
             f"blocks of {self.block}, window {self.window}, sinks {self.sinks}"
+            + (f", beam {self.beam}" if self.beam > 1 else "")
         )
 
     def to_json(self) -> dict[str, Any]:

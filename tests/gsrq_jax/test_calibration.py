@@ -11,6 +11,7 @@ import pytest
 
 from gsrq_jax import calibration
 from gsrq_jax.calibration import FitOptions, SampleStore
+from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
@@ -60,6 +61,24 @@ def test_codebooks_code_what_the_cache_will_give_them(samples, frame):
         report.value.error[:, 0, -1], relative_error(v, decoded_v), rtol=1e-3
     )
     assert error.max() < 0.6
+
+
+def test_beam_and_refits(samples):
+    """The spec's beam trains and encodes; refits help; the report is of what comes out."""
+    k, v, positions = samples
+    greedy, _ = fit(samples)
+    spec = dataclasses.replace(SPEC, beam=4)
+    books, report = fit(samples, spec, dataclasses.replace(FEW, refits=2))
+    assert books.spec.beam == 4
+    errors = {}
+    for name, b in (("greedy", greedy), ("beam", respec(greedy, beam=4)), ("refits", books)):
+        _, decoded = b.decode(*b.encode(k, v, positions), positions)
+        errors[name] = relative_error(v, decoded)
+    np.testing.assert_allclose(report.value.error[:, 0, -1], errors["refits"], rtol=1e-3)
+    assert (errors["beam"] < errors["greedy"]).all()
+    assert (errors["refits"] < 0.97 * errors["beam"]).all()
+    with pytest.raises(InputError, match="refits must be at least 0, got -1"):
+        fit(samples, options=dataclasses.replace(FEW, refits=-1))
 
 
 def test_keys_that_are_not_centred(samples):

@@ -14,7 +14,9 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from gsrq_jax import codebook
+from gsrq_jax.baselines.uniform import Uniform, UniformSpec
 from gsrq_jax.codebook import Codebooks, load, read_metadata, save, validate
+from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
@@ -113,6 +115,47 @@ def test_round_trip(tmp_path, dtype):
     assert metadata["extra"] == extra
     assert QuantSpec.from_json(metadata["spec"]) == books.spec
     assert names(tmp_path / "deep") == ["books"]
+
+
+def test_checkpoint_from_before_there_was_a_beam(tmp_path, monkeypatch):
+    to_json = QuantSpec.to_json
+    with monkeypatch.context() as m:
+        m.setattr(
+            QuantSpec, "to_json", lambda s: {k: v for k, v in to_json(s).items() if k != "beam"}
+        )
+        save(tmp_path / "books", make(), model=MODEL)
+    assert "beam" not in read_metadata(tmp_path / "books")["spec"]
+    books = load(tmp_path / "books")
+    assert books.spec.beam == 1
+    save(tmp_path / "books", respec(books, beam=8), model=MODEL)
+    assert load(tmp_path / "books").spec.beam == 8
+
+
+def test_the_beam_of_the_spec_encodes():
+    layer = jax.tree.map(lambda x: x[0], make())
+    rng = np.random.default_rng(7)
+    k, v = (jnp.asarray(rng.normal(size=(2, 40, 2, 8)), jnp.float32) for _ in "kv")
+    at = jnp.broadcast_to(jnp.arange(40), (2, 40))
+
+    def errors(books):
+        decoded = books.decode(*books.encode(k, v, at), at)
+        return [jnp.sum((x - y) ** 2, -1) for x, y in zip((k, v), decoded, strict=True)]
+
+    for greedy, beam in zip(errors(layer), errors(respec(layer, beam=8)), strict=True):
+        assert (beam <= greedy + 1e-4).all()
+        assert beam.mean() < 0.97 * greedy.mean()
+
+
+def test_what_can_change_after_fitting():
+    books = respec(make(), window=3, sinks=5, beam=2)
+    assert (books.spec.window, books.spec.sinks, books.spec.beam) == (3, 5, 2)
+    with pytest.raises(InputError, match=r"only window, sinks, beam can change .*, not block"):
+        respec(make(), block=8)
+    with pytest.raises(InputError, match=r"beam must be from 1 \(greedy\) to 32, got 64"):
+        respec(make(), beam=64)
+    rounded = Uniform(UniformSpec.kivi(2, 32))
+    with pytest.raises(InputError, match=r"only window, sinks can change .*, not beam"):
+        respec(rounded, beam=8)
 
 
 def test_save_replaces_a_checkpoint_and_an_empty_folder(tmp_path):

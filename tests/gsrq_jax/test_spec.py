@@ -1,5 +1,6 @@
 """Specs: derived sizes, rates that exist, messages of those that do not."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.spec import FRAMES, QuantSpec, ResidualSpec
+from gsrq_jax.spec import FRAMES, MOST_BEAM, QuantSpec, ResidualSpec
 
 
 @st.composite
@@ -28,6 +29,7 @@ def quant_specs(draw):
         block=draw(st.integers(1, 256)),
         window=draw(st.integers(0, 256)),
         sinks=draw(st.integers(0, 8)),
+        beam=draw(st.integers(1, MOST_BEAM)),
     )
 
 
@@ -109,6 +111,8 @@ CODE = ResidualSpec(dim=8, group=4, stages=1, codewords=16)
         ({"block": 0}, "block must be at least 1, got 0"),
         ({"window": -1}, "window must be at least 0, got -1"),
         ({"sinks": -1}, "sinks must be at least 0, got -1"),
+        ({"beam": 0}, r"beam must be from 1 \(greedy\) to 32, got 0"),
+        ({"beam": 33}, "got 33"),
     ],
 )
 def test_quant_specs_that_do_not_fit(fields, says):
@@ -149,10 +153,17 @@ def test_json_with_an_unusable_number():
         QuantSpec.from_json(data)
 
 
+def test_json_from_before_there_was_a_beam():
+    data = QuantSpec(CODE, CODE, beam=8).to_json()
+    assert data.pop("beam") == 8
+    assert QuantSpec.from_json(data).beam == 1
+
+
 def test_from_bits_passes_fields_on_and_prints():
     spec = QuantSpec.from_bits(1, 128, codewords=16, window=64, frame="pre")
     assert (spec.window, spec.frame, spec.head_dim, spec.bits) == (64, "pre", 128, 1)
     text = "1 bit, 32 stages × 16 codewords, head 128, frame pre, blocks of 128, window 64, sinks 4"
     assert str(spec) == text
+    assert str(dataclasses.replace(spec, beam=8)) == f"{text}, beam 8"
     mixed = str(QuantSpec(CODE, ResidualSpec(dim=8, group=8, stages=2, codewords=16)))
     assert "keys 1 stages × 16 codewords × 2 groups, values 2 stages × 16 codewords" in mixed
