@@ -24,20 +24,25 @@ class DistillState(NamedTuple):
 
     Attributes:
         moves: float32, ``key`` and ``value`` as in `Codebooks`, in units of a stage's RMS.
+        average: exponential moving average of the moves, from where they began.
         optimizer: optax's state.
     """
 
     moves: Moves
+    average: Moves
     optimizer: optax.OptState
 
 
 def init(optimizer: optax.GradientTransformation, codebooks: Codebooks) -> DistillState:
     """The state before the first step."""
-    moves = {
-        "key": jnp.zeros(codebooks.key.shape, jnp.float32),
-        "value": jnp.zeros(codebooks.value.shape, jnp.float32),
-    }
-    return DistillState(moves, optimizer.init(moves))
+
+    def zeros() -> Moves:
+        return {
+            "key": jnp.zeros(codebooks.key.shape, jnp.float32),
+            "value": jnp.zeros(codebooks.value.shape, jnp.float32),
+        }
+
+    return DistillState(zeros(), zeros(), optimizer.init(zeros()))
 
 
 def moved(codebooks: Codebooks, moves: Moves) -> Codebooks:
@@ -62,21 +67,35 @@ def step(
     optimizer: optax.GradientTransformation,
     codebooks: Codebooks,
     state: DistillState,
-    batch: Any,
+    parts: Any,
+    *,
+    ema: float = 0.0,
 ) -> tuple[DistillState, Float[Array, ""]]:
     """One step of the optimizer; jit it with ``loss`` and ``optimizer`` bound.
 
     Args:
-        loss: of the codebooks on a batch; differentiable in the codewords, as
+        loss: of the codebooks on a part of the batch; differentiable in the codewords, as
             `gsrq_jax.attention.attend_as_cached` is (codes carry no gradient).
         optimizer: from optax.
         codebooks: where the refinement began.
         state: so far.
-        batch: what ``loss`` takes.
+        parts: what ``loss`` takes, stacked on a leading axis; the step is by the mean of their
+            losses, whose activations exist for one part at a time.
+        ema: decay of ``state.average`` in a step; 0 makes it the moves themselves.
 
     Returns:
         The next state, and the loss before the step.
     """
-    value, gradient = jax.value_and_grad(lambda m: loss(moved(codebooks, m), batch))(state.moves)
-    updates, new = optimizer.update(gradient, state.optimizer, state.moves)
-    return DistillState(optax.apply_updates(state.moves, updates), new), value
+
+    def add(total: tuple[Array, Moves], part: Any):
+        new = jax.value_and_grad(lambda m: loss(moved(codebooks, m), part))(state.moves)
+        return jax.tree.map(jnp.add, total, new), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.moves))
+    total, _ = jax.lax.scan(add, zero, parts)
+    count = len(jax.tree.leaves(parts)[0])
+    value, gradient = jax.tree.map(lambda x: x / count, total)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.moves)
+    moves = optax.apply_updates(state.moves, updates)
+    average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.average, moves)
+    return DistillState(moves, average, optimizer_state), value

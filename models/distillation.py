@@ -1,95 +1,366 @@
-"""Codebooks refined so that the model over its cache predicts what it does at full precision."""
+"""Codebooks refined so that the model over its cache predicts what it does at full precision.
 
+A part of the text is only looked at: what is kept is the state with the least divergence there.
+"""
+
+import dataclasses
 import functools
+import math
 import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from gsrq_jax import calibration, distill
 from gsrq_jax.codebook import Codebooks
-from gsrq_jax.models import evaluation
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import evaluation, generation, text
 from gsrq_jax.models.loading import LoadedModel
+from gsrq_jax.models.tokenizer import Tokenizer
+
+CALIBRATION, SAMPLED = "calibration", "sampled"
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """End-to-end refinement of codewords by the divergence of the model's predictions.
+
+    Attributes:
+        steps: of Adam, each some six forward passes of its batch; 0 is no refinement.
+        batch: sequences of a step.
+        accumulate: parts of the batch that are computed one after the other, to save memory.
+        rate: highest learning rate, in units of each stage's RMS codeword entry.
+        warmup: steps in which the rate rises to that; afterwards it falls to 0 by a cosine.
+        b2: decay of Adam's squared gradients.
+        ema: decay of an average of the codewords that is checked and kept instead of the last
+            ones; 0 is none.
+        copies: passages of each sequence that come a second time in it.
+        check_every: steps from one check on held-out sequences to the next.
+        text: ``calibration``, ``sampled`` for text that the model writes itself, or a text file.
+        tokens: to sample, or to read from the file.
+    """
+
+    steps: int = 0
+    batch: int = 4
+    accumulate: int = 1
+    rate: float = 0.01
+    warmup: int = 0
+    b2: float = 0.99
+    ema: float = 0.0
+    copies: int = 4
+    check_every: int = 20
+    text: str = CALIBRATION
+    tokens: int = 65_536
+
+
+class Check(NamedTuple):
+    """Divergences in nats a token: on pieces since the last check (NaN at step 0), held out."""
+
+    step: int
+    train: float
+    held_out: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """What a refinement found.
+
+    Attributes:
+        kept: step whose codewords were kept.
+        sequences: that pieces were cut from.
+        held_out: sequences that were kept out of them.
+        checks: at step 0, every ``check_every`` steps and after the last one.
+    """
+
+    kept: int
+    sequences: int
+    held_out: int
+    checks: list[Check]
+
+
+def sequences(
+    config: DistillConfig, tokenizer: Tokenizer, calibrated: Int[np.ndarray, "n T"]
+) -> Int[np.ndarray, "m T"] | None:
+    """Sequences to distil on, as long as those calibrated on; None if `sample` makes them.
+
+    Raises:
+        InputError: if there are fewer than two, or a number in ``config`` cannot be.
+    """
+    _validate(config)
+    length = calibrated.shape[1]
+    if config.text == SAMPLED:
+        rows, count = None, -(-config.tokens // length)
+    elif config.text == CALIBRATION:
+        rows, count = calibrated, len(calibrated)
+    else:
+        rows = text.sequences(
+            text.read(config.text),
+            tokenizer,
+            length=length,
+            count=-(-config.tokens // length),
+            name=config.text,
+        )
+        count = len(rows)
+    if count < 2:
+        more = "--tokens" if config.text == CALIBRATION else "--distill.tokens"
+        raise InputError(
+            f"distillation needs two sequences of {length} tokens or more, one to check on; "
+            f"give more text or {more}, or a smaller --length"
+        )
+    return rows
+
+
+def _validate(config: DistillConfig) -> None:
+    def refuse(name: str, must: str) -> None:
+        flag = "--distill." + name.replace("_", "-")
+        raise InputError(f"{flag} must be {must}, got {getattr(config, name)}")
+
+    for name in ("batch", "accumulate", "check_every", "tokens"):
+        if getattr(config, name) < 1:
+            refuse(name, "at least 1")
+    for name in ("steps", "copies", "warmup"):
+        if getattr(config, name) < 0:
+            refuse(name, "at least 0")
+    for name in ("b2", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            refuse(name, "from 0 to below 1")
+    if not 0 < config.rate < math.inf:
+        refuse("rate", "a number above 0")
+    if config.warmup >= config.steps > 0:
+        refuse("warmup", f"below --distill.steps ({config.steps})")
+    if config.batch % config.accumulate:
+        refuse("accumulate", f"a divisor of --distill.batch ({config.batch})")
+
+
+def sample(
+    model: LoadedModel, config: DistillConfig, *, length: int, seed: int, work: pathlib.Path
+) -> Int[np.ndarray, "m T"]:
+    """Sequences that the model writes at full precision and temperature 1.
+
+    Each begins as the tokenizer begins a text; where it adds nothing, with a token drawn uniformly
+    from the vocabulary (as LLM-QAT does, arXiv 2305.17888). The model writes on after an
+    end-of-text token, as in text packed for training. Finished batches are kept in ``work``.
+    """
+    start = _start(model)
+    generator = generation.Generator(
+        model.graphdef,
+        model.params,
+        sampler=generation.Sampler(temperature=1.0),
+        dtype=jax.tree.leaves(model.params)[0].dtype,
+    )
+    count = -(-config.tokens // length)
+    rows: list[np.ndarray] = []
+    with tqdm(total=count * length, desc="sample", unit="tok") as bar:
+        for index, first in enumerate(range(0, count, _TOGETHER)):
+            size = min(_TOGETHER, count - first)
+            file = work / f"sampled-{index:03}.npz"
+            if not file.exists():
+                rng = np.random.default_rng((seed, index))
+                drawn = rng.integers(model.config.vocab_size, size=(size, 0 if start else 1))
+                prompts = [[*start, *row] for row in drawn.tolist()]
+                new = length - len(prompts[0])
+                for state in generator(
+                    prompts,
+                    max_new_tokens=new,
+                    max_length=length,
+                    seed=int(rng.integers(2**31)),
+                    stride=_STRIDE,
+                ):
+                    done = int(state.count[0])
+                    bar.n = (first * length) + size * done
+                    bar.refresh()
+                made = np.concatenate([np.asarray(prompts), np.asarray(state.tokens)], axis=1)
+                calibration.save_leaves(file, made.astype(np.int32))
+            rows += calibration.load_leaves(file)
+            bar.n = (first + size) * length
+            bar.refresh()
+    return np.concatenate(rows)
+
+
+_TOGETHER = 16  # sequences sampled at a time
+_STRIDE = 64  # tokens between looks at the device
 
 
 def refine(
     model: LoadedModel,
     codebooks: Codebooks,
-    tokens: Int[np.ndarray, "n T"],
+    rows: Int[np.ndarray, "m T"],
+    config: DistillConfig,
     *,
-    steps: int,
-    batch: int,
-    rate: float,
-    copies: int,
     seed: int,
     work: pathlib.Path,
-) -> Codebooks:
-    """Distil for ``steps`` steps of Adam on pieces of ``tokens``; codewords in float32.
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[Codebooks, Refinement]:
+    """Codebooks that are better on held-out sequences, in the dtype of those given.
 
     Each step reads ``batch`` sequences cut anywhere from the text, in each of which ``copies``
     passages come a second time: copying from far back is what coded keys break first, and little
     text asks for it. The loss is the mean KL divergence of the next-token predictions, each
-    position seeing the cache as `gsrq_jax.attention.attend_as_cached` shows it. The rate falls to 0
-    by a cosine. An interrupted run goes on from ``work``.
+    position seeing the cache as `gsrq_jax.attention.attend_as_cached` shows it.
+
+    The last eighth of the sequences, from 1 to 8, is kept out of the pieces, with passages repeated
+    likewise. Before the first step, every ``check_every`` steps and after the last one the
+    divergence is measured there; the codewords with the least one are returned. The state is saved
+    with each check: an interrupted run goes on from ``work`` to the same result.
 
     Args:
         model: whose predictions count.
         codebooks: where to begin.
-        tokens: calibration sequences.
-        steps: of the optimizer.
-        batch: sequences of a step, of the length of those of ``tokens``.
-        rate: first learning rate, in units of each stage's RMS codeword entry.
-        copies: passages repeated in each sequence.
+        rows: at least two sequences.
+        config: how.
         seed: of the pieces.
         work: folder for the state.
+        devices: that share the sequences of a step, as many as divide them evenly; None is all
+            local ones.
     """
+    held = min(max(len(rows) // 8, 1), 8)
+    start = len(_start(model))
+    source, checked = rows[:-held], rows[-held:].copy()
+    _repeat(checked[:, start:], config.copies, np.random.default_rng(seed))
 
-    def loss(books: Codebooks, rows: Int[Array, "B T"]) -> Float[Array, ""]:
-        sums = evaluation.compare(model.graphdef, model.params, rows, books, remat=True)
-        return sums["kl"] / (rows.shape[0] * (rows.shape[1] - 1))
+    devices = jax.local_devices() if devices is None else devices
+    share = math.gcd(config.batch // config.accumulate, len(devices))
+    mesh = jax.make_mesh(
+        (share,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:share]
+    )
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+    params, begun = jax.device_put((model.params, codebooks), everywhere)
+    exact = [
+        evaluation.exact_hidden(model.graphdef, model.params, jnp.asarray(x)[None]) for x in checked
+    ]
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps), b2=0.99)
-    step = jax.jit(functools.partial(distill.step, loss, optimizer), donate_argnums=1)
-    state = distill.init(optimizer, codebooks)
     file = work / "distill.npz"
-    done = 0
+    state = distill.init(_optimizer(config), codebooks)
+    best: distill.Moves = state.average
+    checks: list[Check] = []
+
+    def check(state: distill.DistillState, done: int, losses: list[float]) -> None:
+        """Notes the divergence on held-out sequences, and the state if it is the best."""
+        nonlocal best
+        average = jax.tree.map(np.array, state.average)
+        found = evaluation.fidelity(
+            model.graphdef, model.params, checked, _settled(codebooks, average), exact=exact
+        )
+        checks.append(Check(done, float(np.mean(losses)) if losses else math.nan, found.kl))
+        if _kept(checks) == done:
+            best = average
+        calibration.save_leaves(file, (state, best, np.asarray(checks)))
+
     if file.exists():
-        *leaves, count = map(jnp.asarray, calibration.load_leaves(file))
-        state, done = jax.tree.unflatten(jax.tree.structure(state), leaves), int(count)
+        *leaves, table = calibration.load_leaves(file)
+        state, best = jax.tree.unflatten(jax.tree.structure((state, best)), leaves)
+        checks = [Check(int(step), train, held_out) for step, train, held_out in table.tolist()]
+    else:
+        check(state, 0, [])
+    state = jax.device_put(state, everywhere)
 
-    start = 0 if model.tokenizer is None else len(model.tokenizer.encode(""))
-    bar = tqdm(range(done, steps), initial=done, total=steps, desc="distil", unit="step")
+    losses: list[float] = []
+    first = checks[-1].step
+    bar = tqdm(
+        range(first, config.steps), initial=first, total=config.steps, desc="distil", unit="step"
+    )
     for index in bar:
-        rows = _pieces(tokens, start, batch, copies, (seed, index))
-        state, value = step(codebooks, state, rows)
-        bar.set_postfix(kl=f"{float(value):.4f}")
-        if (index + 1) % _SAVE_EVERY == 0 or index + 1 == steps:
-            calibration.save_leaves(file, (state, index + 1))
-    return distill.moved(codebooks, state.moves)
+        pieces = _pieces(source, start, config.batch, config.copies, (seed, index))
+        parts = pieces.reshape(config.accumulate, -1, rows.shape[1])
+        state, loss = _step(
+            model.graphdef, config, mesh, params, begun, state, jax.device_put(parts, split)
+        )
+        losses.append(float(loss))
+        if (index + 1) % config.check_every == 0 or index + 1 == config.steps:
+            check(state, index + 1, losses)
+            losses = []
+        shown = losses[-1] if losses else checks[-1].train
+        bar.set_postfix(kl=f"{shown:.4f}", held_out=f"{checks[-1].held_out:.4f}")
+    found = Refinement(_kept(checks), len(source), held, checks)
+    return _settled(codebooks, best), found
 
 
-_SAVE_EVERY = 16
+def _optimizer(config: DistillConfig) -> optax.GradientTransformation:
+    low = config.rate / (config.warmup + 1)
+    rate = optax.warmup_cosine_decay_schedule(low, config.rate, config.warmup, config.steps)
+    return optax.adam(rate, b2=config.b2)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "mesh"), donate_argnames="state")
+def _step(
+    graphdef: nnx.GraphDef,
+    config: DistillConfig,
+    mesh: Mesh,
+    params: nnx.State,
+    codebooks: Codebooks,
+    state: distill.DistillState,
+    parts: Int[Array, "A B T"],
+) -> tuple[distill.DistillState, Float[Array, ""]]:
+    """`distill.step`, the sequences of each part shared by the devices of ``mesh``."""
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    def loss(params: nnx.State, books: Codebooks, rows: Int[Array, "b T"]) -> Float[Array, ""]:
+        sums = evaluation.compare(graphdef, params, rows, books, remat=True)
+        return jax.lax.pmean(sums["kl"] / (rows.shape[0] * (rows.shape[1] - 1)), "data")
+
+    return distill.step(
+        functools.partial(loss, params),
+        _optimizer(config),
+        codebooks,
+        state,
+        parts,
+        ema=config.ema,
+    )
+
+
+def _settled(codebooks: Codebooks, moves: distill.Moves) -> Codebooks:
+    """The codebooks after ``moves``, in their own dtype."""
+    new = distill.moved(codebooks, moves)
+    key, value = new.key.astype(codebooks.key.dtype), new.value.astype(codebooks.value.dtype)
+    return dataclasses.replace(new, key=key, value=value)
+
+
+def _kept(checks: list[Check]) -> int:
+    """The step of the least held-out divergence, the first of several."""
+    return min(checks, key=lambda check: check.held_out).step
+
+
+def _start(model: LoadedModel) -> list[int]:
+    """The tokens that every sequence begins with."""
+    return [] if model.tokenizer is None else list(model.tokenizer.encode(""))
 
 
 def _pieces(
-    tokens: Int[np.ndarray, "n T"], start: int, batch: int, copies: int, seed: tuple[int, int]
+    rows: Int[np.ndarray, "n T"], start: int, batch: int, copies: int, seed: tuple[int, int]
 ) -> Int[np.ndarray, "batch T"]:
-    """Sequences cut anywhere from the text behind ``tokens``, passages of it repeated.
+    """Sequences cut anywhere from the text behind ``rows``, passages of it repeated.
 
     The first ``start`` tokens are those that every sequence begins with.
     """
     rng = np.random.default_rng(seed)
-    text = tokens[:, start:].reshape(-1)
-    room = tokens.shape[1] - start
-    begins = rng.integers(0, len(text) - room + 1, batch)
-    rows = np.stack([text[begin : begin + room] for begin in begins])
-    for row in rows:
+    source = rows[:, start:].reshape(-1)
+    room = rows.shape[1] - start
+    begins = rng.integers(0, len(source) - room + 1, batch)
+    pieces = np.stack([source[begin : begin + room] for begin in begins])
+    _repeat(pieces, copies, rng)
+    return np.concatenate([np.tile(rows[0, :start], (batch, 1)), pieces], axis=1)
+
+
+def _repeat(pieces: Int[np.ndarray, "batch n"], copies: int, rng: np.random.Generator) -> None:
+    """Writes ``copies`` passages of each sequence, up to an eighth of it, over later ones."""
+    room = pieces.shape[1]
+    for row in pieces:
         for _ in range(copies):
             length = int(rng.integers(room // 64, room // 8 + 1))
             origin, target = sorted(rng.integers(0, room - length + 1, 2))
             row[target : target + length] = row[origin : origin + length].copy()
-    return np.concatenate([np.tile(tokens[0, :start], (batch, 1)), rows], axis=1)

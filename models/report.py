@@ -1,8 +1,10 @@
 """The report of a training run: `report.json`, and Markdown and a picture made from it."""
 
+import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -13,6 +15,7 @@ from gsrq_jax import results
 from gsrq_jax.cache import init_cache
 from gsrq_jax.calibration import LayerReport
 from gsrq_jax.codebook import Codebooks
+from gsrq_jax.models.distillation import Refinement
 from gsrq_jax.models.evaluation import Fidelity
 from gsrq_jax.models.loading import LoadedModel
 
@@ -77,9 +80,10 @@ def write(
     model: LoadedModel,
     codebooks: Codebooks,
     layers: LayerReport,
-    fidelity: Fidelity,
+    measured: Mapping[str, Fidelity],
     length: int,
     tokens: int,
+    refinement: Refinement | None = None,
 ) -> None:
     """Write ``report.json``, whole or not at all; `render` makes the rest from it.
 
@@ -89,9 +93,10 @@ def write(
         model: that the codebooks are for.
         codebooks: of all layers.
         layers: what fitting found, stacked over layers.
-        fidelity: what was measured, on sequences of ``length`` tokens.
-        length: of a held-out sequence.
+        measured: what was found by the name of a text: the held-out one first, then others.
+        length: of a sequence of theirs.
         tokens: that were calibrated on.
+        refinement: what distillation found, if there was any.
     """
     spec = codebooks.spec
     caches = cache_rows(codebooks)
@@ -103,21 +108,27 @@ def write(
         "bits_effective": caches[0]["bits_effective"],
         "window": spec.window,
         "sinks": spec.sinks,
-        "dataset": config["eval_text"] or "held out of the calibration text",
-        "length": length,
-        "n": fidelity.n,
     }
-    measured = [
-        {**common, "metric": metric, "value": value, "full_precision": full}
+    rows = [
+        {
+            **common,
+            "dataset": dataset,
+            "length": length,
+            "n": found.n,
+            "metric": metric,
+            "value": value,
+            "full_precision": full,
+        }
+        for dataset, found in measured.items()
         for metric, value, full in (
-            ("perplexity", fidelity.perplexity, fidelity.full_precision),
-            ("kl", fidelity.kl, 0.0),
-            ("top1", fidelity.top1, 1.0),
+            ("perplexity", found.perplexity, found.full_precision),
+            ("kl", found.kl, 0.0),
+            ("top1", found.top1, 1.0),
         )
     ]
     results.write_result(
         folder / "report.json",
-        measured,
+        rows,
         command=" ".join(["python", *sys.argv]),
         config=config,
         spec=spec.to_json(),
@@ -125,7 +136,16 @@ def write(
         calibration_tokens=tokens,
         cache=caches,
         fit=fit_rows(layers),
+        distillation=None if refinement is None else _distillation(refinement),
     )
+
+
+def _distillation(found: Refinement) -> dict[str, Any]:
+    checks = [
+        check._asdict() | {"train": None if check.step == 0 else check.train}
+        for check in found.checks
+    ]
+    return dataclasses.asdict(found) | {"checks": checks}
 
 
 def render(folder: pathlib.Path) -> dict[str, Any]:
@@ -136,20 +156,26 @@ def render(folder: pathlib.Path) -> dict[str, Any]:
     return data
 
 
+def datasets(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows by the text that was measured on, in their order, and by metric."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in data["rows"]:
+        found.setdefault(row["dataset"], {})[row["metric"]] = row
+    return found
+
+
 def table(data: dict[str, Any]) -> str:
     """The few lines that matter: what the cache weighs and what it costs."""
-    by_metric = {row["metric"]: row for row in data["rows"]}
-    perplexity = by_metric["perplexity"]
-    rise = perplexity["value"] / perplexity["full_precision"] - 1
-    lines = [
-        "| | full precision | quantised | |",
-        "| --- | --- | --- | --- |",
-        f"| perplexity | {perplexity['full_precision']:.3f} | {perplexity['value']:.3f} "
-        f"| {rise:+.2%} |",
-        f"| KL, nats a token | 0 | {by_metric['kl']['value']:.4f} | |",
-        f"| same top token | 100 % | {by_metric['top1']['value']:.1%} | |",
-        f"| bits a number, nominal | 16 | {perplexity['bits']:g} | |",
-    ]
+    lines = ["| | full precision | quantised | |", "| --- | --- | --- | --- |"]
+    for index, (dataset, row) in enumerate(datasets(data).items()):
+        on = f" on {dataset}" if index else ""
+        exact, ours = row["perplexity"]["full_precision"], row["perplexity"]["value"]
+        lines += [
+            f"| perplexity{on} | {exact:.3f} | {ours:.3f} | {ours / exact - 1:+.2%} |",
+            f"| KL, nats a token{on} | 0 | {row['kl']['value']:.4f} | |",
+            f"| same top token{on} | 100 % | {row['top1']['value']:.1%} | |",
+        ]
+    lines.append(f"| bits a number, nominal | 16 | {data['rows'][0]['bits']:g} | |")
     for row in data["cache"]:
         name = f"cache at {row['context']:,} tokens"
         lines += [
@@ -163,7 +189,10 @@ def table(data: dict[str, Any]) -> str:
 def markdown(data: dict[str, Any]) -> str:
     """`report.md` from what `report.json` holds."""
     stages = max(row["stage"] for row in data["fit"])
-    n = data["rows"][0]["n"]
+    texts = " and ".join(
+        f"{row['perplexity']['n']:,} predictions ({dataset})"
+        for dataset, row in datasets(data).items()
+    )
     lines = [
         f"# Codebooks for {data['rows'][0]['model']}",
         "",
@@ -171,10 +200,9 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         table(data),
         "",
-        f"Measured on {n:,} predictions ({data['rows'][0]['dataset']}), teacher forced, sinks and "
-        f"exactly {data['rows'][0]['window']} past tokens exact. Bytes are those of real arrays of "
-        "one sequence, window and sinks included, bf16 where exact. One run of "
-        f"`{data['command']}` on {data['device']}, {data['date']}.",
+        f"Measured on {texts}, teacher forced, sinks and exactly {data['rows'][0]['window']} past "
+        "tokens exact. Bytes are those of real arrays of one sequence, window and sinks included, "
+        f"bf16 where exact. One run of `{data['command']}` on {data['device']}, {data['date']}.",
         "",
         "![distortion and cosine](report.png)",
         "",
@@ -211,7 +239,28 @@ def markdown(data: dict[str, Any]) -> str:
             for what in ("distortion", "cosine"):
                 cells.append(f"{np.mean([r[what] for r in ours]):.3f}")
         lines.append(f"| {stage} | {' | '.join(cells)} | {sum(r['dead'] for r in rows)} |")
+    lines += _distillation_lines(data.get("distillation"))
     return "\n".join(lines) + "\n"
+
+
+def _distillation_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [
+        "",
+        "## Distillation",
+        "",
+        f"KL divergence, nats a token: on pieces of {found['sequences']} sequences, mean since the "
+        f"row before, and on {found['held_out']} held out of them. Kept are the codewords after "
+        f"step {found['kept']}.",
+        "",
+        "| step | pieces | held out |",
+        "| --- | --- | --- |",
+    ]
+    for check in found["checks"]:
+        train = "" if check["train"] is None else f"{check['train']:.4f}"
+        lines.append(f"| {check['step']} | {train} | {check['held_out']:.4f} |")
+    return lines
 
 
 def picture(data: dict[str, Any]) -> Figure:

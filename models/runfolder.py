@@ -10,26 +10,38 @@ from typing import Any
 from gsrq_jax.errors import InputError
 
 _RECORD, _NEW_RECORD = "run.json", ".run.json.new"
+_INPUTS = "inputs"
 
 WORK = "work"
-"""Folder in that of a run, for what is made before the run is begun."""
+"""Folder in that of a run, for what is made on the way, be it before the run is begun."""
 
 
-def claim(out: pathlib.Path, kind: str, asked: Mapping[str, Any], *, begin: bool = True) -> None:
+def claim(
+    out: pathlib.Path,
+    kind: str,
+    asked: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, str] | None = None,
+    begin: bool = True,
+) -> None:
     """Make ``out`` the folder of this run, or find that it is.
 
     Args:
         out: the folder; made if it is not there.
         kind: of run, such as ``longbench``.
         asked: plain values that must be the same whenever the run goes on, by flag.
+        inputs: checksums, such as ``text``, of what flags stood for when the run was begun, which
+            must be the same, too.
         begin: if the folder is free, write what the run was asked for; otherwise only look.
 
     Raises:
-        InputError: if it is a file, holds something else, or a run that was asked for otherwise.
+        InputError: if it is a file, holds something else, or a run that was asked for otherwise or
+            whose inputs changed.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another --out")
     record = json.loads(json.dumps({"kind": kind, **asked}))
+    given = dict(inputs or {})
     before = _read(out)
     if before is None:
         ours = (WORK, _NEW_RECORD)
@@ -42,15 +54,19 @@ def claim(out: pathlib.Path, kind: str, asked: Mapping[str, Any], *, begin: bool
         if not begin:
             return
         out.mkdir(parents=True, exist_ok=True)
-        (out / _NEW_RECORD).write_text(json.dumps(record, indent=1))
+        (out / _NEW_RECORD).write_text(json.dumps(record | {_INPUTS: given}, indent=1))
         os.replace(out / _NEW_RECORD, out / _RECORD)
         return
-    changed = [x for x in record if x not in before or record[x] != before[x]]
-    if changed:
+    if changed := [x for x in record if x not in before or record[x] != before[x]]:
         names = ", ".join("--" + x.replace("_", "-") for x in changed)
         raise InputError(
             f"{out} holds a run with another {names}; choose another --out, or remove it to start "
             "anew"
+        )
+    if changed := [x for x in given if before[_INPUTS].get(x) != given[x]]:
+        raise InputError(
+            f"the {' and the '.join(changed)} changed since the run in {out} began; "
+            "choose another --out, or remove it to start anew"
         )
 
 
@@ -58,7 +74,7 @@ def _read(out: pathlib.Path) -> dict[str, Any] | None:
     """What ``run.json`` holds, if it is there and ours."""
     try:
         record = json.loads((out / _RECORD).read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if isinstance(record, dict) and "kind" in record else None
 

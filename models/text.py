@@ -2,6 +2,7 @@
 
 import pathlib
 import pydoc_data.topics
+import sysconfig
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -10,17 +11,23 @@ from jaxtyping import Int32
 from gsrq_jax.errors import InputError
 from gsrq_jax.models.tokenizer import Tokenizer
 
-PYTHON_TOPICS = "python"  # the name of the text that every Python carries
+PYTHON_TOPICS = "python"  # names of the two texts that every Python carries
+PYTHON_SOURCE = "python-source"
 
 
 def read(name: str) -> Iterator[str]:
-    """The text of a file, or with ``python`` the help topics of this Python, one at a time.
+    """The text of a file; with ``python`` the help topics of this Python, one at a time, with
+    ``python-source`` the modules of its standard library.
 
     Raises:
         InputError: if there is no such file, or it is not UTF-8 text.
     """
     if name == PYTHON_TOPICS:
         yield from pydoc_data.topics.topics.values()
+        return
+    if name == PYTHON_SOURCE:
+        for module in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+            yield module.read_text(encoding="utf-8")
         return
     path = pathlib.Path(name).expanduser()
     if not path.is_file():

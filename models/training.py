@@ -6,17 +6,14 @@
 where it was. With ``report.json`` it is finished, and is only shown again.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +29,9 @@ from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import distillation, evaluation, llama, loading, report, text
 from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.models.distillation import DistillConfig
+from gsrq_jax.models.runfolder import WORK, claim, writing
+from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
@@ -56,17 +56,17 @@ class TrainConfig:
         block: tokens that are encoded together.
         window: recent tokens that stay exact.
         sinks: first tokens that stay exact.
+        beam: partial sums that the encoder keeps, 1 (greedy) to 32, in training and in the cache;
+            best together with ``fit.refits``.
         tokens: calibration tokens.
         length: tokens of a sequence.
         weights: ``gradient`` weighs tokens by the loss's sensitivity (GSRQ), ``none`` all alike.
         fit: how codebooks are learned.
-        distill_steps: steps of end-to-end refinement after that, by the divergence of the model's
-            predictions from those at full precision; each costs some six forward passes.
-        distill_batch: sequences of a step.
-        distill_rate: first learning rate, relative to the codewords.
-        distill_copies: passages of each of these sequences that come a second time in it.
+        distill: how they are refined after that, if at all.
         eval_text: text file to measure on; else sequences of the calibration text that were held
             out.
+        second_text: text of another domain that is measured, too: a file, ``python`` or
+            ``python-source`` for the standard library of this Python.
         eval_sequences: sequences to measure on.
         eval_length: tokens of each.
         dtype: of the model.
@@ -75,7 +75,7 @@ class TrainConfig:
     """
 
     model: str = "demo"
-    text: str = text.PYTHON_TOPICS
+    text: str = PYTHON_TOPICS
     dataset: str | None = None
     column: str = "text"
     split: str = "train"
@@ -87,15 +87,14 @@ class TrainConfig:
     block: int = 128
     window: int = 128
     sinks: int = 4
+    beam: int = 1
     tokens: int = 8_192
     length: int = 1024
     weights: Literal["gradient", "none"] = "gradient"
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
-    distill_steps: int = 0
-    distill_batch: int = 4
-    distill_rate: float = 0.01
-    distill_copies: int = 4
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     eval_text: str | None = None
+    second_text: str = PYTHON_SOURCE
     eval_sequences: int = 2
     eval_length: int = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -122,6 +121,7 @@ class TrainConfig:
             block=self.block,
             window=self.window,
             sinks=self.sinks,
+            beam=self.beam,
         )
 
 
@@ -135,9 +135,9 @@ def train(config: TrainConfig) -> pathlib.Path:
     out = config.out
     if not _is_finished(config):
         _run(config)
-    with _writing(out):
+    with writing(out):
         found = report.render(out)
-        shutil.rmtree(out / "work", ignore_errors=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)
     books = out / "codebooks"
     print(f"\n{report.table(found)}\n\ncodebooks: {books}\nreport: {out / 'report.md'}")
     return books
@@ -150,12 +150,16 @@ def _run(config: TrainConfig) -> None:
     """Everything up to ``report.json``."""
     model = loading.load(config.model, dtype=config.dtype)
     spec = config.spec(model.config.head_dim)
-    tokens, held_out = _texts(config, spec, model)
+    texts = _texts(config, spec, model)
+    tokens = texts.calibration
     layer = _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
     print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
 
-    with _writing(config.out):
-        work = _begin(config, model, tokens)
+    with writing(config.out):
+        inputs = {"model": model.fingerprint["weights"], "text": texts.digest()}
+        claim(config.out, _KIND, _plain(config), inputs=inputs)
+        work = config.out / WORK
+        work.mkdir(exist_ok=True)
         store = SampleStore.open(
             work / "samples",
             layers=model.config.layers,
@@ -167,50 +171,104 @@ def _run(config: TrainConfig) -> None:
         )
         capture(model, tokens, store, weigh=config.weights == "gradient")
         codebooks, layers = _fit(config, spec, model, store, work, jax.tree.structure(layer))
-        if config.distill_steps:
-            codebooks = distillation.refine(
-                model,
-                codebooks,
-                tokens,
-                steps=config.distill_steps,
-                batch=config.distill_batch,
-                rate=config.distill_rate,
-                copies=config.distill_copies,
-                seed=config.seed,
-                work=work,
-            )
         codebooks = dataclasses.replace(
             codebooks,
             key=codebooks.key.astype(jnp.bfloat16),
             value=codebooks.value.astype(jnp.bfloat16),
         )
+        refinement = None
+        if config.distill.steps:
+            rows = texts.distillation
+            if rows is None:
+                rows = distillation.sample(
+                    model, config.distill, length=config.length, seed=config.seed, work=work
+                )
+            codebooks, refinement = distillation.refine(
+                model, codebooks, rows, config.distill, seed=config.seed, work=work
+            )
         codebook.save(
             config.out / "codebooks",
             codebooks,
             model=model.fingerprint,
             extra={"config": _plain(config), "tokens": tokens.size},
         )
-        fidelity = evaluation.fidelity(
-            model.graphdef, model.params, tqdm(held_out, desc="measure", unit="seq"), codebooks
-        )
-        if not math.isfinite(fidelity.perplexity + fidelity.full_precision + fidelity.kl):
-            raise InputError(
-                f"the predictions of {model.name} are not finite; "
-                "check its weights, or use --dtype float32"
-            )
+        measured = {}
+        for name, held_out in texts.measured.items():
+            bar = tqdm(held_out, desc=f"measure: {name}", unit="seq")
+            found = evaluation.fidelity(model.graphdef, model.params, bar, codebooks)
+            if not math.isfinite(found.perplexity + found.full_precision + found.kl):
+                raise InputError(
+                    f"the predictions of {model.name} are not finite; "
+                    "check its weights, or use --dtype float32"
+                )
+            measured[name] = found
         report.write(
             config.out,
             config=_plain(config),
             model=model,
             codebooks=codebooks,
             layers=layers,
-            fidelity=fidelity,
+            measured=measured,
             length=held_out.shape[1],
             tokens=tokens.size,
+            refinement=refinement,
         )
 
 
-def _texts(
+class Texts(NamedTuple):
+    """Token sequences of a run.
+
+    Attributes:
+        calibration: to learn codebooks from, ``[n, T]``.
+        distillation: to refine them on, ``[m, T]``; None where there is no refinement, or the model
+            is to write it.
+        measured: to measure on, by name: the held-out text first, then the second domain, both
+            ``[…, E]``.
+    """
+
+    calibration: Int[np.ndarray, "n T"]
+    distillation: Int[np.ndarray, "m T"] | None
+    measured: dict[str, Int[np.ndarray, "e E"]]
+
+    def digest(self) -> str:
+        """Changes with every text that codebooks depend on."""
+        digest = hashlib.sha256(self.calibration.tobytes())
+        if self.distillation is not None:
+            digest.update(self.distillation.tobytes())
+        return digest.hexdigest()
+
+
+def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> Texts:
+    """What there is to read, before anything is begun.
+
+    Raises:
+        InputError: if a text cannot be read or is too short, or a size is out of range.
+    """
+    calibration, held_out = _held_out(config, spec, model)
+    name = config.eval_text or "held out of the calibration text"
+    if config.second_text in (
+        config.eval_text,
+        config.distill.text,
+        config.text if config.dataset is None else None,
+    ):
+        raise InputError(
+            f"--second-text {config.second_text} is to be another text than the others; choose "
+            "one of another domain"
+        )
+    second = text.sequences(
+        text.read(config.second_text),
+        model.tokenizer,
+        length=held_out.shape[1],
+        count=len(held_out),
+        name=config.second_text,
+    )
+    rows = None
+    if config.distill.steps:
+        rows = distillation.sequences(config.distill, model.tokenizer, calibration)
+    return Texts(calibration, rows, {name: held_out, config.second_text: second})
+
+
+def _held_out(
     config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel
 ) -> tuple[Int[np.ndarray, "n T"], Int[np.ndarray, "m E"]]:
     """Calibration sequences, and held-out ones that share no token with them.
@@ -412,10 +470,7 @@ def _fit(
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
-# --- the folder of a run --------------------------------------------------------------------------
-
-_INPUTS = "inputs"  # beside the flags in run.json: checksums of what they stood for
-_NEW_RECORD = ".run.json.new"
+# --- what is asked --------------------------------------------------------------------------------
 
 
 def _is_finished(config: TrainConfig) -> bool:
@@ -425,21 +480,7 @@ def _is_finished(config: TrainConfig) -> bool:
         InputError: if it holds something else.
     """
     out = config.out
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another --out")
-    found = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
-    before = _record(out)
-    if before is None and found not in ([], [_NEW_RECORD]):
-        raise InputError(
-            f"{out} exists and holds something else ({found[0]}); choose another --out"
-        )
-    asked = _plain(config)
-    changed = [name for name in asked if asked[name] != (before or asked).get(name)]
-    if changed:
-        raise InputError(
-            f"{out} holds a run with another {', '.join(map(_flag, changed))}; "
-            "choose another --out, or remove it to start anew"
-        )
+    claim(out, _KIND, _plain(config), begin=False)
     finished = (out / "report.json").exists()
     if finished and not (out / "codebooks").exists():
         raise InputError(
@@ -448,52 +489,7 @@ def _is_finished(config: TrainConfig) -> bool:
     return finished
 
 
-def _begin(
-    config: TrainConfig, model: loading.LoadedModel, tokens: Int[np.ndarray, "n T"]
-) -> pathlib.Path:
-    """The run's working folder, new or left by the same command on the same model and text.
-
-    Raises:
-        InputError: if the model or the text is no longer what it was when the run began.
-    """
-    inputs = {
-        "model": model.fingerprint["weights"],
-        "text": hashlib.sha256(tokens.tobytes()).hexdigest(),
-    }
-    before = (_record(config.out) or {}).get(_INPUTS, inputs)
-    if changed := [name for name in inputs if inputs[name] != before.get(name)]:
-        raise InputError(
-            f"the {' and the '.join(changed)} changed since the run in {config.out} began; "
-            "choose another --out, or remove it to start anew"
-        )
-    work = config.out / "work"
-    config.out.mkdir(parents=True, exist_ok=True)
-    new = config.out / _NEW_RECORD
-    new.write_text(json.dumps(_plain(config) | {_INPUTS: inputs}, indent=2))
-    os.replace(new, config.out / "run.json")
-    work.mkdir(exist_ok=True)
-    return work
-
-
-def _record(out: pathlib.Path) -> dict[str, Any] | None:
-    """What ``run.json`` holds, if it is there and ours."""
-    try:
-        record = json.loads((out / "run.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "out" in record else None
-
-
-@contextlib.contextmanager
-def _writing(out: pathlib.Path) -> Iterator[None]:
-    """A failing disk is bad input."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {out} ({error.strerror or error}); make room or choose another "
-            "--out. What is done is kept: the same command goes on from there"
-        ) from error
+_KIND = "train"
 
 
 def _flag(name: str) -> str:

@@ -35,6 +35,11 @@ def distance(books, target):
     return sum(jnp.mean(jnp.square(a - b)) / jnp.mean(jnp.square(b)) for a, b in parts)
 
 
+def one(batch):
+    """A batch in one part."""
+    return jax.tree.map(lambda x: x[None], batch)
+
+
 def test_no_moves_are_the_codebooks_in_float32():
     books = make(dtype=jnp.bfloat16)
     state = distill.init(optax.adam(0.1), books)
@@ -52,7 +57,7 @@ def test_steps_reach_the_optimum_of_the_loss():
     state = distill.init(optimizer, books)
     losses = []
     for _ in range(150):
-        state, loss = step(books, state, target)
+        state, loss = step(books, state, one(target))
         losses.append(float(loss))
     assert losses[0] == float(distance(books, target))
     assert losses[-1] < 1e-3 * losses[0]
@@ -67,6 +72,37 @@ def test_moves_are_relative_to_the_codewords():
         target = jax.tree.map(lambda x: 1.5 * x, books)
         state = distill.init(optimizer, books)
         for _ in range(3):
-            state, _ = distill.step(distance, optimizer, books, state, target)
+            state, _ = distill.step(distance, optimizer, books, state, one(target))
         found.append(distill.moved(books, state.moves).key / scale)
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_parts_are_one_batch():
+    """The gradient of the mean of their losses, not of their sum or of the last."""
+    books, optimizer = make(), optax.sgd(0.1)
+    targets = [jax.tree.map(lambda x, s=s: x + s, books) for s in (0.1, 0.2, 0.6)]
+    parts = jax.tree.map(lambda *x: jnp.stack(x), *targets)
+
+    state = distill.init(optimizer, books)
+    together, loss = distill.step(distance, optimizer, books, state, parts)
+
+    def whole(books, _):
+        return sum(distance(books, target) for target in targets) / 3
+
+    expected, value = distill.step(whole, optimizer, books, state, jnp.zeros(1))
+    np.testing.assert_allclose(loss, value, rtol=1e-6)
+    for name in ("key", "value"):
+        assert np.abs(expected.moves[name]).max() > 1e-5
+        np.testing.assert_allclose(together.moves[name], expected.moves[name], rtol=1e-4)
+
+
+def test_average_of_the_moves():
+    books, optimizer = make(), optax.adam(0.1)
+    target = one(jax.tree.map(lambda x: x + 0.3, books))
+    state, average = distill.init(optimizer, books), 0.0
+    for _ in range(3):
+        state, _ = distill.step(distance, optimizer, books, state, target, ema=0.75)
+        average = 0.75 * average + 0.25 * np.asarray(state.moves["key"])
+    np.testing.assert_allclose(state.average["key"], average, rtol=1e-5)
+    plain, _ = distill.step(distance, optimizer, books, state, target)
+    np.testing.assert_array_equal(plain.average["value"], plain.moves["value"])

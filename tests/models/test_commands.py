@@ -125,6 +125,12 @@ def test_unusable_models(refused, tiny_model, tmp_path, damage, words):
         (["--text", "/no/such.txt"], "there is no file /no/such.txt; correct the path"),
         (["--text", os.devnull], "there is no file /dev/null"),
         (["--dataset", "/no/such/data"], "cannot read the data set '/no/such/data'"),
+        (["--second-text", "/no/such.txt"], "there is no file /no/such.txt; correct the path"),
+        (["--second-text", "python"], "--second-text python is to be another text than the other"),
+        (
+            ["--distill.steps", "2", "--distill.accumulate", "3"],
+            "--distill.accumulate must be a divisor of --distill.batch (4), got 3",
+        ),
         (["--model", "/no/such/model"], "no such folder: /no/such/model; give a folder"),
     ],
 )

@@ -56,7 +56,11 @@ def test_bytes_are_those_of_arrays(tiny_run):
 def test_run_has_its_three_files(tiny_run, tiny_model):
     data = json.loads((tiny_run / "report.json").read_text())
     assert {"command", "device", "versions", "date", "commit", "rows"} <= set(data)
-    assert [row["metric"] for row in data["rows"]] == ["perplexity", "kl", "top1"]
+    texts = ["held out of the calibration text", "python-source"]
+    assert [row["metric"] for row in data["rows"]] == ["perplexity", "kl", "top1"] * 2
+    assert [row["dataset"] for row in data["rows"]] == [x for x in texts for _ in range(3)]
+    assert data["rows"][0]["value"] != data["rows"][3]["value"]
+    assert data["distillation"] is None
     for row in data["rows"]:
         assert set(row) == {*ROW.split(), "full_precision"}
         assert (row["model"], row["method"], row["bits"]) == (tiny_model.name, "GSRQ", 1.0)
@@ -82,9 +86,15 @@ def test_tables_hold_what_the_json_holds(tiny_run):
     data = json.loads((tiny_run / "report.json").read_text())
     written = (tiny_run / "report.md").read_text()
     assert report.table(data) in written
-    perplexity = data["rows"][0]
-    assert f"| {perplexity['full_precision']:.3f} | {perplexity['value']:.3f} |" in written
-    assert f"{perplexity['value'] / perplexity['full_precision'] - 1:+.2%}" in written
+    for at, on in ((0, ""), (3, " on python-source")):
+        perplexity, kl, top1 = data["rows"][at : at + 3]
+        exact, ours = perplexity["full_precision"], perplexity["value"]
+        line = f"| perplexity{on} | {exact:.3f} | {ours:.3f} | {ours / exact - 1:+.2%} |"
+        assert line in written
+        assert f"| KL, nats a token{on} | 0 | {kl['value']:.4f} | |" in written
+        assert f"| same top token{on} | 100 % | {top1['value']:.1%} | |" in written
+    assert "94 predictions (held out of the calibration text) and 94 predictions (py" in written
+    assert "## Distillation" not in written
     assert "](report.png)" in written
 
     fit = {(r["part"], r["layer"], r["stage"]): r for r in data["fit"]}

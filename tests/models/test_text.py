@@ -1,5 +1,6 @@
 """Text from files, data sets and Python itself to token sequences."""
 
+import inspect
 import json
 import pydoc_data.topics
 
@@ -34,6 +35,9 @@ def test_files_and_python(tmp_path):
     file.write_text("Grüße\nzwei", encoding="utf-8")
     assert list(text.read(str(file))) == ["Grüße\nzwei"]
     assert list(text.read("python")) == list(pydoc_data.topics.topics.values())
+    modules = list(text.read("python-source"))
+    assert inspect.getsource(inspect) in modules
+    assert len(modules) > 50
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -14,7 +14,17 @@ from gsrq_jax import codebook
 from gsrq_jax.attention import causal
 from gsrq_jax.calibration import SampleStore
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import commands, evaluation, generation, llama, loading, text, training
+from gsrq_jax.models import (
+    commands,
+    distillation,
+    evaluation,
+    generation,
+    llama,
+    loading,
+    text,
+    training,
+)
+from gsrq_jax.models.distillation import DistillConfig
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 SEQUENCES = 8  # that `tiny.FLAGS` asks for
@@ -76,8 +86,16 @@ def config(**changes):
 
 
 def texts(model, **changes):
+    """Sequences to calibrate on, and to measure on."""
     asked = config(**changes)
-    return training._texts(asked, asked.spec(8), model)
+    found = training._texts(asked, asked.spec(8), model)
+    return found.calibration, next(iter(found.measured.values()))
+
+
+def test_the_beam_is_the_caches():
+    assert config(beam=8).spec(8).beam == 8
+    with pytest.raises(InputError, match=r"beam must be from 1 .* to 32, got 0"):
+        config(beam=0).spec(8)
 
 
 @pytest.mark.parametrize("length", [48, 64, 100])
@@ -126,6 +144,8 @@ def test_text_of_its_own_to_measure_on(model, tmp_path):
         ({"text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
         ({"dataset": "/no/such"}, "cannot read the data set '/no/such'"),
         ({"eval_text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
+        ({"second_text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
+        ({"second_text": "python"}, "--second-text python is to be another text than the others"),
     ],
 )
 def test_sizes_and_texts_that_cannot_be(model, changes, words):
@@ -139,6 +159,27 @@ def test_text_that_is_too_short(model, tmp_path):
         file.write_text("x" * size)
         with pytest.raises(InputError, match=r"too few for one sequence of 64 and another.*give"):
             texts(model, text=str(file))
+
+
+def test_second_domain(model, tmp_path):
+    def measured(**changes):
+        asked = config(**changes)
+        return training._texts(asked, asked.spec(8), model).measured
+
+    both = measured(eval_length=64)
+    assert list(both) == ["held out of the calibration text", "python-source"]
+    source = text.tokens(text.read("python-source"), model.tokenizer, count=2 * 63)
+    np.testing.assert_array_equal(both["python-source"][:, 1:].reshape(-1), source)
+
+    for name, letter in (("own.txt", "x"), ("other.txt", "y")):
+        (tmp_path / name).write_text(letter * 1000)
+    own, other = (str(tmp_path / name) for name in ("own.txt", "other.txt"))
+    both = measured(eval_text=own, second_text=other)
+    assert list(both) == [own, other]
+    assert (both[own][:, 1:] != both[other][:, 1:]).all()
+    for same in ({"eval_text": own}, {"text": own}, {"distill": DistillConfig(text=own)}):
+        with pytest.raises(InputError, match=r"own\.txt is to be another text than the others"):
+            measured(second_text=own, **same)
 
 
 def test_data_set_to_calibrate_on(model, tmp_path):
@@ -325,7 +366,7 @@ def test_stopped_anywhere_and_resumed(tiny_run, tiny_model, tmp_path, counted, c
     run(("divergence", 1))
     assert (counted["layer"], counted["save"]) == (0, 1)
     run(("", 0))
-    assert (counted["key_value_samples"], counted["layer"], counted["divergence"]) == (0, 0, 2)
+    assert (counted["key_value_samples"], counted["layer"], counted["divergence"]) == (0, 0, 4)
 
     equal(codebook.load(out / "codebooks"), codebook.load(tiny_run / "codebooks"))
     ours, other = (json.loads((x / "report.json").read_text()) for x in (out, tiny_run))
@@ -344,3 +385,36 @@ def test_finished_run_is_only_shown(tiny_run, tiny_model, counted, capsys):
     assert f"codebooks: {tiny_run / 'codebooks'}\nreport: {tiny_run / 'report.md'}" in printed
     assert "| perplexity |" in (tiny_run / "report.md").read_text()
     assert before == {x: x.stat().st_mtime_ns for x in (tiny_run / "codebooks").rglob("*")}
+
+
+def test_distilled_on_text_of_the_models_own(tiny_run, tiny_model, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    flags = ("--distill.steps", "3", "--distill.batch", "2", "--distill.check-every", "2")
+    sampled = ("--distill.text", "sampled", "--distill.tokens", "192", "--distill.rate", "0.05")
+    command = ["--model", str(tiny_model), "--out", str(out), *tiny.FLAGS, *flags, *sampled]
+    seen, real = [], distillation.refine
+
+    def refine(model, codebooks, rows, *arguments, **options):
+        seen.append(rows)
+        equal(codebooks, codebook.load(tiny_run / "codebooks"))
+        return real(model, codebooks, rows, *arguments, **options)
+
+    monkeypatch.setattr(distillation, "refine", refine)
+    commands.train(command)
+    assert seen[0].shape == (3, 64)
+    assert not seen[0][:, 0].any()  # BOS
+    data = json.loads((out / "report.json").read_text())
+    found = data["distillation"]
+    assert (found["sequences"], found["held_out"]) == (2, 1)
+    assert [check["step"] for check in found["checks"]] == [0, 2, 3]
+    assert found["checks"][0]["train"] is None
+    best = min(found["checks"], key=lambda check: check["held_out"])
+    assert found["kept"] == best["step"] > 0
+    books, plain = (codebook.load(x / "codebooks") for x in (out, tiny_run))
+    assert books.key.dtype == jnp.bfloat16
+    assert (books.key != plain.key).any()
+    written = (out / "report.md").read_text()
+    assert f"after step {best['step']}." in written
+    for check in found["checks"][1:]:
+        line = f"| {check['step']} | {check['train']:.4f} | {check['held_out']:.4f} |"
+        assert line in written
