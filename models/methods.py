@@ -3,6 +3,9 @@
 A name is a family, or a family and a rate, ``family@bits``. Those that learn are all fitted to the
 same samples. A family whose stages are learned and encoded one after the other is fitted once, at
 the highest rate asked for: its first stages are those of every lower rate.
+
+``+beam8`` after a name of residual codes, as in ``gsrq@1+beam8``, is another encoder for the same
+codebooks.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import loading, text, training
 from gsrq_jax.models.config import LlamaConfig
-from gsrq_jax.spec import CacheSpec, QuantSpec
+from gsrq_jax.spec import CacheSpec, QuantSpec, check_beam
 
 FULL = "full"
 
@@ -68,6 +71,7 @@ class Family:
             is learned and ``spec`` alone makes a `uniform.Uniform`.
         bits: the only rate, for families without ``@bits``.
         nested: whether the first stages of a higher rate are those of a lower one.
+        beam: whether the encoder may be a beam search.
     """
 
     title: str
@@ -75,6 +79,7 @@ class Family:
     fit: Callable[..., Any] | None = None
     bits: float | None = None
     nested: bool = False
+    beam: bool = False
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options", "weigh"))
@@ -149,7 +154,7 @@ def _commvq(bits: float, config: LlamaConfig, **fields: Any) -> CacheSpec:
 
 def _rq(title: str, weigh: bool, **options: Any) -> Family:
     fit = functools.partial(_residual, options=FitOptions(**options), weigh=weigh)
-    return Family(title, _of_heads(QuantSpec.from_bits), fit, nested=True)
+    return Family(title, _of_heads(QuantSpec.from_bits), fit, nested=True, beam=True)
 
 
 _rounded, _kivi = uniform.UniformSpec.rounded, uniform.UniformSpec.kivi
@@ -198,6 +203,9 @@ def parse(name: str) -> tuple[str, float]:
 
 def title(name: str) -> str:
     """The method's name in a table."""
+    name, beam = _split_beam(name)
+    if beam is not None:
+        return f"{title(name)}, beam {beam}"
     if name == FULL:
         return "full precision"
     if _is_folder(name):
@@ -229,10 +237,11 @@ def resolve(
             anything is fitted where it can be known.
     """
     names = list(dict.fromkeys(names))
+    parts = {name: _split_beam(name) for name in names}
     fields = {k: v for k, v in (("window", window), ("sinks", sinks)) if v is not None}
     found: dict[str, Codec | None] = {}
     wanted: dict[str, dict[str, Any]] = {}  # of families that learn: name to spec
-    for name in names:
+    for name in dict.fromkeys(name for name, _ in parts.values()):
         if name == FULL:
             found[name] = None
         elif _is_folder(name):
@@ -249,7 +258,29 @@ def resolve(
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary) if work is None else work
             found |= _fitted(wanted, model, calibration or Calibration(), folder)
-    return {name: found[name] for name in names}
+    return {name: _with_beam(found[part], beam) for name, (part, beam) in parts.items()}
+
+
+def _split_beam(name: str) -> tuple[str, int | None]:
+    """``gsrq@1+beam8`` to ``gsrq@1`` and 8; None for a name without.
+
+    Raises:
+        InputError: if there is no such beam, or nothing that it could encode with.
+    """
+    part, plus, width = name.rpartition("+beam")
+    if not plus or _is_folder(name):
+        return name, None
+    if not (width.isascii() and width.isdigit()):
+        raise InputError(f"the method {name!r} has no such beam; write +beam8 for a width of 8")
+    check_beam(int(width))
+    if not _is_folder(part) and (part == FULL or not FAMILIES[parse(part)[0]].beam):
+        able = ", ".join(name for name, family in FAMILIES.items() if family.beam)
+        raise InputError(f"{part!r} has no beam; {able} and folders of codebooks have one")
+    return part, int(width)
+
+
+def _with_beam(books: Codec | None, beam: int | None) -> Codec | None:
+    return books if beam is None or books is None else codec.respec(books, beam=beam)
 
 
 def _fitted(

@@ -119,6 +119,19 @@ def test_a_lower_rate_is_the_same_alone(codecs, model, high, low):
     assert codecs[high].key.shape[-3] == 2 * alone.key.shape[-3]
 
 
+def test_a_beam_is_another_encoder_for_the_same_codebooks(codecs, model, work, monkeypatch):
+    monkeypatch.setattr(methods.training, "key_value_samples", None)  # nothing is fitted anew
+    names = ["gsrq@0.25+beam8", "gsrq@0.5", "kmeans@0.25+beam2"]
+    found = methods.resolve(names, model, CALIBRATION, work, window=8, sinks=2)
+    assert tuple(found) == tuple(names)
+    assert [c.spec.beam for c in found.values()] == [8, 1, 2]
+    for name, ours in found.items():
+        base = codecs[name.partition("+")[0]]
+        assert dataclasses.replace(ours.spec, beam=1) == base.spec
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(ours), jax.tree.leaves(base))
+    assert methods.title("gsrq@0.25+beam8") == "GSRQ, beam 8"
+
+
 def test_fits_are_kept(codecs, model, work, monkeypatch):
     monkeypatch.setattr(methods.training, "key_value_samples", None)
     again = methods.resolve(["gsrq@0.5"], model, CALIBRATION, work, window=8, sinks=2)
@@ -136,6 +149,9 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
     name = str(tmp_path / "books")
     assert methods.title(name) == "books"
     assert methods.resolve([name], model)[name].spec == codecs["gsrq@0.5"].spec
+    beam = methods.resolve([f"{name}+beam4"], model)[f"{name}+beam4"]
+    assert beam.spec == dataclasses.replace(codecs["gsrq@0.5"].spec, beam=4)
+    assert methods.title(f"{name}+beam4") == "books, beam 4"
     wide = methods.resolve([name], model, window=64)[name]
     assert (wide.spec.window, wide.spec.sinks) == (64, 2)
     codebook.save(tmp_path / "others", codecs["gsrq@0.5"], model={"name": "another"})
@@ -152,6 +168,11 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
         ("kivi2@3", "kivi2 has 2 bits"),
         ("gsrq@0.3", "0.3 bits cannot be had"),
         ("cq@4", "take at most 2 bits"),
+        ("gsrq@1+beam", r"no such beam; write \+beam8 for a width of 8"),
+        ("gsrq@1+beam64", r"beam must be from 1 .* to 32, got 64"),
+        ("gzip+beam8", "unknown method 'gzip'"),
+        ("full+beam8", "'full' has no beam; kmeans, spherical, gsrq and folders"),
+        ("cq@1+beam8", "'cq@1' has no beam"),
     ],
 )
 def test_refused(model, name, message, work):
