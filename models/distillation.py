@@ -45,7 +45,8 @@ class DistillConfig:
             ones; 0 is none.
         copies: passages of each sequence that come a second time in it.
         check_every: steps from one check on held-out sequences to the next.
-        text: ``calibration``, ``sampled`` for text that the model writes itself, or a text file.
+        text: ``calibration``, the end of which is then not calibrated on but checked on;
+            ``sampled`` for text that the model writes itself; or a text file.
         tokens: to sample, or to read from the file.
     """
 
@@ -117,6 +118,11 @@ def sequences(
             f"give more text or {more}, or a smaller --length"
         )
     return rows
+
+
+def held_out(sequences: int) -> int:
+    """How many of these a refinement keeps to check on: an eighth, from 1 to 8."""
+    return min(max(sequences // 8, 1), 8)
 
 
 def _validate(config: DistillConfig) -> None:
@@ -207,10 +213,11 @@ def refine(
     text asks for it. The loss is the mean KL divergence of the next-token predictions, each
     position seeing the cache as `gsrq_jax.attention.attend_as_cached` shows it.
 
-    The last eighth of the sequences, from 1 to 8, is kept out of the pieces, with passages repeated
-    likewise. Before the first step, every ``check_every`` steps and after the last one the
-    divergence is measured there; the codewords with the least one are returned. The state is saved
-    with each check: an interrupted run goes on from ``work`` to the same result.
+    The last sequences, `held_out` says how many, are kept out of the pieces, with passages repeated
+    likewise; ``codebooks`` should not be fitted to them. Before the first step, every
+    ``check_every`` steps and after the last one the divergence is measured there; the codewords
+    with the least one are returned. The state is saved with each check: an interrupted run goes on
+    from ``work`` to the same result.
 
     Args:
         model: whose predictions count.
@@ -222,7 +229,7 @@ def refine(
         devices: that share the sequences of a step, as many as divide them evenly; None is all
             local ones.
     """
-    held = min(max(len(rows) // 8, 1), 8)
+    held = held_out(len(rows))
     start = len(_start(model))
     source, checked = rows[:-held], rows[-held:].copy()
     _repeat(checked[:, start:], config.copies, np.random.default_rng(seed))

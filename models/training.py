@@ -265,6 +265,8 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
     rows = None
     if config.distill.steps:
         rows = distillation.sequences(config.distill, model.tokenizer, calibration)
+        if rows is calibration:  # what codebooks were fitted to would speak for them
+            calibration = calibration[: -distillation.held_out(len(rows))]
     return Texts(calibration, rows, {name: held_out, config.second_text: second})
 
 

@@ -182,6 +182,20 @@ def test_second_domain(model, tmp_path):
             measured(second_text=own, **same)
 
 
+def test_what_distillation_checks_on_is_not_calibrated_on(model):
+    def found(**options):
+        asked = config(distill=DistillConfig(**options), tokens=1024)
+        return training._texts(asked, asked.spec(8), model)
+
+    plain, distilled = found(), found(steps=1)
+    assert plain.distillation is None
+    np.testing.assert_array_equal(distilled.distillation, plain.calibration)
+    np.testing.assert_array_equal(distilled.calibration, plain.calibration[:14])  # of 16
+    sampled = found(steps=1, text="sampled")
+    assert sampled.distillation is None
+    np.testing.assert_array_equal(sampled.calibration, plain.calibration)
+
+
 def test_data_set_to_calibrate_on(model, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prose": "y" * 300}) for _ in range(9)))
     rows, _ = texts(model, dataset=str(tmp_path), column="prose")
