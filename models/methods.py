@@ -111,7 +111,7 @@ def _residual(
     return _stored(books)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "weighted"))
+@functools.partial(jax.jit, static_argnames=("spec", "weighted", "iterations"))
 def _coupled(
     rng: Key[Array, ""],
     samples: LayerSamples,
@@ -119,9 +119,10 @@ def _coupled(
     spec: QuantSpec,
     *,
     weighted: bool,
+    iterations: int = 50,
 ) -> Codebooks:
     if not weighted:
-        return _stored(cq.fit(rng, samples, inv_freq, spec, weighted=False))
+        return _stored(cq.fit(rng, samples, inv_freq, spec, weighted=False, iterations=iterations))
     parts = samples.k_norms.shape[-1]
     if spec.key.groups > parts:
         raise InputError(
@@ -129,7 +130,17 @@ def _coupled(
             f"take at most {spec.bits * parts / spec.key.groups:g} bits"
         )
     k_fisher, v_fisher = (jnp.square(x) for x in (samples.k_norms, samples.v_norms))
-    return _stored(cq.fit(rng, samples, inv_freq, spec, k_fisher=k_fisher, v_fisher=v_fisher))
+    return _stored(
+        cq.fit(
+            rng,
+            samples,
+            inv_freq,
+            spec,
+            k_fisher=k_fisher,
+            v_fisher=v_fisher,
+            iterations=iterations,
+        )
+    )
 
 
 def _stored(books: Codebooks) -> Codebooks:

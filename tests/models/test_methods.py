@@ -1,6 +1,7 @@
 """Methods by name, and the command that measures them, on a tiny random model."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from gsrq_jax import codebook
+from gsrq_jax.baselines import vqllm
 from gsrq_jax.cache import append, init_cache, materialize
 from gsrq_jax.codec import decoded, stored_bits
 from gsrq_jax.errors import InputError
@@ -32,6 +34,22 @@ NAMES = (
     "gsrq@0.5",
     "gsrq@0.25",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """VQLLM and CQ with fewer passes than theirs; what they learn is not tested here."""
+    few = vqllm.FitOptions(steps=4, sequences=1, length=256)
+    quick = {
+        "vqllm": functools.partial(vqllm.fit, options=few),
+        "cq": functools.partial(methods._coupled, weighted=True, iterations=3),
+        "cq-unweighted": functools.partial(methods._coupled, weighted=False, iterations=3),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fit in quick.items():
+            family = dataclasses.replace(methods.FAMILIES[name], fit=fit)
+            patch.setitem(methods.FAMILIES, name, family)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -180,27 +198,36 @@ def test_refused(model, name, message, work):
         methods.resolve([name], model, CALIBRATION, work, window=8, sinks=2)
 
 
-def test_the_command(folder, work, tmp_path, capsys):
+def test_the_command(folder, work, tmp_path, capsys, monkeypatch):
     (tmp_path / "held.txt").write_text("the dog and the cat and the dog again. " * 40)
+    out = tmp_path / "out"
     arguments = [
         *("--model", str(folder), "--eval-text", str(tmp_path / "held.txt"), "--length", "300"),
         *("--method", "full", "--method", "gsrq@0.5", "--method", "kivi1", "--window", "0", "300"),
-        *("--sequences", "3", "--sinks", "2", "--out", str(tmp_path / "out"), "--work", str(work)),
+        *("--sequences", "3", "--sinks", "2", "--out", str(out), "--work", str(work)),
         *("--calibration.tokens", "1280", "--calibration.length", "256"),
     ]
+    monkeypatch.setattr("sys.argv", ["gsrq-fidelity", *arguments])
     commands.measure_fidelity(arguments)
     assert "gsrq@0.5, window 0: perplexity" in capsys.readouterr().out
-    files = sorted(x.name for x in (tmp_path / "out").iterdir())
-    assert files == ["gsrq@0.5-300.json", "kivi1-300.json"]
-    rows = json.loads((tmp_path / "out" / "kivi1-300.json").read_text())["rows"]
-    assert [r["metric"] for r in rows] == ["perplexity", "kl", "top1"] * 2
-    assert {r["n"] for r in rows} == {3 * 299}
-    narrow, wide = (
-        next(r for r in rows if r["window"] == w and r["metric"] == "kl") for w in (0, 300)
-    )
-    assert narrow["value"] > 1e-4
-    assert abs(wide["value"]) < 1e-6
-    assert narrow["bits_stored"] == 2
+    names = {f"{m}-w{w}.json" for m in ("gsrq@0.5", "kivi1") for w in (0, 300)} | {"run.json"}
+    assert {x.name for x in (out / "300").iterdir()} == names
+    narrow, wide = (json.loads((out / f"300/kivi1-w{w}.json").read_text()) for w in (0, 300))
+    assert [r["metric"] for r in narrow["rows"]] == ["perplexity", "kl", "top1"]
+    assert {r["n"] for r in narrow["rows"]} == {3 * 299}
+    assert narrow["rows"][1]["value"] > 1e-4
+    assert abs(wide["rows"][1]["value"]) < 1e-6
+    assert narrow["rows"][0]["bits_stored"] == 2
+    assert narrow["command"].startswith("gsrq-fidelity --method kivi1 --window 0 --model")
+    assert narrow["command"].count("--method") == narrow["command"].count("--window") == 1
+
+    # What is there is not measured again; another run is not mixed with it.
+    monkeypatch.setattr(fidelity.evaluation, "fidelity", None)
+    commands.measure_fidelity(arguments)
+    assert "kivi1, window 300: perplexity" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        commands.measure_fidelity([*arguments, "--sequences", "2"])
+    assert "holds a run with another --eval-text" in capsys.readouterr().err
 
 
 def test_overlapping_sequences_count_once(model, tmp_path):
