@@ -11,8 +11,6 @@ codebooks.
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable
@@ -32,6 +30,7 @@ from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import loading, text, training
 from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.models.runfolder import claim
 from gsrq_jax.spec import CacheSpec, QuantSpec, check_beam
 
 FULL = "full"
@@ -303,7 +302,17 @@ def _fitted(
     tokens = _tokens(calibration, model)
     specs = [spec for by_name in wanted.values() for spec in by_name.values()]
     first = specs[0].sinks
-    _claim(work, calibration, model, tokens, first)
+    claim(
+        work,
+        "methods",
+        {
+            "model": model.fingerprint,
+            "sinks": first,
+            "calibration": dataclasses.asdict(calibration),
+        },
+        inputs={"text": hashlib.sha256(tokens.tobytes()).hexdigest()},
+        flag="--work",
+    )
     store = SampleStore.open(
         work / "samples",
         layers=model.config.layers,
@@ -344,36 +353,6 @@ def _tokens(calibration: Calibration, model: loading.LoadedModel) -> Int[np.ndar
         pieces = text.read_dataset(name, column=c.column, split=c.split)
     count = -(-c.tokens // c.length)
     return text.sequences(pieces, tokenizer, length=c.length, count=count, name=name)
-
-
-def _claim(
-    work: pathlib.Path,
-    calibration: Calibration,
-    model: loading.LoadedModel,
-    tokens: Int[np.ndarray, "n T"],
-    first: int,
-) -> None:
-    """Refuse a folder that holds samples of something else."""
-    ours = {
-        "calibration": dataclasses.asdict(calibration),
-        "model": model.fingerprint,
-        "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
-        "first": first,
-    }
-    ours = json.loads(json.dumps(ours, default=str))
-    record = work / "calibration.json"
-    if record.exists():
-        if json.loads(record.read_text()) != ours:
-            raise InputError(
-                f"{work} holds methods fitted to something else; remove it or choose another folder"
-            )
-        return
-    if work.exists() and any(work.iterdir()):
-        raise InputError(f"{work} exists and holds something else; choose another folder")
-    work.mkdir(parents=True, exist_ok=True)
-    new = work / ".calibration.json.new"
-    new.write_text(json.dumps(ours, indent=2))
-    os.replace(new, record)
 
 
 def _fit(

@@ -23,6 +23,7 @@ def claim(
     *,
     inputs: Mapping[str, str] | None = None,
     begin: bool = True,
+    flag: str = "--out",
 ) -> None:
     """Make ``out`` the folder of this run, or find that it is.
 
@@ -33,13 +34,14 @@ def claim(
         inputs: checksums, such as ``text``, of what flags stood for when the run was begun, which
             must be the same, too.
         begin: if the folder is free, write what the run was asked for; otherwise only look.
+        flag: by which the folder was given, for messages.
 
     Raises:
         InputError: if it is a file, holds something else, or a run that was asked for otherwise or
             whose inputs changed.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another --out")
+        raise InputError(f"{out} is a file; choose another {flag}")
     record = json.loads(json.dumps({"kind": kind, **asked}))
     given = dict(inputs or {})
     before = _read(out)
@@ -49,7 +51,7 @@ def claim(
         found = sorted(x.name for x in entries if x.name not in ours)
         if found:
             raise InputError(
-                f"{out} exists and holds something else ({found[0]}); choose another --out"
+                f"{out} exists and holds something else ({found[0]}); choose another {flag}"
             )
         if not begin:
             return
@@ -60,13 +62,13 @@ def claim(
     if changed := [x for x in record if x not in before or record[x] != before[x]]:
         names = ", ".join("--" + x.replace("_", "-") for x in changed)
         raise InputError(
-            f"{out} holds a run with another {names}; choose another --out, or remove it to start "
-            "anew"
+            f"{out} holds a run with another {names}; choose another {flag}, or remove it to "
+            "start anew"
         )
     if changed := [x for x in given if before[_INPUTS].get(x) != given[x]]:
         raise InputError(
             f"the {' and the '.join(changed)} changed since the run in {out} began; "
-            "choose another --out, or remove it to start anew"
+            f"choose another {flag}, or remove it to start anew"
         )
 
 

@@ -158,7 +158,9 @@ def test_fits_are_kept(codecs, model, work, monkeypatch):
     ):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     other = dataclasses.replace(CALIBRATION, seed=1)
-    with pytest.raises(InputError, match="fitted to something else; remove it or choose another"):
+    with pytest.raises(
+        InputError, match="a run with another --calibration; choose another --work, or remove it"
+    ):
         methods.resolve(["gsrq@0.5"], model, other, work, window=8, sinks=2)
 
 
