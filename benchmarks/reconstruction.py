@@ -98,8 +98,7 @@ def samples(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
     """
     model = loading.load(config.model, dtype=config.dtype)
     sizes = model.config
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer = model.needed_tokenizer()
     if not SINKS < config.length <= sizes.max_length:
         raise InputError(
             f"--length must be from {SINKS + 1} to {sizes.max_length}, the context of "
@@ -117,7 +116,7 @@ def samples(config: Config) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
     wanted, kept = -(-config.tokens // room), -(-config.held_out // room)
     pieces = text.read(config.text)
     rows = text.sequences(
-        pieces, model.tokenizer, length=config.length, count=wanted + kept, name=config.text
+        pieces, tokenizer, length=config.length, count=wanted + kept, name=config.text
     )
     if len(rows) < wanted + kept:
         kept = min(kept, max(len(rows) // 5, 1))

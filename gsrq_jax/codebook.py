@@ -104,6 +104,12 @@ class Codebooks:
         return keys, _decode(value_codes, self.value, self.spec.value)
 
 
+def stored(codebooks: Codebooks) -> Codebooks:
+    """The codebooks as they are deployed and kept: codewords in bfloat16."""
+    key, value = (x.astype(jnp.bfloat16) for x in (codebooks.key, codebooks.value))
+    return dataclasses.replace(codebooks, key=key, value=value)
+
+
 def unpack(
     packed: UInt8[Array, "*lead bytes"], code: ResidualSpec
 ) -> UInt8[Array, "*lead groups stages"]:

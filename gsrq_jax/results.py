@@ -6,7 +6,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,6 +58,24 @@ def write_result(
     part.chmod(0o644)
     part.replace(path)
     return path
+
+
+def repeated(program: str, *, instead: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """This process's command line for one of its results, which does not depend on the others.
+
+    Args:
+        program: its name.
+        instead: flags, with dashes, and the one value that each has now.
+        without: flags that the result does not depend on, left out.
+    """
+    kept, skipping = [], False
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            skipping = word in instead or word in without
+        if not skipping:
+            kept.append(word)
+    chosen = [str(x) for pair in instead.items() for x in pair]
+    return shlex.join([program, *chosen, *kept])
 
 
 def device() -> str:

@@ -108,9 +108,7 @@ def _generate(config: GenerateConfig) -> None:
     if config.compare and config.codebooks is None:
         raise InputError("--compare needs --codebooks to compare with")
     model = loading.load(config.model, dtype=config.dtype)
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer = model.needed_tokenizer()
     words = config.prompt
     if config.context is not None:
         words = "\n\n".join([*text.read(str(config.context)), words])

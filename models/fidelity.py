@@ -10,8 +10,6 @@ import hashlib
 import json
 import pathlib
 import re
-import shlex
-import sys
 from typing import Any, Literal
 
 import jax
@@ -88,52 +86,65 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
     }
     with writing(out):
         claim(out, "fidelity", asked, begin=False)
+        names = [name for name in dict.fromkeys(config.method) if name != methods.FULL]
+        files = {
+            (name, window): out / f"{file_name(name)}-w{window}.json"
+            for name in names
+            for window in dict.fromkeys(config.window)
+        }
+        left = {key: file for key, file in files.items() if not file.exists()}
         codecs = methods.resolve(
-            config.method, model, config.calibration, config.work, window=128, sinks=config.sinks
+            dict.fromkeys(name for name, _ in left),
+            model,
+            config.calibration,
+            config.work,
+            window=128,
+            sinks=config.sinks,
         )
         claim(out, "fidelity", asked)
         arguments = (model.graphdef, model.params)
-        exact = [evaluation.exact_hidden(*arguments, jnp.asarray(s)[None]) for s in sequences]
-        files = []
-        for name, method in codecs.items():
-            if method is None:
-                continue  # it stands beside every other
-            for window in config.window:
-                file = out / f"{file_name(name)}-w{window}.json"
-                files.append(file)
-                if not file.exists():
-                    found = evaluation.fidelity(
-                        *arguments,
-                        tqdm(sequences, desc=f"{name}, window {window}", unit="seq"),
-                        method,
-                        window=window,
-                        stride=config.stride,
-                        exact=exact,
-                    )
-                    rows = _rows(config, model, name, method.spec, window, found)
-                    results.write_result(file, rows, command=_repeat(name, window))
-                row = json.loads(file.read_text(encoding="utf-8"))["rows"][0]
-                rise = row["value"] / row["full_precision"] - 1
-                print(f"{name}, window {window}: perplexity {row['value']:.3f}, {rise:+.2%}")
-    return files
+        tokens = [jnp.asarray(s)[None] for s in sequences] if left else []
+        exact = [evaluation.exact_hidden(*arguments, row) for row in tokens]
+        for (name, window), file in files.items():
+            if (name, window) in left:
+                method = codecs[name]
+                assert method is not None
+                found = evaluation.fidelity(
+                    *arguments,
+                    tqdm(sequences, desc=f"{name}, window {window}", unit="seq"),
+                    method,
+                    window=window,
+                    stride=config.stride,
+                    exact=exact,
+                )
+                rows = _rows(config, model, name, method.spec, window, found)
+                command = results.repeated(
+                    "gsrq-fidelity",
+                    instead={"--method": name, "--window": window},
+                    without=("--work",),
+                )
+                results.write_result(file, rows, command=command)
+            row = json.loads(file.read_text(encoding="utf-8"))["rows"][0]
+            rise = row["value"] / row["full_precision"] - 1
+            print(f"{name}, window {window}: perplexity {row['value']:.3f}, {rise:+.2%}")
+    return list(files.values())
 
 
 def _sequences(config: FidelityConfig, model: loading.LoadedModel) -> Int[np.ndarray, "n T"]:
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer = model.needed_tokenizer()
     if not 2 <= config.length <= model.config.max_length:
         raise InputError(
             f"--length must be from 2 to the context of {model.name}, {model.config.max_length}, "
             f"got {config.length}"
         )
-    start = model.tokenizer.encode("")
+    start = tokenizer.encode("")
     room = config.length - len(start)
     stride = room if config.stride is None else config.stride
     if not 1 <= stride <= room:
         raise InputError(f"--stride must be from 1 to {room}, got {config.stride}")
     pieces = text.read(config.eval_text)
     wanted = room + (config.sequences - 1) * stride
-    ids = text.tokens(pieces, model.tokenizer, count=wanted)
+    ids = text.tokens(pieces, tokenizer, count=wanted)
     begins = range(0, len(ids) - room + 1, stride)
     if config.sequences < 1 or not begins:
         raise InputError(
@@ -162,6 +173,21 @@ def effective_bits(spec: CacheSpec | None, config: LlamaConfig, length: int) -> 
     return 8 * cache.nbytes / (2 * length * config.kv_heads * config.head_dim)
 
 
+def facts(
+    model: loading.LoadedModel, method: str, spec: CacheSpec | None, length: int
+) -> dict[str, Any]:
+    """What every result says of a method whose cache holds ``length`` tokens."""
+    return {
+        "model": model.name,
+        "method": method,
+        "title": methods.title(method),
+        "bits": 16.0 if spec is None else spec.bits,
+        "bits_stored": 16.0 if spec is None else codec.stored_bits(spec),
+        "bits_effective": effective_bits(spec, model.config, length),
+        "length": length,
+    }
+
+
 def _rows(
     config: FidelityConfig,
     model: loading.LoadedModel,
@@ -170,18 +196,11 @@ def _rows(
     window: int,
     found: evaluation.Fidelity,
 ) -> list[dict[str, Any]]:
-    held = dataclasses.replace(spec, window=window)
     row = {
-        "model": model.name,
-        "method": name,
-        "title": methods.title(name),
-        "bits": spec.bits,
-        "bits_stored": codec.stored_bits(spec),
-        "bits_effective": effective_bits(held, model.config, config.length),
+        **facts(model, name, dataclasses.replace(spec, window=window), config.length),
         "window": window,
         "sinks": spec.sinks,
         "dataset": pathlib.Path(config.eval_text).stem,
-        "length": config.length,
         "stride": config.stride,
         "n": found.n,
     }
@@ -199,15 +218,3 @@ def _rows(
 def file_name(method: str) -> str:
     """A method's name as part of a file's."""
     return re.sub(r"[^A-Za-z0-9.@-]+", "-", method).strip("-")
-
-
-def _repeat(name: str, window: int) -> str:
-    """The command of this result alone: it does not depend on the others of its run."""
-    words = sys.argv[1:]
-    kept, skipping = [], False
-    for word in words:
-        if word.startswith("--"):
-            skipping = word in ("--method", "--window", "--work")
-        if not skipping:
-            kept.append(word)
-    return shlex.join(["gsrq-fidelity", "--method", name, "--window", str(window), *kept])

@@ -126,6 +126,44 @@ def prefill(
     return llama.logits(graphdef, params, last), cache
 
 
+def refilled(
+    k: Float[Array, "L B C H d"],
+    v: Float[Array, "L B C H d"],
+    codec: Codec | None,
+    count: Int[Array, " B"] | None = None,
+    *,
+    max_length: int,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> KVCache:
+    """The stacked cache of prompts whose rotated keys and values are known, from position 0.
+
+    Layer by layer, so that what encoding needs exists for one layer at a time.
+
+    Args:
+        k: keys of all layers; those after ``count`` are padding.
+        v: values of the same tokens.
+        codec: stacked; None for an exact cache.
+        count: tokens of each prompt; None means all.
+        max_length: tokens that the cache must hold.
+        dtype: of the exact parts of the cache.
+    """
+    _, batch, _, heads, dim = k.shape
+
+    def layer(x: tuple[Array, Array, Codec | None]) -> KVCache:
+        k, v, codec = x
+        empty = init_cache(
+            codec.spec if codec is not None else None,
+            batch=batch,
+            kv_heads=heads,
+            head_dim=dim,
+            max_length=max_length,
+            dtype=dtype,
+        )
+        return append(empty, k, v, codec, count)
+
+    return jax.lax.map(layer, (k, v, codec))
+
+
 def extend(
     graphdef: nnx.GraphDef,
     params: nnx.State,

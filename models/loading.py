@@ -53,6 +53,16 @@ class LoadedModel:
     fingerprint: dict[str, Any]
     name: str
 
+    def needed_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            InputError: if the files hold none.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} comes without a tokenizer; add its tokenizer.json")
+        return self.tokenizer
+
 
 def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike = jnp.bfloat16) -> LoadedModel:
     """Load a model and its tokenizer.

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gsrq_jax import codec, results
+from gsrq_jax import results
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import fidelity, longbench_metrics, methods
+from gsrq_jax.models import fidelity, longbench_metrics
 from gsrq_jax.models.loading import LoadedModel
 from gsrq_jax.models.longbench import Row
 from gsrq_jax.spec import CacheSpec
@@ -62,15 +62,9 @@ def write(
     full: dict[tuple[str, str], float] = {}
     for method, spec, predictions in sorted(ways, key=lambda x: x[1] is not None):  # full first
         common = {
-            "model": model.name,
-            "method": method,
-            "title": methods.title(method),
-            "bits": spec.bits if spec else 16.0,
-            "bits_stored": codec.stored_bits(spec) if spec else 16.0,
-            "bits_effective": fidelity.effective_bits(spec, model.config, length),
+            **fidelity.facts(model, method, spec, length),
             "window": spec.window if spec else None,
             "sinks": spec.sinks if spec else None,
-            "length": length,
         }
         for dataset, part, n, value, low, high in _scores(rows, predictions, seed):
             if spec is None:

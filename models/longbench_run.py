@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool
 from tqdm import tqdm
 
 from gsrq_jax import codec as codecs
-from gsrq_jax.cache import KVCache, append, init_cache
+from gsrq_jax.cache import KVCache
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import (
@@ -38,7 +38,7 @@ from gsrq_jax.models import (
 from gsrq_jax.models.generation import DecodeState, Sampler
 from gsrq_jax.models.longbench import Row
 from gsrq_jax.models.methods import Calibration
-from gsrq_jax.models.runfolder import WORK, Lines, claim, writing
+from gsrq_jax.models.runfolder import WORK, Lines, claim, plain, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def evaluate(config: LongBenchConfig) -> pathlib.Path:
         _answer(config, model, rows, prompts, done)
         found = longbench_report.write(
             out,
-            config=_plain(config),
+            config=plain(config),
             model=model,
             rows=rows,
             length=max(map(len, prompts)),
@@ -199,9 +199,7 @@ def _ways(config: LongBenchConfig, model: loading.LoadedModel) -> list[Way]:
 def _prompts(
     config: LongBenchConfig, model: loading.LoadedModel, rows: Sequence[Row]
 ) -> list[list[int]]:
-    tokenizer, context = model.tokenizer, model.config.max_length
-    if tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer, context = model.needed_tokenizer(), model.config.max_length
     prompts = []
     for row in rows:
         room = longbench.room(row.task, tokenizer, context)
@@ -224,10 +222,6 @@ def _prompts(
     return prompts
 
 
-def _plain(config: LongBenchConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 def _asked(
     config: LongBenchConfig,
     model: loading.LoadedModel,
@@ -238,7 +232,7 @@ def _asked(
     digest = hashlib.sha256()
     for row, ids in zip(rows, prompts, strict=True):
         digest.update(json.dumps([row.task.name, row.id, row.answers, ids]).encode())
-    asked = _plain(config)
+    asked = plain(config)
     for name in ("out", "work", "method", "window", "seed"):
         del asked[name]
     return asked | {"model": [model.name, model.fingerprint["weights"]], "data": digest.hexdigest()}
@@ -439,26 +433,11 @@ def _begin(
     new: int,
     eos: tuple[int, ...],
 ) -> DecodeState:
-    """The state from which a method decodes: its cache of the prompts, the first token chosen.
-
-    Layer by layer, so that what encoding needs exists for one layer at a time.
-    """
+    """The state from which a method decodes: its cache of the prompts, the first token chosen."""
     keys, values = exact.cache.window_key, exact.cache.window_value  # position p in slot p
-    _, batch, _, heads, dim = keys.shape
-
-    def layer(x: tuple[Array, Array, Codec | None]) -> KVCache:
-        k, v, codec = x
-        empty = init_cache(
-            codec.spec if codec is not None else None,
-            batch=batch,
-            kv_heads=heads,
-            head_dim=dim,
-            max_length=capacity,
-            dtype=k.dtype,
-        )
-        return append(empty, k, v, codec, exact.count)
-
-    cache = jax.lax.map(layer, (keys, values, codec))
+    cache = generation.refilled(
+        keys, values, codec, exact.count, max_length=capacity, dtype=keys.dtype
+    )
     logits = jnp.where(banned, -jnp.inf, exact.logits)
     return generation.start(
         cache, logits, jax.random.key(0), max_new_tokens=new, sampler=Sampler(), eos=eos

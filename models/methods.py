@@ -107,7 +107,7 @@ def _residual(
         v_norms=whole(v_norms),
         options=options,
     )
-    return _stored(books)
+    return codebook.stored(books)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "weighted", "iterations"))
@@ -121,7 +121,9 @@ def _coupled(
     iterations: int = 50,
 ) -> Codebooks:
     if not weighted:
-        return _stored(cq.fit(rng, samples, inv_freq, spec, weighted=False, iterations=iterations))
+        return codebook.stored(
+            cq.fit(rng, samples, inv_freq, spec, weighted=False, iterations=iterations)
+        )
     parts = samples.k_norms.shape[-1]
     if spec.key.groups > parts:
         raise InputError(
@@ -129,7 +131,7 @@ def _coupled(
             f"take at most {spec.bits * parts / spec.key.groups:g} bits"
         )
     k_fisher, v_fisher = (jnp.square(x) for x in (samples.k_norms, samples.v_norms))
-    return _stored(
+    return codebook.stored(
         cq.fit(
             rng,
             samples,
@@ -139,13 +141,6 @@ def _coupled(
             v_fisher=v_fisher,
             iterations=iterations,
         )
-    )
-
-
-def _stored(books: Codebooks) -> Codebooks:
-    """As checkpoints hold them."""
-    return dataclasses.replace(
-        books, key=books.key.astype(jnp.bfloat16), value=books.value.astype(jnp.bfloat16)
     )
 
 
@@ -342,15 +337,9 @@ def _splits(head_dim: int) -> int:
 
 
 def _tokens(calibration: Calibration, model: loading.LoadedModel) -> Int[np.ndarray, "n T"]:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer = model.needed_tokenizer()
     c = calibration
-    if c.dataset is None:
-        name, pieces = c.text, text.read(c.text)
-    else:
-        name = c.dataset
-        pieces = text.read_dataset(name, column=c.column, split=c.split)
+    name, pieces = text.source(c.text, c.dataset, column=c.column, split=c.split)
     count = -(-c.tokens // c.length)
     return text.sequences(pieces, tokenizer, length=c.length, count=count, name=name)
 

@@ -22,8 +22,6 @@ import hashlib
 import json
 import pathlib
 import re
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,14 +34,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from gsrq_jax.cache import KVCache, append, blocks_after, init_cache
-from gsrq_jax.codec import Codec, respec, stored_bits
+from gsrq_jax.cache import blocks_after
+from gsrq_jax.codec import Codec, respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import fidelity, generation, loading, methods, text, training
 from gsrq_jax.models.methods import Calibration
 from gsrq_jax.models.runfolder import claim, writing
 from gsrq_jax.models.tokenizer import Tokenizer
-from gsrq_jax.results import write_result
+from gsrq_jax.results import repeated, write_result
 
 HEAD = "Special magic numbers are hidden in the following text. Remember them."
 NEEDLE = " The special magic number for {word} is {number}."
@@ -285,14 +283,7 @@ def answers(
     Returns:
         Mean log-probability of an answer's tokens, and whether each of them is the most likely one.
     """
-    spec = None if codec is None else codec.spec
-    batch, _, heads, dim = k.shape[1:]
-
-    def fill(layer: tuple[Array, Array, Codec | None]) -> KVCache:
-        size: dict[str, Any] = {"kv_heads": heads, "head_dim": dim, "max_length": max_length}
-        return append(init_cache(spec, batch=batch, dtype=dtype, **size), *layer)
-
-    cache = jax.lax.map(fill, (k, v, codec))  # encoding all layers at once would take much memory
+    cache = generation.refilled(k, v, codec, max_length=max_length, dtype=dtype)
     logits, cache = generation.extend(graphdef, params, question, asked, cache, codec)
 
     def step(carry, xs):
@@ -367,25 +358,33 @@ def measure(config: NeedleConfig) -> pathlib.Path:
     """
     _check(config)
     model = loading.load(config.model, dtype=config.dtype)
-    if model.tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer = model.needed_tokenizer()
     if max(config.lengths) > model.config.max_length:
         raise InputError(
             f"--lengths {max(config.lengths)} is beyond the context of {model.name}, "
             f"{model.config.max_length} tokens; choose a smaller one"
         )
-    filler = sentences(text.read(config.text), model.tokenizer)
+    filler = sentences(text.read(config.text), tokenizer)
     if not filler:
         raise InputError(f"the text {config.text!r} is empty; give another one")
     texts = make_samples(
         filler,
-        model.tokenizer,
+        tokenizer,
         lengths=config.lengths,
         depths=config.depths,
         samples=config.samples,
         keys=config.keys,
         seed=config.seed,
     )
+    contexts = b"".join(samples.context.tobytes() for samples in texts)
+    flags = ("lengths", "depths", "samples", "keys", "sinks", "dtype", "seed")
+    asked = {name: getattr(config, name) for name in flags} | {
+        "model": model.fingerprint,
+        "text": hashlib.sha256(contexts).hexdigest(),
+        "calibration": dataclasses.asdict(config.calibration),
+    }
+    with writing(config.out):
+        claim(config.out, "needle", asked, begin=False)
     names = list(dict.fromkeys((methods.FULL, *config.method)))
     learned = methods.resolve(names, model, config.calibration, config.work, sinks=config.sinks)
     caches: dict[tuple[str, int], Codec | None] = {}
@@ -399,13 +398,6 @@ def measure(config: NeedleConfig) -> pathlib.Path:
                     f"a context of {shortest} tokens fits into the sinks and the window of {name}, "
                     "so that nothing of it would be coded; choose longer --lengths"
                 )
-    contexts = b"".join(samples.context.tobytes() for samples in texts)
-    flags = ("lengths", "depths", "samples", "keys", "sinks", "dtype", "seed")
-    asked = {name: getattr(config, name) for name in flags} | {
-        "model": model.fingerprint,
-        "text": hashlib.sha256(contexts).hexdigest(),
-        "calibration": dataclasses.asdict(config.calibration),
-    }
     with writing(config.out):
         claim(config.out, "needle", asked)
         found = [ask(model, samples, caches, batch=config.batch) for samples in texts]
@@ -418,7 +410,7 @@ def measure(config: NeedleConfig) -> pathlib.Path:
                 for row in _rows(config, model, samples, cache, caches[cache], answered)
             ]
             file = config.out / f"{fidelity.file_name(name)}.json"
-            write_result(file, rows, command=_repeat(name))
+            write_result(file, rows, command=repeated("gsrq-needle", instead={"--method": name}))
         print(render(config.out))
     return config.out
 
@@ -448,16 +440,10 @@ def _rows(
     name, window = cache
     spec = None if codec is None else codec.spec
     facts = {
-        "model": model.name,
-        "method": name,
-        "title": methods.title(name),
-        "bits": 16.0 if spec is None else spec.bits,
-        "bits_stored": 16.0 if spec is None else stored_bits(spec),
-        "bits_effective": fidelity.effective_bits(spec, model.config, samples.length),
+        **fidelity.facts(model, name, spec, samples.length),
         "window": window,
         "sinks": 0 if spec is None else spec.sinks,
         "dataset": f"{config.keys} numbers in {pathlib.Path(config.text).stem}",
-        "length": samples.length,
     }
 
     def mean(cache: tuple[str, int], metric: str, depth: float) -> float:
@@ -474,17 +460,6 @@ def _rows(
         for depth in dict.fromkeys(samples.depth.tolist())
         for metric in METRICS
     ]
-
-
-def _repeat(name: str) -> str:
-    """The command of this run with one method only: the result does not depend on the others."""
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        if word == "--method":
-            next(words, None)
-        else:
-            kept.append(word)
-    return shlex.join(["gsrq-needle", "--method", name, *kept])
 
 
 # --- documents ------------------------------------------------------------------------------------

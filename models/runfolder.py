@@ -1,6 +1,7 @@
 """The folder of a run that can be interrupted: whose it is, what it was asked, what it wrote."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -79,6 +80,11 @@ def _read(out: pathlib.Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return record if isinstance(record, dict) and "kind" in record else None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 @contextlib.contextmanager

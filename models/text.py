@@ -74,6 +74,17 @@ def read_dataset(name: str, *, column: str = "text", split: str = "train") -> It
         ) from error
 
 
+def source(file: str, dataset: str | None, *, column: str, split: str) -> tuple[str, Iterator[str]]:
+    """Name and texts of the data set, or where there is none of the file.
+
+    Raises:
+        InputError: as `read` and `read_dataset` do.
+    """
+    if dataset is None:
+        return file, read(file)
+    return dataset, read_dataset(dataset, column=column, split=split)
+
+
 def tokens(
     pieces: Iterable[str], tokenizer: Tokenizer, *, count: int | None = None
 ) -> Int32[np.ndarray, " n"]:

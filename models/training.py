@@ -9,7 +9,6 @@ where it was. With ``report.json`` it is finished, and is only shown again.
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import pathlib
 import shutil
@@ -30,7 +29,7 @@ from gsrq_jax.errors import InputError
 from gsrq_jax.models import distillation, evaluation, llama, loading, report, text
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.distillation import DistillConfig
-from gsrq_jax.models.runfolder import WORK, claim, writing
+from gsrq_jax.models.runfolder import WORK, claim, plain, writing
 from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
@@ -157,7 +156,7 @@ def _run(config: TrainConfig) -> None:
 
     with writing(config.out):
         inputs = {"model": model.fingerprint["weights"], "text": texts.digest()}
-        claim(config.out, _KIND, _plain(config), inputs=inputs)
+        claim(config.out, _KIND, plain(config), inputs=inputs)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
         store = SampleStore.open(
@@ -171,11 +170,7 @@ def _run(config: TrainConfig) -> None:
         )
         capture(model, tokens, store, weigh=config.weights == "gradient")
         codebooks, layers = _fit(config, spec, model, store, work, jax.tree.structure(layer))
-        codebooks = dataclasses.replace(
-            codebooks,
-            key=codebooks.key.astype(jnp.bfloat16),
-            value=codebooks.value.astype(jnp.bfloat16),
-        )
+        codebooks = codebook.stored(codebooks)
         refinement = None
         if config.distill.steps:
             rows = texts.distillation
@@ -190,7 +185,7 @@ def _run(config: TrainConfig) -> None:
             config.out / "codebooks",
             codebooks,
             model=model.fingerprint,
-            extra={"config": _plain(config), "tokens": tokens.size},
+            extra={"config": plain(config), "tokens": tokens.size},
         )
         measured = {}
         for name, held_out in texts.measured.items():
@@ -204,7 +199,7 @@ def _run(config: TrainConfig) -> None:
             measured[name] = found
         report.write(
             config.out,
-            config=_plain(config),
+            config=plain(config),
             model=model,
             codebooks=codebooks,
             layers=layers,
@@ -278,9 +273,7 @@ def _held_out(
     Without an ``eval_text`` the end of the calibration text is held out: what is asked for, but of
     a short text a fifth or one sequence of ``length``, whichever is more.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise InputError(f"{model.name} comes without a tokenizer; add its tokenizer.json")
+    tokenizer = model.needed_tokenizer()
     start = len(tokenizer.encode(""))  # tokens that each sequence begins with
     leasts = {"length": spec.sinks + start + 1, "eval_length": start + 2}
     for name, least in (leasts | {"tokens": 1, "eval_sequences": 1}).items():
@@ -292,11 +285,9 @@ def _held_out(
                 f"{_flag(name)} {getattr(config, name)} is beyond the context of {model.name}, "
                 f"{model.config.max_length} tokens; choose a smaller one"
             )
-    if config.dataset is None:
-        name, pieces = config.text, text.read(config.text)
-    else:
-        name = config.dataset
-        pieces = text.read_dataset(name, column=config.column, split=config.split)
+    name, pieces = text.source(
+        config.text, config.dataset, column=config.column, split=config.split
+    )
     room = config.length - start
     wanted = -(-config.tokens // config.length) * room
     if config.eval_text is not None:
@@ -482,7 +473,7 @@ def _is_finished(config: TrainConfig) -> bool:
         InputError: if it holds something else.
     """
     out = config.out
-    claim(out, _KIND, _plain(config), begin=False)
+    claim(out, _KIND, plain(config), begin=False)
     finished = (out / "report.json").exists()
     if finished and not (out / "codebooks").exists():
         raise InputError(
@@ -496,8 +487,3 @@ _KIND = "train"
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    """The config as JSON holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))

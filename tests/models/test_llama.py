@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from known_configs import LLAMA_3_8B
 
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
@@ -23,18 +24,6 @@ TINY = LlamaConfig(
     kv_heads=2,
     head_dim=8,
     max_length=64,
-)
-LLAMA_3_8B = LlamaConfig(
-    family="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    max_length=8192,
-    rope_theta=500_000.0,
 )
 
 

@@ -5,23 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from known_configs import LLAMA_3_8B
 
 from gsrq_jax import Codebooks, QuantSpec, init_cache
 from gsrq_jax.models import generation, llama
-from gsrq_jax.models.config import LlamaConfig
 
-CONFIG = LlamaConfig(
-    family="llama",
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    max_length=8192,
-    rope_theta=500_000.0,
-)
+CONFIG = LLAMA_3_8B
 LENGTH = 8192
 
 
