@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import commands, demo
+from gsrq_jax.models import commands, demo, gguf
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +15,12 @@ def demo_model() -> Path:
         return demo.path()
     except InputError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def read_demo_model(demo_model):
+    """Config, tensors and tokenizer, read from the file once."""
+    return gguf.read(demo_model)
 
 
 @pytest.fixture

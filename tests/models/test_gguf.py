@@ -290,8 +290,8 @@ def test_truncated_anywhere(tmp_path):
 
 
 @pytest.mark.demo_model
-def test_demo_model_as_transformers_reads_it(demo_model, gguf_goldens):
-    config, tensors, tokenizer = gguf.read(demo_model)
+def test_demo_model_as_transformers_reads_it(read_demo_model, gguf_goldens):
+    config, tensors, tokenizer = read_demo_model
     golden = np.load(gguf_goldens / "weights.npz")
     for name in (name for name in golden.files if ":" not in name):
         weight = tensors[name]

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import gguf, tokenizer
+from gsrq_jax.models import tokenizer
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -88,9 +88,9 @@ def test_control_tokens_of_sentencepiece(sentencepiece):
 
 
 @pytest.mark.demo_model
-def test_demo_model_as_transformers(demo_model, gguf_goldens):
+def test_demo_model_as_transformers(read_demo_model, gguf_goldens):
     golden = json.loads((gguf_goldens / "tokens.json").read_text("utf-8"))
-    tokens = gguf.read(demo_model)[2]
+    *_, tokens = read_demo_model
     for entry in golden["texts"]:
         assert tokens.encode(entry["text"]) == entry["ids"], entry["text"]
         assert tokens.decode(entry["ids"]) == entry["decoded"]
