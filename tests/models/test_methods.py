@@ -38,13 +38,17 @@ NAMES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    """VQLLM and CQ with fewer passes than theirs; what they learn is not tested here."""
+    """Fewer passes than theirs; what methods learn is not tested here."""
     few = vqllm.FitOptions(steps=4, sequences=1, length=256)
     quick = {
         "vqllm": functools.partial(vqllm.fit, options=few),
         "cq": functools.partial(methods._coupled, weighted=True, iterations=3),
         "cq-unweighted": functools.partial(methods._coupled, weighted=False, iterations=3),
     }
+    for name in ("kmeans", "spherical", "gsrq"):
+        fit = methods.FAMILIES[name].fit
+        options = dataclasses.replace(fit.keywords["options"], iterations=3, warmup=1)
+        quick[name] = functools.partial(fit, options=options)
     with pytest.MonkeyPatch.context() as patch:
         for name, fit in quick.items():
             family = dataclasses.replace(methods.FAMILIES[name], fit=fit)
