@@ -10,15 +10,18 @@ blocks of b tokens.
 """
 
 import dataclasses
-from typing import Any, Self
+import functools
+from collections.abc import Callable
+from typing import Any, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.codec import Codec, Codes
 from gsrq_jax.errors import InputError
-from gsrq_jax.spec import CacheSpec
+from gsrq_jax.spec import CacheSpec, QuantSpec
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +37,9 @@ class KVCache:
         sink_key, sink_value: ``[B, S, H, d]``, the first tokens.
         window_key, window_value: ``[B, C, H, d]``, a ring of ``window + block`` slots.
         key_codes, value_codes: the codec's codes, arrays ``[B, H, N, *shape]``; for residual codes
-            uint8 ``[B, H, N, b, bytes]``.
+            uint8 ``[B, H, N, b, bytes]``. Where the spec gives layers stages of their own, a stack
+            has no axis of layers here but planes, uint8 ``[P, B, H, N, b]``: each byte of a token
+            in the first layer, then those of the second, and so on. `layer_views` takes them apart.
         length: int32 ``[B]``, tokens so far.
         spec: the quantisation, or None for a cache at full precision (S = N = 0).
     """
@@ -113,9 +118,15 @@ def init_cache(
         sinks, ring = spec.sinks, spec.ring
         blocks = max(0, max_length - spec.sinks - spec.window) // spec.block
         shapes = spec.code_shapes()
-    key_codes, value_codes = jax.tree.map(
-        lambda s: jnp.zeros((*lead, batch, kv_heads, blocks, *s.shape), s.dtype), shapes
-    )
+    if layers is not None and _by_layer(spec):
+        key_codes, value_codes = (
+            jnp.zeros((len(planes), batch, kv_heads, blocks, spec.block), jnp.uint8)
+            for planes in _planes(spec, layers)
+        )
+    else:
+        key_codes, value_codes = jax.tree.map(
+            lambda s: jnp.zeros((*lead, batch, kv_heads, blocks, *s.shape), s.dtype), shapes
+        )
     return KVCache(
         sink_key=exact(sinks),
         sink_value=exact(sinks),
@@ -201,22 +212,21 @@ def append(
         )
 
     if spec is not None and codec is not None and cache.blocks:
-        stacked = cache.length.ndim == 2
-        flush = jax.vmap(_encode_blocks, (0, 0, 0, 0, None)) if stacked else _encode_blocks
         filled = blocks_after(spec, after) > blocks_after(spec, before)
         # Zero rounds or one: XLA updates a loop's carry in place, a conditional's it would copy.
         rounds = 1 if tokens >= spec.block else filled.any().astype(jnp.int32)
         key_codes, value_codes = jax.lax.fori_loop(
             0,
             rounds,
-            lambda _, codes: flush(
+            lambda _, codes: _flush(
                 cache.replace(key_codes=codes[0], value_codes=codes[1]), k, v, codec, new
             ),
             (cache.key_codes, cache.value_codes),
         )
         cache = cache.replace(key_codes=key_codes, value_codes=value_codes)
     write = jax.vmap(_write_exact, (0, 0, 0, None)) if cache.length.ndim == 2 else _write_exact
-    return write(cache, k, v, new).replace(length=after)
+    written = write(cache.replace(key_codes=None, value_codes=None), k, v, new)
+    return written.replace(key_codes=cache.key_codes, value_codes=cache.value_codes, length=after)
 
 
 def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
@@ -244,12 +254,39 @@ def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     )
 
 
-def _encode_blocks(
-    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array
-) -> tuple[Codes, Codes]:
-    """One layer: codes with the blocks added that fill once ``count`` new tokens have come."""
+def _flush(cache: KVCache, k: Array, v: Array, codec: Codec, count: Array) -> tuple[Codes, Codes]:
+    """Codes with the blocks added that fill once ``count`` new tokens have come."""
+    exact, blocks = cache.replace(key_codes=None, value_codes=None), cache.blocks
+    encode = functools.partial(_encoded_blocks, blocks=blocks)
+
+    def put(codes: Array, fresh: Array, target: Array) -> Array:  # [B, H, N, …], [B, M, H, …]
+        row = jnp.arange(codes.shape[0])[:, None]
+        return codes.at[row, :, target].set(fresh.astype(codes.dtype), mode="drop")
+
+    if cache.length.ndim == 1:
+        fresh, target = encode(exact, k, v, codec, count)
+        return jax.tree.map(
+            lambda codes, new: put(codes, new, target), (cache.key_codes, cache.value_codes), fresh
+        )
+    fresh, target = jax.vmap(encode, (0, 0, 0, 0, None))(exact, k, v, codec, count)
+    targets = target, target
+    if _by_layer(cache.spec):
+        planes = _planes(cache.spec, len(target))
+        fresh = tuple(new[p[:, 0], ..., p[:, 1]] for new, p in zip(fresh, planes, strict=True))
+        targets = tuple(target[p[:, 0]] for p in planes)
+    return tuple(
+        jax.tree.map(lambda codes, new, at=at: jax.vmap(put)(codes, new, at), codes, new)
+        for codes, new, at in zip((cache.key_codes, cache.value_codes), fresh, targets, strict=True)
+    )
+
+
+def _encoded_blocks(
+    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array, *, blocks: int
+) -> tuple[tuple[Codes, Codes], Array]:
+    """One layer: codes ``[B, M, H, …]`` of blocks that may have filled, and the slots ``[B, M]``
+    that they go to, ``blocks`` where they have not."""
     spec = codec.spec
-    tokens, ring, blocks = k.shape[1], cache.window_key.shape[1], cache.blocks
+    tokens, ring = k.shape[1], cache.window_key.shape[1]
     most = min(-(-tokens // spec.block), blocks)  # the window held window + block - 1 at most
     first = blocks_after(spec, cache.length)[:, None]
     index = first + jnp.arange(most)  # [B, M]
@@ -265,17 +302,80 @@ def _encode_blocks(
 
     fresh = codec.encode(gather(cache.window_key, k), gather(cache.window_value, v), position)
     done = index < blocks_after(spec, cache.length + count)[:, None]
-    target = jnp.where(done, index, blocks)
-
-    def put(codes: Array, fresh: Array) -> Array:  # [B, H, N, …], [B, M, H, …]
-        return codes.at[row[..., 0], :, target].set(fresh.astype(codes.dtype), mode="drop")
-
-    return jax.tree.map(put, (cache.key_codes, cache.value_codes), fresh)
+    return fresh, jnp.where(done, index, blocks)
 
 
 def _coded(spec: CacheSpec | None, length: Array) -> Array:
     """Coded tokens once ``length`` tokens are in the cache."""
     return blocks_after(spec, length) * (1 if spec is None else spec.block)
+
+
+# --- layers with stages of their own --------------------------------------------------------------
+
+
+def _by_layer(spec: CacheSpec | None) -> TypeGuard[QuantSpec]:
+    return isinstance(spec, QuantSpec) and spec.key_stages is not None
+
+
+def _planes(spec: QuantSpec, layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Layer and byte of each plane of a stack's keys, and of its values: ``[P, 2]``.
+
+    Raises:
+        InputError: if the spec is for another number of layers.
+    """
+    if len(spec.layer_codes[0]) != layers:
+        raise InputError(
+            f"the spec is for {len(spec.layer_codes[0])} layers, the model has {layers}; "
+            "train codebooks for this model"
+        )
+    keys, values = (
+        np.asarray([(i, byte) for i, code in enumerate(codes) for byte in range(code.nbytes)])
+        for codes in spec.layer_codes
+    )
+    return keys, values
+
+
+def stack_layers(cache: KVCache) -> KVCache:
+    """A stack from the caches of single layers stacked by ``scan``, ``vmap`` or ``map``."""
+    if not _by_layer(cache.spec):
+        return cache
+    keys, values = (
+        codes[planes[:, 0], ..., planes[:, 1]]
+        for codes, planes in zip(
+            (cache.key_codes, cache.value_codes),
+            _planes(cache.spec, len(cache.length)),
+            strict=True,
+        )
+    )
+    return cache.replace(key_codes=keys, value_codes=values)
+
+
+def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
+    """What to scan over a stack for, and what makes one layer's cache of each slice.
+
+    ``views, view = layer_views(cache)``, then ``view(x)`` for each ``x`` that a scan over ``views``
+    hands out. Layers read as many planes as the one with most stages; the codes behind a layer's
+    own are those of its neighbour, for which its codewords are 0.
+    """
+    spec = cache.spec
+    if not _by_layer(spec):
+        return cache, lambda x: x
+    most = tuple(s.shape[-1] for s in spec.code_shapes())
+    pools = cache.key_codes, cache.value_codes
+    firsts = tuple(
+        jnp.asarray(np.searchsorted(planes[:, 0], np.arange(len(cache.length))))
+        for planes in _planes(spec, len(cache.length))
+    )
+
+    def view(x: tuple[KVCache, tuple[Array, Array]]) -> KVCache:
+        exact, starts = x
+        keys, values = (
+            jnp.moveaxis(pool.at[start + jnp.arange(n)].get(mode="clip"), 0, -1)
+            for pool, start, n in zip(pools, starts, most, strict=True)
+        )
+        return exact.replace(key_codes=keys, value_codes=values)
+
+    return (cache.replace(key_codes=None, value_codes=None), firsts), view
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -10,21 +10,26 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from gsrq_jax import residual
-from gsrq_jax.codebook import Codebooks
+from gsrq_jax.codebook import Codebooks, under
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import to_frame
 from gsrq_jax.rope import rotate
-from gsrq_jax.sensitivity import log_smooth
-from gsrq_jax.spec import QuantSpec
+from gsrq_jax.sensitivity import log_smooth, metric
+from gsrq_jax.spec import QuantSpec, ResidualSpec
+
+KeyMetric = Literal["none", "gradient", "queries"]
+ValueMetric = Literal["none", "gradient", "output"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,12 @@ class FitOptions:
         center: subtract the mean key of each head (before RoPE) before quantising keys.
         refits: times that all stages are fitted anew together, by weighted least squares, to the
             codes that the encoder gives (ours).
+        key_metric: distance by which keys are clustered and coded (ours): Euclidean, ``gradient``
+            for the second moment of the loss's gradient, or ``queries`` for that of the queries in
+            each rotary pair.
+        value_metric: the same of values: Euclidean, ``gradient``, or ``output`` for the output
+            projection ``W_oᵀW_o``.
+        metric_power: of these moments, see `gsrq_jax.sensitivity.metric`.
     """
 
     rule: residual.Rule = "gskm"
@@ -47,6 +58,24 @@ class FitOptions:
     warmup: int = 5
     center: bool = True
     refits: int = 0
+    key_metric: KeyMetric = "none"
+    value_metric: ValueMetric = "none"
+    metric_power: float = 0.5
+
+    def __post_init__(self):
+        for name, kind in (("key_metric", KeyMetric), ("value_metric", ValueMetric)):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"unknown {name} {getattr(self, name)!r}; choose one of "
+                    + ", ".join(get_args(kind))
+                )
+        if not 0 <= self.metric_power <= 1:
+            raise InputError(f"metric_power must be from 0 to 1, got {self.metric_power}")
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments of gradients or queries are needed."""
+        return self.key_metric != "none" or self.value_metric == "gradient"
 
 
 class LayerReport(NamedTuple):
@@ -54,6 +83,20 @@ class LayerReport(NamedTuple):
 
     key: residual.FitReport
     value: residual.FitReport
+
+
+class Moments(NamedTuple):
+    """Second moments of one layer, float32, with any leading axes.
+
+    Attributes:
+        key: ``[H, d, d]``, of the loss's gradient with respect to keys before RoPE.
+        value: ``[H, d, d]``, of that with respect to values.
+        query: ``[H, d / 2]``, mean square of the queries of a KV head in each rotary pair.
+    """
+
+    key: Any
+    value: Any
+    query: Any
 
 
 def mean_key(
@@ -73,6 +116,8 @@ def fit_layer(
     *,
     k_norms: Float[Array, "N H"] | None = None,
     v_norms: Float[Array, "N H"] | None = None,
+    moments: Moments | None = None,
+    output: Float[Array, "H d d"] | None = None,
     options: FitOptions = FitOptions(),
 ) -> tuple[Codebooks, LayerReport]:
     """One layer's codebooks from N tokens.
@@ -86,10 +131,15 @@ def fit_layer(
         spec: the cache that the codebooks are for; its beam is also what they are learned with.
         k_norms: norm of the loss's gradient with respect to each key; None weighs all alike.
         v_norms: the same for values.
+        moments: for the metrics that ``options`` ask for.
+        output: ``W_oᵀW_o`` of the query heads of each KV head, for the values' metric ``output``.
         options: how to learn.
 
+    Returns:
+        The codebooks, and the report; errors and cosines there are those of the metric.
+
     Raises:
-        InputError: if there are fewer tokens than codewords.
+        InputError: if there are fewer tokens than codewords, or what a metric needs is missing.
     """
     mean = mean_key(k, positions, inv_freq)
     if not options.center:
@@ -97,10 +147,15 @@ def fit_layer(
     framed = to_frame(k, positions, spec, mean, inv_freq)
     key_rng, value_rng = jax.random.split(rng)
 
-    def fit(rng, x, code, norms):
-        return residual.fit(
+    key_metric, value_metric = _metrics(spec, inv_freq, positions, moments, output, options)
+
+    def fit(
+        rng: Array, x: Array, code: ResidualSpec, norms: Array | None, metric: Array | None
+    ) -> tuple[Array, residual.FitReport]:
+        points = jnp.moveaxis(x.astype(jnp.float32), 1, 0)
+        words, report = residual.fit(
             rng,
-            jnp.moveaxis(x.astype(jnp.float32), 1, 0),
+            points if metric is None else under(metric, points),
             code,
             None if norms is None else log_smooth(jnp.moveaxis(norms, 1, 0)),
             rule=options.rule,
@@ -110,19 +165,152 @@ def fit_layer(
             beam=spec.beam,
             refits=options.refits,
         )
+        return words if metric is None else under(jnp.linalg.inv(metric), words), report
 
-    keys, key_report = fit(key_rng, framed, spec.key, k_norms)
-    values, value_report = fit(value_rng, v, spec.value, v_norms)
+    keys, key_report = fit(key_rng, framed, spec.key, k_norms, key_metric)
+    values, value_report = fit(value_rng, v, spec.value, v_norms, value_metric)
     books = Codebooks(
-        key=keys, value=values, key_mean=mean, inv_freq=jnp.asarray(inv_freq), spec=spec
+        key=keys,
+        value=values,
+        key_mean=mean,
+        inv_freq=jnp.asarray(inv_freq),
+        spec=spec,
+        key_metric=key_metric,
+        value_metric=value_metric,
     )
     return books, LayerReport(key_report, value_report)
+
+
+def _metrics(
+    spec: QuantSpec,
+    inv_freq: Array,
+    positions: Array,
+    moments: Moments | None,
+    output: Array | None,
+    options: FitOptions,
+) -> tuple[Array | None, Array | None]:
+    """The factors ``[H, d, d]`` of keys, in the frame of ``spec``, and of values."""
+    for name, kind, code in (
+        ("key", options.key_metric, spec.key),
+        ("value", options.value_metric, spec.value),
+    ):
+        if kind != "none" and code.groups > 1:
+            raise InputError(f"{name}_metric {kind} is for whole heads; leave out --group or it")
+        if kind != "none" and (output if kind == "output" else moments) is None:
+            raise InputError(f"{name}_metric {kind} needs the moments or projection of its name")
+
+    def of_keys(moments: Moments) -> Array:
+        if options.key_metric == "queries":
+            return jnp.eye(spec.head_dim) * jnp.tile(moments.query, 2)[..., None]
+        match spec.frame:  # how far a key is turned in its frame, every case of it once
+            case "block":
+                turned = jnp.arange(spec.block)
+            case "pre":
+                turned = jnp.zeros(1, jnp.int32)
+            case "post":
+                turned = jnp.linspace(positions.min(), positions.max(), 256).astype(jnp.int32)
+        rows = rotate(moments.key, turned[:, None, None], inv_freq)  # [n, H, d, d]
+        both = rotate(jnp.swapaxes(rows, -1, -2), turned[:, None, None], inv_freq)
+        return both.mean(axis=0)
+
+    key = value = None
+    if options.key_metric != "none" and moments is not None:
+        key = metric(of_keys(moments), options.metric_power)
+    if options.value_metric == "gradient" and moments is not None:
+        value = metric(moments.value, options.metric_power)
+    elif options.value_metric == "output" and output is not None:
+        value = metric(output, options.metric_power)
+    return key, value
+
+
+def by_layer(spec: QuantSpec, key_stages: Sequence[int], value_stages: Sequence[int]) -> QuantSpec:
+    """The spec with these stages in each layer; plain where all layers have as many."""
+    key = dataclasses.replace(spec.key, stages=max(key_stages))
+    value = dataclasses.replace(spec.value, stages=max(value_stages))
+    if min(key_stages) == key.stages and min(value_stages) == value.stages:
+        return dataclasses.replace(spec, key=key, value=value, key_stages=None, value_stages=None)
+    return dataclasses.replace(
+        spec, key=key, value=value, key_stages=tuple(key_stages), value_stages=tuple(value_stages)
+    )
+
+
+def widened(
+    codebooks: Codebooks, report: LayerReport, spec: QuantSpec
+) -> tuple[Codebooks, LayerReport]:
+    """One layer's codebooks and report in the shapes of ``spec``, which gives others more stages.
+
+    Codewords of stages that the layer does not have are 0; the report is there that of the last one
+    that it has, without dead codewords.
+    """
+
+    def wide(x: Array, stages: int, axis: int, mode: str) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, stages - x.shape[axis])
+        return jnp.pad(x, widths, mode)
+
+    def words(x: Array, code: ResidualSpec) -> Array:
+        return wide(x, code.stages, -3, "constant")
+
+    def found(x: residual.FitReport, code: ResidualSpec) -> residual.FitReport:
+        error, cosine = (wide(y, code.stages, -1, "edge") for y in (x.error, x.cosine))
+        return residual.FitReport(error, cosine, wide(x.dead, code.stages, -1, "constant"))
+
+    key, value = words(codebooks.key, spec.key), words(codebooks.value, spec.value)
+    books = dataclasses.replace(codebooks, key=key, value=value, spec=spec)
+    return books, LayerReport(found(report.key, spec.key), found(report.value, spec.value))
+
+
+def of_layer(spec: QuantSpec, index: int) -> QuantSpec:
+    """The spec of one layer alone, with as many stages as it has."""
+    key, value = (codes[index if len(codes) > 1 else 0] for codes in spec.layer_codes)
+    return dataclasses.replace(spec, key=key, value=value, key_stages=None, value_stages=None)
+
+
+def shortened(
+    codebooks: Codebooks, report: LayerReport, spec: QuantSpec
+) -> tuple[Codebooks, LayerReport]:
+    """Stacked codebooks and report of the first stages, as many as ``spec`` gives each layer.
+
+    They are those of a fit of so many stages, if that would have no refits.
+    """
+    layers = []
+    for index in range(len(codebooks.key)):
+        own = of_layer(spec, index)
+        books, found = jax.tree.map(lambda x, i=index: x[i], (codebooks, report))
+        books = dataclasses.replace(
+            books,
+            key=books.key[..., : own.key.stages, :, :],
+            value=books.value[..., : own.value.stages, :, :],
+        )
+        sides = (
+            jax.tree.map(lambda x, n=code.stages: x[..., :n], side)
+            for side, code in zip(found, (own.key, own.value), strict=True)
+        )
+        layers.append(widened(books, LayerReport(*sides), spec))
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+def first_stages(
+    codebooks: Codebooks, key_stages: Int[ArrayLike, " L"], value_stages: Int[ArrayLike, " L"]
+) -> Codebooks:
+    """Stacked codebooks that use only so many stages of each layer; the codewords of others are 0.
+
+    The spec stays, and the shapes with it: for measuring, without compiling anew.
+    """
+
+    def part(words: Array, stages: Any) -> Array:
+        used = jnp.arange(words.shape[-3]) < jnp.asarray(stages)[:, None]
+        return jnp.where(used[:, None, None, :, None, None], words, 0)
+
+    key, value = part(codebooks.key, key_stages), part(codebooks.value, value_stages)
+    return dataclasses.replace(codebooks, key=key, value=value)
 
 
 class LayerSamples(NamedTuple):
     """Samples of one layer: k, v ``[N, H, d]`` bfloat16, norms ``[N, H]`` float32, positions.
 
-    Norms are ``[N, H, splits]`` where a store has several splits.
+    Norms are ``[N, H, splits]`` where a store has several splits. ``moments`` are None where a
+    store keeps none.
     """
 
     k: np.ndarray
@@ -130,6 +318,7 @@ class LayerSamples(NamedTuple):
     k_norms: np.ndarray
     v_norms: np.ndarray
     positions: np.ndarray
+    moments: Moments | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +330,7 @@ class SampleStore:
         layers, sequences, tokens, heads, dim: sizes; ``tokens`` samples of each sequence.
         first: position of a sequence's first sample (the sinks before it are never coded).
         splits: parts of a head's channels, each with a gradient norm of its own.
+        moments: whether `Moments` of each sequence are kept, too.
     """
 
     folder: pathlib.Path
@@ -151,6 +341,7 @@ class SampleStore:
     dim: int
     first: int
     splits: int = 1
+    moments: bool = False
 
     @classmethod
     def open(cls, folder: pathlib.Path, **sizes: int) -> Self:
@@ -178,14 +369,26 @@ class SampleStore:
         """Sequences that are stored."""
         return json.loads(self._progress.read_text())["done"]
 
-    def put(self, sequence: int, k: Array, v: Array, k_norms: Array, v_norms: Array) -> None:
+    def put(
+        self,
+        sequence: int,
+        k: Array,
+        v: Array,
+        k_norms: Array,
+        v_norms: Array,
+        moments: Moments | None = None,
+    ) -> None:
         """Store one sequence: k, v ``[L, tokens, H, d]``, norms ``[L, tokens, H]`` (or splits).
+
+        ``moments`` are its means, with a leading ``L``, in a store that keeps them.
 
         Raises:
             InputError: if a number is not finite; nothing is stored then.
             OSError: if the disk is full; the sequence does not count as stored then.
         """
         arrays = {"k": k, "v": v, "k_norms": k_norms, "v_norms": v_norms}
+        if self.moments and moments is not None:
+            arrays |= {_MOMENT + name: x[:, None] for name, x in moments._asdict().items()}
         found = {name: np.asarray(x) for name, x in arrays.items()}
         for name, x in found.items():
             if not np.isfinite(x.astype(np.float32)).all():
@@ -193,8 +396,8 @@ class SampleStore:
                     f"the model gave a {name} that is not finite in sequence {sequence}; "
                     "check the weights and the text, or use --dtype float32"
                 )
-        for name, x in found.items():
-            shape, dtype = self._files[name]
+        for name, (shape, dtype) in self._files.items():
+            x = found[name]
             with (self.folder / name).open("r+b") as file:
                 for layer in range(self.layers):
                     file.seek(self._offset(shape, dtype, layer, sequence))
@@ -213,22 +416,33 @@ class SampleStore:
             for name, (shape, dtype) in self._files.items()
         }
         at = np.tile(np.arange(self.tokens, dtype=np.int32) + self.first, self.sequences)
-        return LayerSamples(**parts, positions=at)
+        means = None
+        if self.moments:
+            means = Moments(*(parts.pop(_MOMENT + name).mean(axis=0) for name in Moments._fields))
+        return LayerSamples(**parts, positions=at, moments=means)
 
     @property
     def _files(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         vectors = (self.layers, self.sequences * self.tokens, self.heads, self.dim)
         bfloat16, float32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
         norms = vectors[:3] if self.splits == 1 else (*vectors[:3], self.splits)
-        return {
+        files = {
             "k": (vectors, bfloat16),
             "v": (vectors, bfloat16),
             "k_norms": (norms, float32),
             "v_norms": (norms, float32),
         }
+        if self.moments:
+            heads = (self.layers, self.sequences, self.heads)
+            files |= {
+                _MOMENT + "key": ((*heads, self.dim, self.dim), float32),
+                _MOMENT + "value": ((*heads, self.dim, self.dim), float32),
+                _MOMENT + "query": ((*heads, self.dim // 2), float32),
+            }
+        return files
 
     def _offset(self, shape: tuple[int, ...], dtype: np.dtype, layer: int, sequence: int) -> int:
-        row = layer * shape[1] + sequence * self.tokens
+        row = layer * shape[1] + sequence * shape[1] // self.sequences
         return row * math.prod(shape[2:]) * dtype.itemsize
 
     @property
@@ -239,6 +453,9 @@ class SampleStore:
         new = self._progress.with_suffix(".new")
         new.write_text(json.dumps({"done": done, "sizes": sizes}))
         os.replace(new, self._progress)
+
+
+_MOMENT = "moment_"  # begins the names of their files
 
 
 def save_leaves(path: pathlib.Path, tree: Any) -> None:

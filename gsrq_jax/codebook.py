@@ -32,7 +32,7 @@ from gsrq_jax.frame import from_frame, to_frame
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 FORMAT = "gsrq-jax codebooks"
-VERSION = 1
+VERSION = 2  # 1 had neither metrics nor stages by layer
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +44,9 @@ class Codebooks:
     x[i], codebooks)``, or what ``jax.lax.scan`` hands out.
 
     Invariants (``validate`` checks them): ``key`` has ``spec.key.codebook_shape`` as its last four
-    axes, ``value`` has ``spec.value.codebook_shape``, all four arrays agree on ``L`` and ``H``,
-    codewords are float32 or bfloat16, means and frequencies float32, and all numbers are finite.
+    axes, ``value`` has ``spec.value.codebook_shape``, all arrays agree on ``L`` and ``H``,
+    codewords are float32 or bfloat16, the other arrays float32, and all numbers are finite. Where
+    the spec gives layers stages of their own, codewords of those that a layer does not have are 0.
 
     Attributes:
         key: codewords of the keys in the frame of ``spec``, ``[L, H, G, R, K, g]``.
@@ -53,6 +54,10 @@ class Codebooks:
         key_mean: mean key before RoPE, ``[L, H, d]``; zeros when keys are not centred.
         inv_freq: rotary frequencies of each layer in radians a token, ``[L, d / 2]``.
         spec: what the quantised cache looks like.
+        key_metric: factor ``A`` of the distance ``‖A(x − c)‖`` by which the encoder chooses codes,
+            in the frame of ``spec``, ``[L, H, d, d]``; None is the identity. Decoding has no use
+            for it.
+        value_metric: the same of the values.
     """
 
     key: Float[Array, "*L H G R K g"]
@@ -60,6 +65,8 @@ class Codebooks:
     key_mean: Float[Array, "*L H d"]
     inv_freq: Float[Array, "*L half_d"]
     spec: QuantSpec = dataclasses.field(metadata={"static": True})
+    key_metric: Float[Array, "*L H d d"] | None = None
+    value_metric: Float[Array, "*L H d d"] | None = None
 
     @property
     def layers(self) -> int | None:
@@ -87,9 +94,10 @@ class Codebooks:
         A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do.
         """
         framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
+        v, spec = v.astype(jnp.float32), self.spec
         return (
-            _encode(framed, self.key, self.spec.key, self.spec.beam),
-            _encode(v.astype(jnp.float32), self.value, self.spec.value, self.spec.beam),
+            _encode(framed, self.key, self.key_metric, spec.key, spec.beam),
+            _encode(v, self.value, self.value_metric, spec.value, spec.beam),
         )
 
     def decode(
@@ -118,13 +126,24 @@ def unpack(
     return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
 
 
-def _encode(x: Array, codewords: Array, code: ResidualSpec, beam: int) -> Array:
+def _encode(
+    x: Array, codewords: Array, metric: Array | None, code: ResidualSpec, beam: int
+) -> Array:
     """``[*lead, b, H, d]`` to packed ``[*lead, H, b, bytes]``."""
     heads = x.shape[-2]
     points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), code.dim)
+    if metric is not None:
+        points, codewords = under(metric, points), under(metric, codewords.astype(jnp.float32))
     codes = residual.encode(points, codewords, beam=beam)
     packed = packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
     return jnp.moveaxis(packed.reshape(heads, *x.shape[:-2], code.nbytes), 0, -3)
+
+
+def under(metric: Float[Array, "H d d"], x: Float[Array, "H *n d"]) -> Float[Array, "H *n d"]:
+    """``A x`` of each head's vectors: where its distance is the Euclidean one."""
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    moved = jnp.einsum("Hde,Hne->Hnd", metric, flat, precision=jax.lax.Precision.HIGHEST)
+    return moved.reshape(x.shape)
 
 
 def _decode(packed: Array, codewords: Array, code: ResidualSpec) -> Array:
@@ -136,11 +155,13 @@ def _decode(packed: Array, codewords: Array, code: ResidualSpec) -> Array:
 
 
 def _arrays(codebooks: Codebooks) -> dict[str, Any]:
-    return {
+    """Those that there are, by name."""
+    arrays = {
         f.name: getattr(codebooks, f.name)
         for f in dataclasses.fields(codebooks)
         if not f.metadata.get("static")
     }
+    return {name: x for name, x in arrays.items() if x is not None}
 
 
 def validate(codebooks: Codebooks) -> None:
@@ -163,7 +184,13 @@ def validate(codebooks: Codebooks) -> None:
         "value": (*lead, heads, *spec.value.codebook_shape),
         "key_mean": (*lead, heads, spec.head_dim),
         "inv_freq": (*lead, spec.head_dim // 2),
+        "key_metric": (*lead, heads, spec.head_dim, spec.head_dim),
+        "value_metric": (*lead, heads, spec.head_dim, spec.head_dim),
     }
+    by_layer = {"key": spec.key_stages, "value": spec.value_stages}
+    for name, code in (("key", spec.key), ("value", spec.value)):
+        if f"{name}_metric" in arrays and code.groups > 1:
+            raise InputError(f"{name}_metric is for whole heads; quantise them or leave it out")
     for name, x in arrays.items():
         if x.shape != shapes[name]:
             raise InputError(f"{name} has shape {x.shape}; the spec asks for {shapes[name]}")
@@ -174,6 +201,17 @@ def validate(codebooks: Codebooks) -> None:
         known = isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
         if known and not bool(jnp.isfinite(x).all()):
             raise InputError(f"{name} holds numbers that are not finite; train the codebooks again")
+        stages = by_layer.get(name)
+        if stages is not None and lead:
+            if len(stages) != lead[0]:
+                raise InputError(f"the spec has stages of {len(stages)} layers, {name} {lead[0]}")
+            if known and any(
+                bool(jnp.any(of[:, :, n:] != 0)) for of, n in zip(x, stages, strict=True)
+            ):
+                raise InputError(
+                    f"{name} has codewords in stages that the spec does not give to their layer; "
+                    "they must be 0"
+                )
 
 
 def save(

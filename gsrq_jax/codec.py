@@ -46,12 +46,6 @@ class Codec(Protocol):
 C = TypeVar("C", bound=Codec)
 
 
-def stored_bits(spec: CacheSpec) -> float:
-    """Bits a number that coded tokens take: codes, scales and whatever else a block keeps."""
-    stored = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(spec.code_shapes()))
-    return 8 * stored / (2 * spec.block * spec.head_dim)
-
-
 def respec(codec: C, **fields: Any) -> C:
     """The codec for caches with another ``window``, other ``sinks`` or another ``beam``.
 

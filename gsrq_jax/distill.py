@@ -6,6 +6,7 @@ the root mean square of their stage, so that one learning rate serves keys and v
 last stages.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,13 +54,8 @@ def moved(codebooks: Codebooks, moves: Moves) -> Codebooks:
         rms = jnp.sqrt(jnp.mean(jnp.square(words), axis=(-2, -1), keepdims=True))
         return words + rms * move
 
-    return Codebooks(
-        key=add(codebooks.key, moves["key"]),
-        value=add(codebooks.value, moves["value"]),
-        key_mean=codebooks.key_mean,
-        inv_freq=codebooks.inv_freq,
-        spec=codebooks.spec,
-    )
+    key, value = add(codebooks.key, moves["key"]), add(codebooks.value, moves["value"])
+    return dataclasses.replace(codebooks, key=key, value=value)
 
 
 def step(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError
@@ -23,6 +24,7 @@ from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec, check_beam
 
 RIDGE = 0.1  # the best of 0.01, 0.1 and 1 on held-out keys and values, 16 points a cell
+CODES = "codes"  # name by which a rematerialisation policy can save what `encode` returns
 MOST_UNKNOWNS = 16384  # of a refit, whose equations then take a gibibyte
 _FLOATS = 2**24  # that encoding holds of scores at a time, unless told
 
@@ -442,7 +444,8 @@ def encode(
 
     if chunk is None:
         chunk = max(1, _FLOATS // (math.prod(lead) * groups * _slots(beam) * k))
-    return jnp.moveaxis(_in_chunks(of_chunk, chunk, jnp.moveaxis(x, -2, 0)), 0, -3)
+    codes = _in_chunks(of_chunk, chunk, jnp.moveaxis(x, -2, 0))
+    return checkpoint_name(jnp.moveaxis(codes, 0, -3), CODES)
 
 
 # The beam: slots 0 … beam − 1 hold partial sums, best first, and one more the greedy one. (A beam

@@ -1,4 +1,6 @@
-"""How much each key or value vector matters: gradient norms to weights of the codebook training."""
+"""How much vectors matter, and directions in them: gradient norms to weights, second moments to
+metrics.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -34,3 +36,34 @@ def log_smooth(norms: Float[Array, "*shape N"]) -> Float[Array, "*shape N"]:
     median = jnp.median(norms, axis=-1, keepdims=True)
     ratio = norms / jnp.where(median > 0, median, 1)
     return jnp.where(median > 0, jnp.log1p(ratio), 1)
+
+
+def metric(moment: Float[Array, "*lead d d"], power: float = 0.5) -> Float[Array, "*lead d d"]:
+    """The factor ``A`` of a distance ``‖A(x − c)‖`` from a second moment of what an error meets.
+
+    ``AᵀA`` is ``moment`` to the power ``power``, scaled to a mean eigenvalue of 1, and mixed with
+    2 % of the identity so that ``A`` can be inverted. The moment itself, power 1, would be right
+    if errors were small and codes free to follow it; measured, a few directions then take all
+    stages and perplexity rises although the weighted error halves. Half the power is the best of
+    0, ½ and 1 on SmolLM2 (ours).
+
+    Args:
+        moment: ``E[g gᵀ]``, symmetric, of gradients, queries or an output projection.
+        power: from 0, the Euclidean distance, to 1.
+
+    Returns:
+        float32, symmetric; the identity where the moment is 0.
+    """
+    scale = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / moment.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(moment.shape[-1]), moment.shape)
+    values, vectors = jnp.linalg.eigh(jnp.where(scale > 0, moment / scale, eye))
+    values = jnp.maximum(values, _LEAST) ** power
+    values = (1 - _MIXED) * values / values.mean(-1, keepdims=True) + _MIXED
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum(
+        "...ij,...j,...kj->...ik", vectors, jnp.sqrt(values), vectors, precision=exact
+    )
+
+
+_LEAST = 1e-6  # eigenvalue of a moment of mean 1, against rounding below 0
+_MIXED = 0.02  # share of the identity

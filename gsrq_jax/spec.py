@@ -6,6 +6,7 @@ Bits are derived from the shape of the code, never stored beside it.
 
 import dataclasses
 import math
+import statistics
 from typing import Any, Literal, Self
 
 import jax
@@ -146,6 +147,12 @@ class CacheSpec:
         """Slots of the exact window."""
         return self.window + self.block
 
+    @property
+    def stored_bits(self) -> float:
+        """Bits a number that coded tokens take: codes, scales and whatever else a block keeps."""
+        stored = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(self.code_shapes()))
+        return 8 * stored / (2 * self.block * self.head_dim)
+
     def code_shapes(self) -> tuple[Any, Any]:
         """What one head keeps of one block of keys, and of values.
 
@@ -165,6 +172,9 @@ class QuantSpec(CacheSpec):
             its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
         beam: partial sums that the encoder keeps from stage to stage, 1 to 32; 1 is greedy.
             Codebooks are also trained with it, and serve any other.
+        key_stages: stages of the keys of each layer where layers differ, the most of them
+            ``key.stages``; None where all have that many.
+        value_stages: the same of the values.
 
     ``block``, ``window`` and ``sinks`` are those of `CacheSpec`.
 
@@ -176,6 +186,8 @@ class QuantSpec(CacheSpec):
     value: ResidualSpec
     frame: Frame = "block"
     beam: int = 1
+    key_stages: tuple[int, ...] | None = None
+    value_stages: tuple[int, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,6 +199,26 @@ class QuantSpec(CacheSpec):
             )
         if self.frame not in FRAMES:
             raise InputError(f"unknown frame {self.frame!r}; choose one of {', '.join(FRAMES)}")
+        if (self.key_stages is None) != (self.value_stages is None):
+            raise InputError("key_stages and value_stages are given together or not at all")
+        if self.key_stages is None or self.value_stages is None:
+            return
+        if len(self.key_stages) != len(self.value_stages):
+            raise InputError(
+                f"key_stages are of {len(self.key_stages)} layers and value_stages of "
+                f"{len(self.value_stages)}; a model has one number"
+            )
+        for name, stages, code in (
+            ("key", self.key_stages, self.key),
+            ("value", self.value_stages, self.value),
+        ):
+            if code.groups > 1:
+                raise InputError("stages can differ between layers only for whole heads")
+            if min(stages, default=0) < 1 or max(stages) != code.stages:
+                raise InputError(
+                    f"{name}_stages must be at least 1 and the most of them {name}.stages, "
+                    f"{code.stages}, got {stages}"
+                )
 
     @classmethod
     def from_bits(
@@ -209,11 +241,28 @@ class QuantSpec(CacheSpec):
 
     @property
     def bits(self) -> float:
-        """Nominal bits a number, keys and values together."""
-        return (self.key.bits + self.value.bits) / 2
+        """Nominal bits a number, keys and values together, mean over layers."""
+        return sum(statistics.fmean(code.bits for code in codes) for codes in self.layer_codes) / 2
+
+    @property
+    def stored_bits(self) -> float:
+        """See `CacheSpec.stored_bits`; mean over layers."""
+        stored = sum(statistics.fmean(code.nbytes for code in codes) for codes in self.layer_codes)
+        return 8 * stored / (2 * self.head_dim)
+
+    @property
+    def layer_codes(self) -> tuple[tuple[ResidualSpec, ...], tuple[ResidualSpec, ...]]:
+        """The code of the keys, and of the values, of each layer; of one where all are alike."""
+
+        def codes(code: ResidualSpec, stages: tuple[int, ...] | None) -> tuple[ResidualSpec, ...]:
+            if stages is None:
+                return (code,)
+            return tuple(dataclasses.replace(code, stages=s) for s in stages)
+
+        return codes(self.key, self.key_stages), codes(self.value, self.value_stages)
 
     def code_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Packed codes of a block: uint8 ``[block, bytes]``, keys and values."""
+        """Packed codes of a block: uint8 ``[block, bytes]``, keys and values, of most stages."""
         key, value = (
             jax.ShapeDtypeStruct((self.block, code.nbytes), jnp.uint8)
             for code in (self.key, self.value)
@@ -221,15 +270,14 @@ class QuantSpec(CacheSpec):
         return key, value
 
     def __str__(self) -> str:
-        def code(c: ResidualSpec) -> str:
+        def code(c: ResidualSpec, by_layer: tuple[int, ...] | None) -> str:
             split = "" if c.groups == 1 else f" × {c.groups} groups"
-            return f"{c.stages} stages × {c.codewords} codewords{split}"
+            least = c.stages if by_layer is None else min(by_layer)
+            stages = f"{c.stages}" if least == c.stages else f"{least} to {c.stages}"
+            return f"{stages} stages × {c.codewords} codewords{split}"
 
-        both = (
-            code(self.key)
-            if self.key == self.value
-            else f"keys {code(self.key)}, values {code(self.value)}"
-        )
+        key, value = code(self.key, self.key_stages), code(self.value, self.value_stages)
+        both = key if key == value else f"keys {key}, values {value}"
         return (
             f"{self.bits:g} bit, {both}, head {self.head_dim}, frame {self.frame}, "
             f"blocks of {self.block}, window {self.window}, sinks {self.sinks}"
@@ -250,6 +298,9 @@ class QuantSpec(CacheSpec):
         try:
             rest = dict(data)
             key, value = ResidualSpec(**rest.pop("key")), ResidualSpec(**rest.pop("value"))
+            for name in ("key_stages", "value_stages"):
+                if rest.get(name) is not None:
+                    rest[name] = tuple(rest[name])
             return cls(key=key, value=value, **rest)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a quantisation spec ({error}): {data}") from error

@@ -1,6 +1,7 @@
 """The commands: flags to a frozen config, bad input to one line and exit code 2."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
@@ -23,13 +24,14 @@ def run(
     action: Callable[[Config], Any],
     arguments: list[str] | None,
     after: str = "",
+    default: Config | None = None,
 ) -> None:
     """Parse ``arguments`` (None: the command line) into a ``config`` and act on it.
 
     Exits with code 2 and one line on stderr for bad input or a failing disk, 130 when interrupted.
     """
     try:
-        action(tyro.cli(config, args=arguments))
+        action(tyro.cli(config, args=arguments, default=default))
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -44,7 +46,24 @@ def run(
 
 def train(arguments: list[str] | None = None) -> None:
     """``gsrq-train`` and ``train_codebooks.py``."""
-    run(training.TrainConfig, training.train, arguments, "; the same command goes on from here")
+    run(
+        training.TrainConfig,
+        training.train,
+        arguments,
+        "; the same command goes on from here",
+        default=_preset(sys.argv[1:] if arguments is None else arguments),
+    )
+
+
+def _preset(arguments: list[str]) -> training.TrainConfig:
+    """The defaults that ``--preset`` asks for; one that is not known is refused with the flags."""
+    name = "demo"
+    for flag, value in itertools.pairwise([*arguments, ""]):
+        if flag == "--preset":
+            name = value
+        elif flag.startswith("--preset="):
+            name = flag.partition("=")[2]
+    return next((c for key, c in training.PRESETS.items() if key == name), training.TrainConfig())
 
 
 def longbench(arguments: list[str] | None = None) -> None:

@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from gsrq_jax import calibration, distill
 from gsrq_jax.codebook import Codebooks
+from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, generation, text
 from gsrq_jax.models.loading import LoadedModel
 from gsrq_jax.models.tokenizer import Tokenizer
+from gsrq_jax.spec import check_beam
 
 CALIBRATION, SAMPLED = "calibration", "sampled"
 
@@ -44,6 +46,8 @@ class DistillConfig:
         ema: decay of an average of the codewords that is checked and kept instead of the last
             ones; 0 is none.
         copies: passages of each sequence that come a second time in it.
+        beam: of the encoder while codewords move; the cache keeps its own, which then finds codes
+            at least as near.
         check_every: steps from one check on held-out sequences to the next.
         text: ``calibration``, the end of which is then not calibrated on but checked on;
             ``sampled`` for text that the model writes itself; or a text file.
@@ -58,6 +62,7 @@ class DistillConfig:
     b2: float = 0.99
     ema: float = 0.0
     copies: int = 4
+    beam: int = 1
     check_every: int = 20
     text: str = CALIBRATION
     tokens: int = 65_536
@@ -136,6 +141,7 @@ def _validate(config: DistillConfig) -> None:
     for name in ("steps", "copies", "warmup"):
         if getattr(config, name) < 0:
             refuse(name, "at least 0")
+    check_beam(config.beam)
     for name in ("b2", "ema"):
         if not 0 <= getattr(config, name) < 1:
             refuse(name, "from 0 to below 1")
@@ -229,6 +235,7 @@ def refine(
         devices: that share the sequences of a step, as many as divide them evenly; None is all
             local ones.
     """
+    kept, codebooks = codebooks, respec(codebooks, beam=config.beam)
     held = held_out(len(rows))
     start = len(_start(model))
     source, checked = rows[:-held], rows[-held:].copy()
@@ -288,7 +295,7 @@ def refine(
         shown = losses[-1] if losses else checks[-1].train
         bar.set_postfix(kl=f"{shown:.4f}", held_out=f"{checks[-1].held_out:.4f}")
     found = Refinement(_kept(checks), len(source), held, checks)
-    return _settled(codebooks, best), found
+    return _settled(kept, best), found
 
 
 def _optimizer(config: DistillConfig) -> optax.GradientTransformation:

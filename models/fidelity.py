@@ -19,7 +19,7 @@ import tyro
 from jaxtyping import Int
 from tqdm import tqdm
 
-from gsrq_jax import codec, results
+from gsrq_jax import results
 from gsrq_jax.cache import init_cache
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, loading, methods, text
@@ -159,7 +159,7 @@ def _sequences(config: FidelityConfig, model: loading.LoadedModel) -> Int[np.nda
 def effective_bits(spec: CacheSpec | None, config: LlamaConfig, length: int) -> float:
     """Bits a number of a cache of ``length`` tokens: codes, scales, window and sinks in bfloat16.
 
-    From the arrays of the cache, of one layer; codebooks are not in it.
+    From the arrays of the cache; codebooks are not in it.
     """
     cache = jax.eval_shape(
         lambda: init_cache(
@@ -168,9 +168,10 @@ def effective_bits(spec: CacheSpec | None, config: LlamaConfig, length: int) -> 
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             max_length=length,
+            layers=config.layers,
         )
     )
-    return 8 * cache.nbytes / (2 * length * config.kv_heads * config.head_dim)
+    return 8 * cache.nbytes / (2 * length * config.layers * config.kv_heads * config.head_dim)
 
 
 def facts(
@@ -182,7 +183,7 @@ def facts(
         "method": method,
         "title": methods.title(method),
         "bits": 16.0 if spec is None else spec.bits,
-        "bits_stored": 16.0 if spec is None else codec.stored_bits(spec),
+        "bits_stored": 16.0 if spec is None else spec.stored_bits,
         "bits_effective": effective_bits(spec, model.config, length),
         "length": length,
     }

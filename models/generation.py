@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from gsrq_jax.attention import attend, causal
-from gsrq_jax.cache import KVCache, append, init_cache
+from gsrq_jax.cache import KVCache, append, init_cache, layer_views, stack_layers
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
@@ -123,7 +123,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     hidden, cache = llama.apply(graphdef, params, tokens, positions, layer, codec)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
-    return llama.logits(graphdef, params, last), cache
+    return llama.logits(graphdef, params, last), stack_layers(cache)
 
 
 def refilled(
@@ -161,7 +161,7 @@ def refilled(
         )
         return append(empty, k, v, codec, count)
 
-    return jax.lax.map(layer, (k, v, codec))
+    return stack_layers(jax.lax.map(layer, (k, v, codec)))
 
 
 def extend(
@@ -180,11 +180,12 @@ def extend(
         Logits after each sequence's last new token (of the first where there is none), the cache.
     """
     positions = cache.length[0][:, None] + jnp.arange(tokens.shape[1])
+    views, view = layer_views(cache)
 
-    def layer(q: Array, k: Array, v: Array, held: tuple[KVCache, Codec | None]):
-        return attend(q, k, v, *held, count), (k, v)
+    def layer(q: Array, k: Array, v: Array, held: tuple[Any, Codec | None]):
+        return attend(q, k, v, view(held[0]), held[1], count), (k, v)
 
-    hidden, (k, v) = llama.apply(graphdef, params, tokens, positions, layer, (cache, codec))
+    hidden, (k, v) = llama.apply(graphdef, params, tokens, positions, layer, (views, codec))
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return llama.logits(graphdef, params, last), append(cache, k, v, codec, count)
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from gsrq_jax import residual
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.rope import rotate
 
@@ -138,7 +139,8 @@ class Llama(nnx.Module):
             attention: see :data:`Attention`; the only place where tokens meet.
             per_layer: pytree with a leading axis of layers, whose slices are ``attention``'s
                 ``x_layer``.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: recompute each layer in the backward pass instead of keeping its activations;
+                codes alone are kept.
 
         Returns:
             Hidden states in the parameters' dtype; the ``y_layer`` stacked on a leading axis.
@@ -150,7 +152,8 @@ class Llama(nnx.Module):
             return nnx.merge(graphdef, state)(h, positions, attention, x_layer)
 
         if remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+            policy = jax.checkpoint_policies.save_only_these_names(residual.CODES)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         h, y = jax.lax.scan(body, self.embed_tokens(tokens), (state, per_layer))
         return self.norm(h), y
 
@@ -187,6 +190,15 @@ def logits(
 ) -> Float32[Array, "*n vocab"]:
     """:meth:`Llama.logits` as a pure function of the parameters."""
     return nnx.merge(graphdef, params).logits(hidden)
+
+
+def output_moments(graphdef: nnx.GraphDef[Llama], params: nnx.State) -> Float32[Array, "L H d d"]:
+    """``W_oᵀW_o`` of each KV head's values: the sum over the query heads that read it."""
+    model = nnx.merge(graphdef, params)
+    c = model.config
+    weights = model.layers.self_attn.o_proj.kernel[...].astype(jnp.float32)
+    weights = weights.reshape(c.layers, c.kv_heads, -1, c.head_dim, c.hidden_size)
+    return jnp.einsum("LHqdo,LHqeo->LHde", weights, weights)
 
 
 def abstract(

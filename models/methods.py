@@ -4,17 +4,24 @@ A name is a family, or a family and a rate, ``family@bits``. Those that learn ar
 same samples. A family whose stages are learned and encoded one after the other is fitted once, at
 the highest rate asked for: its first stages are those of every lower rate.
 
-``+beam8`` after a name of residual codes, as in ``gsrq@1+beam8``, is another encoder for the same
-codebooks.
+Residual codes take options after their name, each with a ``+``, as in ``gsrq@1+k16+beam8``:
+
+- ``beam8`` encodes with a beam of that width; folders of codebooks take it, too;
+- ``refits2`` fits all stages anew together so often, and trains with the beam;
+- ``k16`` has that many codewords a stage;
+- ``pre``, ``post`` or ``block512`` is another rotary frame, ``uncentred`` keeps the mean key in;
+- ``kgradient``, ``kqueries``, ``vgradient``, ``voutput`` are metrics of keys and values, and
+  ``power0.7`` the power of their moments.
 """
 
 import dataclasses
 import functools
 import hashlib
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +35,7 @@ from gsrq_jax.calibration import FitOptions, LayerSamples, SampleStore
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import loading, text, training
+from gsrq_jax.models import llama, loading, text, training
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.runfolder import claim
 from gsrq_jax.spec import CacheSpec, QuantSpec, check_beam
@@ -70,7 +77,8 @@ class Family:
             is learned and ``spec`` alone makes a `uniform.Uniform`.
         bits: the only rate, for families without ``@bits``.
         nested: whether the first stages of a higher rate are those of a lower one.
-        beam: whether the encoder may be a beam search.
+        options: how residual codes are learned; None for other methods, which take no options.
+        weigh: whether residual codes are learned with weights.
     """
 
     title: str
@@ -78,36 +86,41 @@ class Family:
     fit: Callable[..., Any] | None = None
     bits: float | None = None
     nested: bool = False
-    beam: bool = False
+    options: FitOptions | None = None
+    weigh: bool = False
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh"))
-def _residual(
-    rng: Key[Array, ""],
-    samples: LayerSamples,
-    inv_freq: Float[Array, " half"],
-    spec: QuantSpec,
-    *,
-    options: FitOptions,
-    weigh: bool,
-) -> Codebooks:
-    k, v, k_norms, v_norms, positions = map(jnp.asarray, samples)
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What stands after a name of residual codes.
 
-    def whole(norms: Array) -> Array | None:
-        return jnp.sqrt(jnp.sum(jnp.square(norms), axis=-1)) if weigh else None
+    Attributes:
+        text: as it stands there, but for the beam.
+        beam: of the encoder.
+        spec: fields of `QuantSpec.from_bits`.
+        fit: fields of `FitOptions`.
+    """
 
-    books, _ = calibration.fit_layer(
-        rng,
-        k,
-        v,
-        positions,
-        inv_freq,
-        spec,
-        k_norms=whole(k_norms),
-        v_norms=whole(v_norms),
-        options=options,
-    )
-    return codebook.stored(books)
+    text: str = ""
+    beam: int | None = None
+    spec: tuple[tuple[str, Any], ...] = ()
+    fit: tuple[tuple[str, Any], ...] = ()
+
+
+# Of the spec or of the fit, which field, and its value or how that is read from the number.
+_OPTIONS: dict[str, tuple[Literal["spec", "fit"], str, Any]] = {
+    "refits": ("fit", "refits", int),
+    "k": ("spec", "codewords", int),
+    "block": ("spec", "block", int),
+    "pre": ("spec", "frame", "pre"),
+    "post": ("spec", "frame", "post"),
+    "uncentred": ("fit", "center", False),
+    "kgradient": ("fit", "key_metric", "gradient"),
+    "kqueries": ("fit", "key_metric", "queries"),
+    "vgradient": ("fit", "value_metric", "gradient"),
+    "voutput": ("fit", "value_metric", "output"),
+    "power": ("fit", "metric_power", float),
+}
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "weighted", "iterations"))
@@ -158,8 +171,8 @@ def _commvq(bits: float, config: LlamaConfig, **fields: Any) -> CacheSpec:
 
 
 def _rq(title: str, weigh: bool, **options: Any) -> Family:
-    fit = functools.partial(_residual, options=FitOptions(**options), weigh=weigh)
-    return Family(title, _of_heads(QuantSpec.from_bits), fit, nested=True, beam=True)
+    spec = _of_heads(QuantSpec.from_bits)
+    return Family(title, spec, nested=True, options=FitOptions(**options), weigh=weigh)
 
 
 _rounded, _kivi = uniform.UniformSpec.rounded, uniform.UniformSpec.kivi
@@ -208,14 +221,16 @@ def parse(name: str) -> tuple[str, float]:
 
 def title(name: str) -> str:
     """The method's name in a table."""
-    name, beam = _split_beam(name)
-    if beam is not None:
-        return f"{title(name)}, beam {beam}"
-    if name == FULL:
-        return "full precision"
-    if _is_folder(name):
-        return pathlib.Path(name).name
-    return FAMILIES[parse(name)[0]].title
+    base, options = _split(name)
+    if base == FULL:
+        text = "full precision"
+    elif _is_folder(base):
+        path = pathlib.Path(base)  # of codebooks in a run's folder the run's name says more
+        text = path.parent.name if path.name == "codebooks" and path.parent.name else path.name
+    else:
+        text = FAMILIES[parse(base)[0]].title
+    beam = () if options.beam is None else (f"beam {options.beam}",)
+    return ", ".join([text, *options.text.split("+")[1:], *beam])
 
 
 def resolve(
@@ -241,47 +256,96 @@ def resolve(
         InputError: for a name, rate, folder, text or work folder that cannot be used; before
             anything is fitted where it can be known.
     """
-    names = list(dict.fromkeys(names))
-    parts = {name: _split_beam(name) for name in names}
+    parts = {name: _split(name) for name in names}
     fields = {k: v for k, v in (("window", window), ("sinks", sinks)) if v is not None}
     found: dict[str, Codec | None] = {}
-    wanted: dict[str, dict[str, Any]] = {}  # of families that learn: name to spec
-    for name in dict.fromkeys(name for name, _ in parts.values()):
-        if name == FULL:
+    wanted: dict[_Fit, dict[float, Any]] = {}  # what is fitted: bits to spec
+    for name, (base, options) in parts.items():
+        if base == FULL:
             found[name] = None
-        elif _is_folder(name):
-            books = codebook.load(pathlib.Path(name), model=model.fingerprint)
+        elif _is_folder(base):
+            books = codebook.load(pathlib.Path(base), model=model.fingerprint)
             found[name] = codec.respec(books, **fields)
         else:
-            family, bits = parse(name)
-            spec = FAMILIES[family].spec(bits, model.config, **fields)
-            if FAMILIES[family].fit is None:
+            family, bits = parse(base)
+            spec = FAMILIES[family].spec(bits, model.config, **fields, **dict(options.spec))
+            if FAMILIES[family].fit is None and FAMILIES[family].options is None:
                 found[name] = uniform.Uniform(spec)
-            else:
-                wanted.setdefault(family, {})[name] = spec
+                continue
+            fit = _Fit(family, options if _trains_with_beam(options) else _without_beam(options))
+            if fit.options.beam is not None:
+                spec = dataclasses.replace(spec, beam=fit.options.beam)
+            wanted.setdefault(fit, {})[bits] = spec
     if wanted:
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary) if work is None else work
-            found |= _fitted(wanted, model, calibration or Calibration(), folder)
-    return {name: _with_beam(found[part], beam) for name, (part, beam) in parts.items()}
+            fitted = _fitted(wanted, model, calibration or Calibration(), folder)
+        for name, (base, options) in parts.items():
+            if name not in found:
+                family, bits = parse(base)
+                own = options if _trains_with_beam(options) else _without_beam(options)
+                found[name] = fitted[_Fit(family, own), bits]
+    return {name: _with_beam(found[name], options.beam) for name, (_, options) in parts.items()}
 
 
-def _split_beam(name: str) -> tuple[str, int | None]:
-    """``gsrq@1+beam8`` to ``gsrq@1`` and 8; None for a name without.
+class _Fit(NamedTuple):
+    """Codecs of all rates that are learned in the same way."""
+
+    family: str
+    options: Options
+
+
+def _trains_with_beam(options: Options) -> bool:
+    return dict(options.fit).get("refits", 0) > 0
+
+
+def _without_beam(options: Options) -> Options:
+    return dataclasses.replace(options, beam=None)
+
+
+def _split(name: str) -> tuple[str, Options]:
+    """``gsrq@1+k16+beam8`` to ``gsrq@1`` and its options.
 
     Raises:
-        InputError: if there is no such beam, or nothing that it could encode with.
+        InputError: if there is no such option, or nothing that could have it.
     """
-    part, plus, width = name.rpartition("+beam")
-    if not plus or _is_folder(name):
-        return name, None
-    if not (width.isascii() and width.isdigit()):
-        raise InputError(f"the method {name!r} has no such beam; write +beam8 for a width of 8")
-    check_beam(int(width))
-    if not _is_folder(part) and (part == FULL or not FAMILIES[parse(part)[0]].beam):
-        able = ", ".join(name for name, family in FAMILIES.items() if family.beam)
-        raise InputError(f"{part!r} has no beam; {able} and folders of codebooks have one")
-    return part, int(width)
+    if _is_folder(name):
+        return name, Options()
+    base, *texts = name.split("+")
+    while texts and not _is_folder(base) and _is_folder(f"{base}+{texts[0]}"):
+        base = f"{base}+{texts.pop(0)}"  # a folder with a plus in its name
+    if not texts:
+        return name, Options()
+    folder = _is_folder(base)
+    if not folder and (base == FULL or FAMILIES[parse(base)[0]].options is None):
+        able = ", ".join(name for name, family in FAMILIES.items() if family.options is not None)
+        raise InputError(f"{base!r} takes no options; {able} do, and folders of codebooks a beam")
+    beam: int | None = None
+    fields: dict[str, dict[str, Any]] = {"spec": {}, "fit": {}}
+    kept = ""
+    for part in texts:
+        option = re.fullmatch(r"([a-z]+)([0-9.]*)", part)
+        word, number = option.groups() if option else ("", "")
+        where, field, value = ("", "beam", int) if word == "beam" else _OPTIONS.get(word, _NONE)
+        if field == "" or (folder and where) or callable(value) != bool(number):
+            able = {"beam": ("", "", int)} | ({} if folder else _OPTIONS)
+            known = ", ".join(f"+{w}{'N' if callable(v) else ''}" for w, (_, _, v) in able.items())
+            raise InputError(f"the method {name!r} has no option +{part}; there are {known}")
+        if number:
+            try:
+                value = value(number)
+            except ValueError:
+                raise InputError(f"+{part} in the method {name!r} needs a whole number") from None
+        if where:
+            fields[where][field] = value
+            kept += f"+{part}"
+        else:
+            check_beam(value)
+            beam = value
+    return base, Options(kept, beam, *(tuple(fields[where].items()) for where in ("spec", "fit")))
+
+
+_NONE = ("", "", None)
 
 
 def _with_beam(books: Codec | None, beam: int | None) -> Codec | None:
@@ -289,13 +353,13 @@ def _with_beam(books: Codec | None, beam: int | None) -> Codec | None:
 
 
 def _fitted(
-    wanted: dict[str, dict[str, Any]],
+    wanted: dict[_Fit, dict[float, Any]],
     model: loading.LoadedModel,
     calibration: Calibration,
     work: pathlib.Path,
-) -> dict[str, Codec]:
+) -> dict[tuple[_Fit, float], Codec]:
     tokens = _tokens(calibration, model)
-    specs = [spec for by_name in wanted.values() for spec in by_name.values()]
+    specs = [spec for by_bits in wanted.values() for spec in by_bits.values()]
     first = specs[0].sinks
     claim(
         work,
@@ -317,17 +381,18 @@ def _fitted(
         dim=model.config.head_dim,
         first=first,
         splits=_splits(model.config.head_dim),
+        moments=True,
     )
     training.capture(model, tokens, store, weigh=True)
-    found: dict[str, Codec] = {}
-    for family, by_name in wanted.items():
-        if FAMILIES[family].nested:
-            top = max(by_name.values(), key=lambda spec: spec.bits)
-            whole = _fit(family, top, model, calibration, store, work)
-            found |= {name: _first_stages(whole, spec) for name, spec in by_name.items()}
+    found: dict[tuple[_Fit, float], Codec] = {}
+    for fit, by_bits in wanted.items():
+        if FAMILIES[fit.family].nested and not _trains_with_beam(fit.options):
+            top = max(by_bits.values(), key=lambda spec: spec.bits)
+            whole = _fit(fit, top, model, calibration, store, work)
+            found |= {(fit, bits): _first_stages(whole, spec) for bits, spec in by_bits.items()}
         else:
-            for name, spec in by_name.items():
-                found[name] = _fit(family, spec, model, calibration, store, work)
+            for bits, spec in by_bits.items():
+                found[fit, bits] = _fit(fit, spec, model, calibration, store, work)
     return found
 
 
@@ -345,7 +410,7 @@ def _tokens(calibration: Calibration, model: loading.LoadedModel) -> Int[np.ndar
 
 
 def _fit(
-    family: str,
+    fit: _Fit,
     spec: Any,
     model: loading.LoadedModel,
     options: Calibration,
@@ -353,17 +418,35 @@ def _fit(
     work: pathlib.Path,
 ) -> Codec:
     """All layers' codecs, stacked; kept in ``work``."""
-    fit = FAMILIES[family].fit
-    assert fit is not None
-    one = functools.partial(fit, spec=spec)
+    family = FAMILIES[fit.family]
     inv_freq = jnp.asarray(model.config.inv_freq, jnp.float32)
-    rngs = jax.random.split(jax.random.key(options.seed), store.layers)
-    shapes = jax.eval_shape(one, rngs[0], store.layer(0), inv_freq)
-    file = work / f"{family}-{spec.bits:g}.npz"
+    rngs = training.layer_rngs(options.seed, store.layers)
+    outputs = llama.output_moments(model.graphdef, model.params)
+    changed = family.options and dataclasses.replace(family.options, **dict(fit.options.fit))
+
+    def one(index: int, samples: LayerSamples) -> Codec:
+        if changed is None:
+            assert family.fit is not None
+            return family.fit(rngs[index], samples, inv_freq, spec=spec)
+        books, _ = training.fit_layer(
+            rngs[index],
+            samples,
+            inv_freq,
+            outputs[index],
+            spec,
+            options=changed,
+            weigh=family.weigh,
+        )
+        return codebook.stored(books)
+
+    shapes = jax.eval_shape(functools.partial(one, 0), store.layer(0))
+    beam = "" if fit.options.beam is None else f"+beam{fit.options.beam}"
+    name = f"{fit.family}@{spec.bits:g}{fit.options.text}{beam}"
+    file = work / f"{name}.npz"
     if not file.exists():
         layers = [
-            jax.device_get(one(rngs[index], store.layer(index), inv_freq))
-            for index in tqdm(range(store.layers), desc=f"fit {family}@{spec.bits:g}", unit="layer")
+            jax.device_get(one(index, store.layer(index)))
+            for index in tqdm(range(store.layers), desc=f"fit {name}", unit="layer")
         ]
         # In float32, for npz files do not know bfloat16.
         calibration.save_leaves(

@@ -25,9 +25,9 @@ CONTEXTS = (8_192, 131_072)
 def cache_rows(codebooks: Codebooks) -> list[dict[str, Any]]:
     """Bytes of the cache of one sequence at `CONTEXTS`, beside bf16, from real arrays.
 
-    Arrays of one layer are made and counted; the others are of the same shapes.
+    At full precision arrays of one layer are made and counted; the others are of the same shapes.
     """
-    spec = codebooks.spec
+    spec, layers = codebooks.spec, codebooks.layers or 1
     shape: dict[str, Any] = {
         "batch": 1,
         "kv_heads": codebooks.kv_heads,
@@ -35,10 +35,8 @@ def cache_rows(codebooks: Codebooks) -> list[dict[str, Any]]:
     }
     rows = []
     for context in CONTEXTS:
-        ours, full = (
-            (codebooks.layers or 1) * init_cache(s, max_length=context, **shape).nbytes
-            for s in (spec, None)
-        )
+        ours = init_cache(spec, max_length=context, layers=layers, **shape).nbytes
+        full = layers * init_cache(None, max_length=context, **shape).nbytes
         rows.append(
             {
                 "context": context,
@@ -84,6 +82,7 @@ def write(
     length: int,
     tokens: int,
     refinement: Refinement | None = None,
+    allocation: dict[str, Any] | None = None,
 ) -> None:
     """Write ``report.json``, whole or not at all; `render` makes the rest from it.
 
@@ -97,6 +96,7 @@ def write(
         length: of a sequence of theirs.
         tokens: that were calibrated on.
         refinement: what distillation found, if there was any.
+        allocation: sensitivities that stages were given by, if they were.
     """
     spec = codebooks.spec
     caches = cache_rows(codebooks)
@@ -137,6 +137,7 @@ def write(
         cache=caches,
         fit=fit_rows(layers),
         distillation=None if refinement is None else _distillation(refinement),
+        allocation=allocation,
     )
 
 
@@ -211,17 +212,27 @@ def markdown(data: dict[str, Any]) -> str:
         "On the calibration samples, mean over heads, after the last stage: residual energy over "
         "the energy of what is coded, and cosine.",
         "",
-        "| layer | key distortion | key cosine | value distortion | value cosine |",
-        "| --- | --- | --- | --- | --- |",
+        "| layer | key stages | distortion | cosine | value stages | distortion | cosine |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    last = {(r["part"], r["layer"]): r for r in data["fit"] if r["stage"] == stages}
+    spec = data["spec"]
+    last = {(r["part"], r["layer"]): r for r in data["fit"]}  # the last stage's stay
     layers = 1 + max(row["layer"] for row in data["fit"])
     for layer in range(layers):
         key, value = last["key", layer], last["value", layer]
-        lines.append(
-            f"| {layer} | {key['distortion']:.3f} | {key['cosine']:.3f} "
-            f"| {value['distortion']:.3f} | {value['cosine']:.3f} |"
-        )
+        cells = [str(layer)]
+        for part, row in (("key", key), ("value", value)):
+            by_layer = spec.get(f"{part}_stages")
+            cells.append(str(spec[part]["stages"] if by_layer is None else by_layer[layer]))
+            cells += [f"{row['distortion']:.3f}", f"{row['cosine']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if found := data.get("allocation"):
+        lines += [
+            "",
+            f"Stages were given by sensitivity: the KL divergence on {found['sequences']} "
+            f"sequences with {found['low']} and with {found['high']} stages in one code at a time. "
+            f"The most that a code could get is {found['most']}.",
+        ]
     lines += [
         "",
         "## By stage",
@@ -237,7 +248,7 @@ def markdown(data: dict[str, Any]) -> str:
         for part in ("key", "value"):
             ours = [r for r in rows if r["part"] == part]
             for what in ("distortion", "cosine"):
-                cells.append(f"{np.mean([r[what] for r in ours]):.3f}")
+                cells.append(f"{np.mean([r[what] for r in ours]):.3f}" if ours else "")
         lines.append(f"| {stage} | {' | '.join(cells)} | {sum(r['dead'] for r in rows)} |")
     lines += _distillation_lines(data.get("distillation"))
     return "\n".join(lines) + "\n"

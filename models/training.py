@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from gsrq_jax import calibration, codebook
+from gsrq_jax import allocation, calibration, codebook, codec
+from gsrq_jax.allocation import Allocation
 from gsrq_jax.attention import causal
-from gsrq_jax.calibration import FitOptions, LayerReport, LayerSamples, SampleStore
+from gsrq_jax.calibration import FitOptions, LayerReport, LayerSamples, Moments, SampleStore
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import distillation, evaluation, llama, loading, report, text
@@ -34,6 +35,8 @@ from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
+Preset = Literal["demo", "fast", "balanced", "best"]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -42,6 +45,7 @@ class TrainConfig:
     Without flags this is the demo: a small model, the text that every Python carries, one bit.
 
     Attributes:
+        preset: other defaults of the flags below, see `PRESETS`; each flag still counts.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         text: text file to calibrate on, or ``python`` for the help topics of this Python.
         dataset: data set instead: hub id or folder, ``name`` or ``name:config``.
@@ -57,6 +61,9 @@ class TrainConfig:
         sinks: first tokens that stay exact.
         beam: partial sums that the encoder keeps, 1 (greedy) to 32, in training and in the cache;
             best together with ``fit.refits``.
+        allocate: ``uniform`` gives all vectors as many stages; ``sides`` gives keys and values, and
+            ``layers`` each layer's keys and values, what measured sensitivities say, at the same
+            bits in the mean.
         tokens: calibration tokens.
         length: tokens of a sequence.
         weights: ``gradient`` weighs tokens by the loss's sensitivity (GSRQ), ``none`` all alike.
@@ -73,6 +80,7 @@ class TrainConfig:
         out: folder of the run.
     """
 
+    preset: Preset = "demo"
     model: str = "demo"
     text: str = PYTHON_TOPICS
     dataset: str | None = None
@@ -87,6 +95,7 @@ class TrainConfig:
     window: int = 128
     sinks: int = 4
     beam: int = 1
+    allocate: Allocation = "uniform"
     tokens: int = 8_192
     length: int = 1024
     weights: Literal["gradient", "none"] = "gradient"
@@ -124,6 +133,35 @@ class TrainConfig:
         )
 
 
+def _presets() -> dict[Preset, TrainConfig]:
+    metrics = FitOptions(key_metric="gradient", value_metric="output")
+    fast = TrainConfig(
+        preset="fast",
+        tokens=98_304,
+        length=2048,
+        eval_length=2048,
+        fit=metrics,
+        out=pathlib.Path("runs/codebooks"),
+    )
+    balanced = dataclasses.replace(
+        fast,
+        preset="balanced",
+        allocate="layers",
+        distill=DistillConfig(steps=100, batch=2),
+    )
+    best = dataclasses.replace(
+        balanced,
+        preset="best",
+        beam=8,
+        distill=DistillConfig(steps=300, batch=2),
+    )
+    return {"demo": TrainConfig(), "fast": fast, "balanced": balanced, "best": best}
+
+
+PRESETS = _presets()
+"""Defaults by name: the demo on a CPU; three for a GPU, each better and slower than the last."""
+
+
 def train(config: TrainConfig) -> pathlib.Path:
     """Run the whole job, or the rest of it; returns the folder of the codebooks.
 
@@ -151,7 +189,7 @@ def _run(config: TrainConfig) -> None:
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
     tokens = texts.calibration
-    layer = _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
+    _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
     print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
 
     with writing(config.out):
@@ -167,9 +205,10 @@ def _run(config: TrainConfig) -> None:
             heads=model.config.kv_heads,
             dim=spec.head_dim,
             first=spec.sinks,
+            moments=config.fit.needs_moments,
         )
         capture(model, tokens, store, weigh=config.weights == "gradient")
-        codebooks, layers = _fit(config, spec, model, store, work, jax.tree.structure(layer))
+        codebooks, layers, allocated = _learn(config, spec, model, tokens, store, work)
         codebooks = codebook.stored(codebooks)
         refinement = None
         if config.distill.steps:
@@ -207,6 +246,7 @@ def _run(config: TrainConfig) -> None:
             length=held_out.shape[1],
             tokens=tokens.size,
             refinement=refinement,
+            allocation=allocated,
         )
 
 
@@ -319,7 +359,9 @@ def _held_out(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh", "splits"))
+@functools.partial(
+    jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh", "splits", "moments")
+)
 def key_value_samples(
     config: LlamaConfig,
     graphdef: nnx.GraphDef,
@@ -329,13 +371,15 @@ def key_value_samples(
     first: int,
     weigh: bool,
     splits: int = 1,
+    moments: bool = False,
 ) -> tuple[
     Float[Array, "L B n H d"],
     Float[Array, "L B n H d"],
     Float[Array, "L B n H ..."],
     Float[Array, "L B n H ..."],
+    Moments | None,
 ]:
-    """Rotated keys, values, and the norms of the loss's gradient with respect to each of them.
+    """Rotated keys, values, the norms of the loss's gradient with respect to each, and moments.
 
     The loss is the summed cross-entropy of the next tokens; gradients are taken with respect to
     zeros added to keys and values, so none is formed for the parameters. Tokens before ``first``
@@ -343,14 +387,23 @@ def key_value_samples(
 
     With several ``splits`` norms have one more axis: of each of that many parts of a head's
     channels, those of keys before RoPE (which mixes parts; whole heads keep their norm).
+
+    With ``moments`` there are also `calibration.Moments` of each sequence, ``[L, B, …]``; gradients
+    are taken for them whatever ``weigh`` is.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def power(q: Array) -> Array:  # [B, T, Q, d] to [B, H, d / 2]
+        pairs = jnp.square(q.astype(jnp.float32)).reshape(
+            *q.shape[:2], config.kv_heads, -1, 2, q.shape[-1] // 2
+        )
+        return pairs.mean(axis=(1, 3, 4))
 
     def forward(added: tuple[Array, Array] | None):
         def layer(q: Array, k: Array, v: Array, more: tuple[Array, Array] | None):
             if more is not None:
                 k, v = k + more[0], v + more[1]
-            return causal(q, k, v), (k, v)
+            return causal(q, k, v), (k, v, power(q) if moments else None)
 
         hidden, kv = llama.apply(
             graphdef, params, tokens, positions, layer, added, remat=added is not None
@@ -363,22 +416,32 @@ def key_value_samples(
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
         return -picked.sum(), kv
 
-    if weigh:
+    means = None
+    if weigh or moments:
         shape = (config.layers, *tokens.shape, config.kv_heads, config.head_dim)
         zeros = jnp.zeros(shape, jax.tree.leaves(params)[0].dtype)
-        gradients, (k, v) = jax.grad(loss, has_aux=True)((zeros, zeros))
+        gradients, (k, v, query) = jax.grad(loss, has_aux=True)((zeros, zeros))
         of_keys, of_values = (g.astype(jnp.float32) for g in gradients)
-        if splits > 1:
+        if splits > 1 or moments:
             of_keys = rotate(of_keys, -positions[..., None], config.inv_freq)
+        if moments:
+            seconds = (
+                jnp.einsum("LBnHd,LBnHe->LBHde", g, g) / g.shape[2]
+                for g in (of_keys[:, :, first:], of_values[:, :, first:])
+            )
+            means = Moments(*seconds, query)
+    if weigh:
         parts = [g.reshape(*g.shape[:-1], splits, -1) for g in (of_keys, of_values)]
         norms = [jnp.linalg.norm(g, axis=-1) for g in parts]
     else:
-        _, (k, v) = forward(None)
+        if not moments:
+            _, (k, v, _) = forward(None)
         norms = [jnp.ones((*k.shape[:-1], splits))] * 2
     if splits == 1:
         norms = [n[..., 0] for n in norms]
     k_norms, v_norms = norms
-    return tuple(x[:, :, first:] for x in (k, v, k_norms, v_norms))
+    k, v, k_norms, v_norms = (x[:, :, first:] for x in (k, v, k_norms, v_norms))
+    return k, v, k_norms, v_norms, means
 
 
 def capture(
@@ -396,34 +459,49 @@ def capture(
                 first=store.first,
                 weigh=weigh,
                 splits=store.splits,
+                moments=store.moments,
             )
-            store.put(index, *(x[:, 0] for x in samples))
+            store.put(index, *jax.tree.map(lambda x: x[:, 0], samples))
             bar.update(length)
 
 
-_fit_layer = jax.jit(calibration.fit_layer, static_argnames=("spec", "options"))
-
-
-def _fit_one(
-    config: TrainConfig,
-    spec: QuantSpec,
-    model: loading.LoadedModel,
-    index: int,
+@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh"))
+def fit_layer(
+    rng: Key[Array, ""],
     samples: LayerSamples,
+    inv_freq: Float[Array, " half"],
+    output: Float[Array, "H d d"] | None,
+    spec: QuantSpec,
+    *,
+    options: FitOptions,
+    weigh: bool,
 ) -> tuple[Codebooks, LayerReport]:
-    rng = jax.random.split(jax.random.key(config.seed), model.config.layers)[index]
-    weigh = config.weights == "gradient"
-    return _fit_layer(
+    """`calibration.fit_layer` of stored samples, compiled."""
+    k, v, k_norms, v_norms, positions, moments = jax.tree.map(jnp.asarray, samples)
+
+    def whole(norms: Array) -> Array | None:
+        if not weigh:
+            return None
+        return norms if norms.ndim == 2 else jnp.sqrt(jnp.sum(jnp.square(norms), axis=-1))
+
+    return calibration.fit_layer(
         rng,
-        samples.k,
-        samples.v,
-        samples.positions,
-        jnp.asarray(model.config.inv_freq),
-        spec=spec,
-        k_norms=samples.k_norms if weigh else None,
-        v_norms=samples.v_norms if weigh else None,
-        options=config.fit,
+        k,
+        v,
+        positions,
+        inv_freq,
+        spec,
+        k_norms=whole(k_norms),
+        v_norms=whole(v_norms),
+        moments=moments,
+        output=output,
+        options=options,
     )
+
+
+def layer_rngs(seed: int, layers: int) -> Key[Array, " L"]:
+    """A key for fitting each layer."""
+    return jax.random.split(jax.random.key(seed), layers)
 
 
 def _fitted_shapes(
@@ -434,14 +512,48 @@ def _fitted_shapes(
     Raises:
         InputError: if it cannot be fitted, so that this is known before the samples are taken.
     """
-    heads = (count, model.config.kv_heads)
+    heads, d = (count, model.config.kv_heads), spec.head_dim
 
     def shape(dtype: jax.typing.DTypeLike, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    vectors, norms = shape(jnp.bfloat16, *heads, spec.head_dim), shape(jnp.float32, *heads)
-    samples = LayerSamples(vectors, vectors, norms, norms, shape(jnp.int32, count))
-    return jax.eval_shape(functools.partial(_fit_one, config, spec, model, 0), samples)
+    vectors, norms = shape(jnp.bfloat16, *heads, d), shape(jnp.float32, *heads)
+    square = shape(jnp.float32, heads[1], d, d)
+    moments = Moments(square, square, shape(jnp.float32, heads[1], d // 2))
+    samples = LayerSamples(vectors, vectors, norms, norms, shape(jnp.int32, count), moments)
+    fit = functools.partial(fit_layer, spec=spec, options=config.fit, weigh=True)
+    return jax.eval_shape(fit, jax.random.key(0), samples, shape(jnp.float32, d // 2), square)
+
+
+def _learn(
+    config: TrainConfig,
+    spec: QuantSpec,
+    model: loading.LoadedModel,
+    tokens: Int[np.ndarray, "n T"],
+    store: SampleStore,
+    work: pathlib.Path,
+) -> tuple[Codebooks, LayerReport, dict[str, Any] | None]:
+    """Codebooks, what fitting them found, and sensitivities if stages were given by them.
+
+    For those, codebooks of twice the stages are fitted first: their first stages serve any lower
+    number. Without refits they are also the ones that stay.
+    """
+    if config.allocate == "uniform":
+        return *_fit(config, spec, model, store, work), None
+    wide = dataclasses.replace(
+        spec,
+        key=dataclasses.replace(spec.key, stages=2 * spec.key.stages),
+        value=dataclasses.replace(spec.value, stages=2 * spec.value.stages),
+    )
+    if not config.fit.refits:
+        probe = _fit(config, wide, model, store, work)
+        spec, found = _allocate(config, spec, model, tokens, *probe, work)
+        return *calibration.shortened(*probe, spec), found
+    quick = dataclasses.replace(config.fit, refits=0, iterations=5, warmup=3)
+    wide = dataclasses.replace(wide, beam=1)
+    probe = _fit(config, wide, model, store, work, options=quick, kind="probe")
+    spec, found = _allocate(config, spec, model, tokens, *probe, work)
+    return *_fit(config, spec, model, store, work), found
 
 
 def _fit(
@@ -450,17 +562,97 @@ def _fit(
     model: loading.LoadedModel,
     store: SampleStore,
     work: pathlib.Path,
-    tree: jax.tree_util.PyTreeDef,
+    *,
+    options: FitOptions | None = None,
+    kind: str = "layer",
 ) -> tuple[Codebooks, LayerReport]:
     """All layers' codebooks and reports, stacked; finished layers are kept in ``work``."""
+    rngs = layer_rngs(config.seed, store.layers)
+    inv_freq = jnp.asarray(model.config.inv_freq, jnp.float32)
+    outputs = llama.output_moments(model.graphdef, model.params)
+    trees: dict[QuantSpec, Any] = {}
     layers = []
     for index in tqdm(range(store.layers), desc="fit", unit="layer"):
-        file = work / f"layer-{index:03}.npz"
+        own = calibration.of_layer(spec, index)
+        file = work / f"{kind}-{index:03}.npz"
         if not file.exists():
-            fitted = _fit_one(config, spec, model, index, store.layer(index))
+            fitted = fit_layer(
+                rngs[index],
+                store.layer(index),
+                inv_freq,
+                outputs[index],
+                own,
+                options=config.fit if options is None else options,
+                weigh=config.weights == "gradient",
+            )
             calibration.save_leaves(file, fitted)
-        layers.append(jax.tree.unflatten(tree, calibration.load_leaves(file)))
+        if own not in trees:
+            count = store.sequences * store.tokens
+            trees[own] = jax.tree.structure(_fitted_shapes(config, own, model, count))
+        found = jax.tree.unflatten(trees[own], calibration.load_leaves(file))
+        layers.append(calibration.widened(*found, spec))
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+def _allocate(
+    config: TrainConfig,
+    spec: QuantSpec,
+    model: loading.LoadedModel,
+    tokens: Int[np.ndarray, "n T"],
+    books: Codebooks,
+    report: LayerReport,
+    work: pathlib.Path,
+) -> tuple[QuantSpec, dict[str, Any]]:
+    """The spec with stages by measured sensitivity, and what was measured, for the report.
+
+    ``books`` have twice the stages of ``spec``. The divergence of the model is measured, encoding
+    greedily, with fewer and with more stages in one side of one layer at a time.
+    """
+    base, layers = spec.key.stages, len(books.key)
+    step, most = max(1, round(base * 3 / 8)), books.spec.key.stages
+    books = codec.respec(codebook.stored(books), beam=1)
+    distortion = np.ones((layers, 2, most + 1))
+    for side, found in enumerate(report):
+        distortion[:, side, 1:] = np.asarray(found.error)[..., 0, :].mean(axis=1)
+
+    low, high = max(1, base - step), base + step
+    rows = tokens[-_PROBED:]
+    exact = [
+        evaluation.exact_hidden(model.graphdef, model.params, jnp.asarray(x)[None]) for x in rows
+    ]
+
+    def measured(stages: Int[np.ndarray, "L 2"]) -> float:
+        part = calibration.first_stages(books, stages[:, 0], stages[:, 1])
+        return evaluation.fidelity(model.graphdef, model.params, rows, part, exact=exact).kl
+
+    file = work / "sensitivity.npz"
+    losses = list(calibration.load_leaves(file)[0]) if file.exists() else []
+    probes = [(*at, n) for at in np.ndindex(layers, 2) for n in (low, high)]
+    for layer, side, n in tqdm(
+        probes[len(losses) :], initial=len(losses), total=len(probes), desc="probe", unit="code"
+    ):
+        stages = np.full((layers, 2), base)
+        stages[layer, side] = n
+        losses.append(measured(stages))
+        calibration.save_leaves(file, np.asarray(losses))
+    of_low, of_high = np.moveaxis(np.reshape(losses, (layers, 2, 2)), -1, 0)
+    slopes = allocation.slopes(of_low, of_high, distortion[..., low], distortion[..., high])
+    loss = slopes[..., None] * distortion
+
+    if config.allocate == "sides":
+        loss = loss.sum(axis=0, keepdims=True)
+    unit = math.gcd(base, max(1, 8 // spec.key.code_bits))  # stages that fill a byte
+    given = allocation.allocate(
+        loss[..., ::unit].reshape(2 * len(loss), -1), 2 * len(loss) * base // unit
+    )
+    key_stages, value_stages = unit * given.reshape(-1, 2).T
+    spec = calibration.by_layer(spec, key_stages.tolist(), value_stages.tolist())
+    facts = {"low": low, "high": high, "most": most, "sequences": len(rows)}
+    arrays = {"kl_low": of_low, "kl_high": of_high, "slopes": slopes}
+    return spec, facts | {name: x.tolist() for name, x in arrays.items()}
+
+
+_PROBED = 4  # sequences on which sensitivities are measured
 
 
 # --- what is asked --------------------------------------------------------------------------------

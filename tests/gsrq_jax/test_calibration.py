@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gsrq_jax import calibration
-from gsrq_jax.calibration import FitOptions, SampleStore
+from gsrq_jax.calibration import FitOptions, Moments, SampleStore
 from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
@@ -130,6 +130,127 @@ def test_each_half_has_its_own_weights(samples):
     np.testing.assert_allclose(same.key, plain.key, atol=1e-4)
 
 
+# Metrics
+
+
+def moments(seed=3):
+    """Of a few strong directions of each head, other ones for keys and values."""
+    rng = np.random.default_rng(seed)
+    strong = rng.standard_normal((2, H, D, 2)).astype(np.float32) * 10
+    weak = 0.1 * np.eye(D, dtype=np.float32)
+    key, value = strong @ np.swapaxes(strong, -1, -2) + weak
+    query = rng.lognormal(sigma=2, size=(H, D // 2)).astype(np.float32)
+    return Moments(*map(jnp.asarray, (key, value, query)))
+
+
+def in_metric(x, decoded, moment):
+    return float(jnp.einsum("nhd,hde,nhe->", x - decoded, moment, x - decoded))
+
+
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        ({"key_metric": "gradient"}, 0),
+        ({"key_metric": "queries"}, 0),
+        ({"value_metric": "gradient"}, 1),
+        ({"value_metric": "output"}, 1),
+    ],
+)
+def test_error_is_less_where_a_metric_weighs_it(samples, options, side):
+    k, v, positions = samples
+    spec = dataclasses.replace(SPEC, frame="pre")  # moments are those before RoPE
+    found = moments()
+    of_queries = jnp.tile(found.query, 2)[..., None] * jnp.eye(D)
+    moment = {"queries": of_queries, "output": found.key}.get(
+        next(iter(options.values())), found[side]
+    )
+    few = dataclasses.replace(FEW, **options, metric_power=1.0)
+    plain, _ = fit(samples, spec)
+    weighed, report = fit(samples, spec, few, moments=found, output=found.key)
+    metrics = weighed.key_metric, weighed.value_metric
+    assert metrics[side].shape == (H, D, D)
+    assert metrics[1 - side] is None
+
+    def error(books):
+        decoded = books.decode(*books.encode(k, v, positions), positions)
+        x, y = (k, v)[side], decoded[side]
+        if side == 0:  # keys as they are before RoPE
+            x, y = (rotate(z, -positions[:, None], INV_FREQ) for z in (x, y))
+        return in_metric(x, y, moment)
+
+    assert error(weighed) < 0.6 * error(plain)
+    assert (report[side].error[..., -1] < 0.6).all()
+
+
+def test_a_metric_turns_with_the_frame(samples):
+    """In blocks the gradients' moment is the mean over the offsets of a block."""
+    options = dataclasses.replace(FEW, key_metric="gradient", metric_power=1.0)
+    books, _ = fit(samples, options=options, moments=moments())
+    turned = []
+    for offset in range(SPEC.block):
+        basis = rotate(jnp.eye(D), jnp.full(D, offset), INV_FREQ).T  # R, column by column
+        turned.append(jnp.einsum("de,hef,gf->hdg", basis, moments().key, basis))
+    want = jnp.mean(jnp.stack(turned), axis=0)
+    got = jnp.einsum("hde,hdf->hef", books.key_metric, books.key_metric)
+
+    def scaled(m):
+        return m * D / jnp.trace(m, axis1=-2, axis2=-1)[:, None, None]
+
+    np.testing.assert_allclose(got, 0.98 * scaled(want) + 0.02 * np.eye(D), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"key_metric": "gradient"}, "key_metric gradient needs the moments"),
+        ({"value_metric": "output"}, "value_metric output needs the moments or projection"),
+        ({"key_metric": "output"}, "unknown key_metric 'output'; choose one of none, gradient"),
+        ({"metric_power": 1.5}, "metric_power must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_metrics_that_cannot_be(samples, options, says):
+    with pytest.raises(InputError, match=says):
+        fit(samples, options=dataclasses.replace(FEW, **options))
+
+
+def test_metrics_are_for_whole_heads(samples):
+    spec = dataclasses.replace(SPEC, key=ResidualSpec(D, D // 2, 1, 16))
+    with pytest.raises(InputError, match="key_metric gradient is for whole heads; leave out"):
+        fit(samples, spec, dataclasses.replace(FEW, key_metric="gradient"), moments=moments())
+
+
+# Stages by layer
+
+
+def test_by_layer_widened_and_first_stages(samples):
+    few = dataclasses.replace(CODE, stages=1)
+    narrow, report = fit(samples, dataclasses.replace(SPEC, key=few))
+    spec = calibration.by_layer(SPEC, [2, 1], [1, 2])
+    assert (spec.key_stages, spec.value_stages) == ((2, 1), (1, 2))
+    books, wide = calibration.widened(narrow, report, spec)
+    assert books.spec == spec
+    np.testing.assert_array_equal(books.key[..., 1, :, :], 0)
+    np.testing.assert_array_equal(books.key[..., :1, :, :], narrow.key)
+    np.testing.assert_array_equal(wide.key.error[..., 1], report.key.error[..., 0])
+    np.testing.assert_array_equal(wide.key.dead[..., 1], 0)
+    k, v, positions = samples
+    for got, want in zip(
+        books.decode(*books.encode(k, v, positions), positions),
+        narrow.decode(*narrow.encode(k, v, positions), positions),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+    assert calibration.by_layer(spec, [3, 3], [1, 1]) == dataclasses.replace(
+        SPEC, key=dataclasses.replace(CODE, stages=3), value=few
+    )
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), fit(samples)[0])
+    part = calibration.first_stages(stack, [2, 1], [1, 2])
+    np.testing.assert_array_equal(part.key[0], stack.key[0])
+    np.testing.assert_array_equal(part.key[1], stack.key[1].at[..., 1, :, :].set(0))
+    np.testing.assert_array_equal(part.value[0], stack.value[0].at[..., 1, :, :].set(0))
+
+
 def test_fewer_tokens_than_codewords(samples):
     with pytest.raises(InputError, match="16 codewords need as many points, got 15"):
         fit([x[:15] for x in samples])
@@ -161,6 +282,19 @@ def test_store_gives_back_each_layer(tmp_path):
                 x.astype(np.float32), np.concatenate([y[layer] for y in part])
             )
         np.testing.assert_array_equal(got.positions, [4, 5, 6, 7, 8] * 3)
+
+
+def test_store_gives_back_mean_moments(tmp_path):
+    store = SampleStore.open(tmp_path, **SIZES, moments=True)
+    rng = np.random.default_rng(0)
+    shapes = (2, 2, 4, 4), (2, 2, 4, 4), (2, 2, 2)
+    stored = [Moments(*(rng.random(s).astype(np.float32) for s in shapes)) for _ in range(3)]
+    for i, found in enumerate(stored):
+        store.put(i, *sequence(i), found)
+    for layer in range(2):
+        for got, parts in zip(store.layer(layer).moments, zip(*stored, strict=True), strict=True):
+            np.testing.assert_allclose(got, np.mean([p[layer] for p in parts], axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(store.layer(1).v_norms[:5], sequence(0)[3][1])
 
 
 def test_store_is_found_again_but_not_by_others(tmp_path):

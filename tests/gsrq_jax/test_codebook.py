@@ -222,9 +222,9 @@ def test_other_head_size(tmp_path):
 
 def test_newer_format(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(codebook, "VERSION", 2)
+        m.setattr(codebook, "VERSION", 3)
         save(tmp_path / "books", make(), model=MODEL)
-    with pytest.raises(InputError, match=r"format 2, newer than format 1.*upgrade") as error:
+    with pytest.raises(InputError, match=r"format 3, newer than format 2.*upgrade") as error:
         load(tmp_path / "books")
     one_line(error)
 
@@ -433,3 +433,79 @@ def test_full_disk(tmp_path):
         ),
         wrap=wrap,
     )
+
+
+# Metrics and stages by layer
+
+
+def with_metrics(seed: int = 0) -> Codebooks:
+    """Whole heads whose layers have 2, 1 and 3 stages of keys, 1, 3 and 2 of values."""
+    code = ResidualSpec(8, 8, 3, 16)
+    spec = QuantSpec(key=code, value=code, key_stages=(2, 1, 3), value_stages=(1, 3, 2))
+    rng = np.random.default_rng(seed)
+
+    def words(stages):
+        used = np.arange(3) < np.asarray(stages)[:, None]
+        x = rng.normal(size=(3, 2, *code.codebook_shape)) * used[:, None, None, :, None, None]
+        return jnp.asarray(x, jnp.float32)
+
+    return Codebooks(
+        key=words(spec.key_stages),
+        value=words(spec.value_stages),
+        key_mean=jnp.zeros((3, 2, 8)),
+        inv_freq=jnp.ones((3, 4)),
+        spec=spec,
+        key_metric=jnp.asarray(rng.normal(size=(3, 2, 8, 8)), jnp.float32),
+        value_metric=jnp.asarray(rng.normal(size=(3, 2, 8, 8)), jnp.float32),
+    )
+
+
+def test_metrics_and_stages_by_layer_are_kept(tmp_path):
+    books = with_metrics()
+    validate(books)
+    save(tmp_path / "books", books, model=MODEL)
+    assert same(load(tmp_path / "books"), books)
+    assert books.nbytes == sum(x.nbytes for x in jax.tree.leaves(books))
+    layer = jax.tree.map(lambda x: x[1], books)
+    validate(layer)
+
+
+def test_codes_are_the_nearest_in_the_metric():
+    books = jax.tree.map(lambda x: x[2], with_metrics())  # keys of 3 stages, values of 2
+    rng = np.random.default_rng(1)
+    v = jnp.asarray(rng.normal(size=(40, 2, 8)), jnp.float32)
+    at = jnp.arange(40)
+    _, codes = jax.jit(lambda b: b.encode(v, v, at))(books)
+    first = codebook.unpack(codes, books.spec.value)[..., 0, 0]  # [H, b]
+    offered = v[:, :, None] - books.value[:, 0, 0]  # [b, H, K, d]
+    moved = jnp.einsum("hde,bhke->bhkd", books.value_metric, offered)
+    np.testing.assert_array_equal(first.T, jnp.sum(moved**2, -1).argmin(-1))
+    plain = dataclasses.replace(books, value_metric=None)
+    assert (jax.jit(lambda b: b.encode(v, v, at))(plain)[1] != codes).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda b: {"key_metric": b.key_metric[..., :3]}, "key_metric has shape"),
+        (lambda b: {"value_metric": b.value_metric * jnp.nan}, "value_metric holds numbers that"),
+        (lambda b: {"key": b.key + 1}, "key has codewords in stages that the spec does not give"),
+        (
+            lambda b: {"spec": dataclasses.replace(b.spec, key_stages=(3, 1), value_stages=(3, 1))},
+            "the spec has stages of 2 layers, key 3",
+        ),
+        (
+            lambda b: {
+                "spec": dataclasses.replace(
+                    make().spec, key=ResidualSpec(8, 4, 3, 16), value=ResidualSpec(8, 8, 3, 16)
+                ),
+                "key": jnp.zeros((3, 2, 2, 3, 16, 4)),
+            },
+            "key_metric is for whole heads",
+        ),
+    ],
+)
+def test_malformed_metrics_and_stages(change, says):
+    books = with_metrics()
+    with pytest.raises(InputError, match=says):
+        validate(dataclasses.replace(books, **change(books)))

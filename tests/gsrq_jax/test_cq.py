@@ -10,7 +10,6 @@ import pytest
 from gsrq_jax.baselines import cq
 from gsrq_jax.calibration import LayerSamples
 from gsrq_jax.codebook import validate
-from gsrq_jax.codec import stored_bits
 from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec
@@ -62,7 +61,7 @@ def test_rates(bits, code_bits, channels, head_dim):
     assert (spec.key.group, spec.key.codewords, spec.key.stages) == (channels, 2**code_bits, 1)
     assert spec.value == spec.key
     assert (spec.frame, spec.window) == ("pre", 32)
-    assert spec.bits == stored_bits(spec) == bits
+    assert spec.bits == spec.stored_bits == bits
 
 
 def test_coupling_more_channels_at_one_bit_lowers_the_error(coupled):

@@ -167,3 +167,35 @@ def test_from_bits_passes_fields_on_and_prints():
     assert str(dataclasses.replace(spec, beam=8)) == f"{text}, beam 8"
     mixed = str(QuantSpec(CODE, ResidualSpec(dim=8, group=8, stages=2, codewords=16)))
     assert "keys 1 stages × 16 codewords × 2 groups, values 2 stages × 16 codewords" in mixed
+
+
+# Stages by layer
+
+WHOLE = ResidualSpec(16, 16, 4, 256)
+BY_LAYER = QuantSpec(key=WHOLE, value=WHOLE, key_stages=(4, 1, 2), value_stages=(1, 4, 3))
+
+
+def test_stages_by_layer():
+    assert QuantSpec.from_json(json.loads(json.dumps(BY_LAYER.to_json()))) == BY_LAYER
+    assert hash(BY_LAYER) == hash(dataclasses.replace(BY_LAYER))
+    assert BY_LAYER.bits == BY_LAYER.stored_bits == 8 * (7 / 3 + 8 / 3) / 2 / 16
+    keys, values = BY_LAYER.layer_codes
+    assert [c.stages for c in keys] == [4, 1, 2]
+    assert [c.stages for c in values] == [1, 4, 3]
+    assert "1 to 4 stages × 256 codewords" in str(BY_LAYER)
+    assert [s.shape for s in BY_LAYER.code_shapes()] == [(128, 4), (128, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"value_stages": None}, "given together or not at all"),
+        ({"value_stages": (4, 4)}, "key_stages are of 3 layers and value_stages of 2"),
+        ({"key_stages": (3, 1, 2)}, "the most of them key.stages, 4, got"),
+        ({"value_stages": (4, 0, 2)}, "value_stages must be at least 1"),
+        ({"key": ResidualSpec(16, 8, 4, 256)}, "only for whole heads"),
+    ],
+)
+def test_stages_by_layer_that_cannot_be(change, says):
+    with pytest.raises(InputError, match=says):
+        dataclasses.replace(BY_LAYER, **change)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gsrq_jax.baselines.uniform import Grid, Uniform, UniformSpec
-from gsrq_jax.codec import stored_bits
 from gsrq_jax.errors import InputError
 
 SPECS = {
@@ -67,7 +66,7 @@ def test_numbers_and_shapes(spec):
 def test_bits():
     """KIVI's 3 bits at 2 with groups of 32, and the others' by the same count."""
     want = {"int8": 8.5, "int4": 5.0, "kivi2": 3.0, "kivi1": 2.0}
-    assert {name: stored_bits(SPECS[name]) for name in want} == want
+    assert {name: SPECS[name].stored_bits for name in want} == want
 
 
 def test_keys_with_large_channels_want_groups_along_tokens():

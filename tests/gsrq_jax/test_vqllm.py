@@ -12,7 +12,6 @@ from gsrq_jax import attention, cache, packing
 from gsrq_jax.baselines import vqllm
 from gsrq_jax.baselines.vqllm import VQLLM, FitOptions, VQLLMSpec
 from gsrq_jax.calibration import LayerSamples
-from gsrq_jax.codec import stored_bits
 from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
 
@@ -72,8 +71,8 @@ def test_reported_compression():
     """5.5 times smaller than half precision: 8 codes of 11 bits on 32 channels, and a scale."""
     spec = VQLLMSpec(128)
     assert spec.bits == 2.75
-    assert stored_bits(spec) == 2.75 + 16 / 128
-    assert 5.5 < 16 / stored_bits(spec) < 5.6
+    assert spec.stored_bits == 2.75 + 16 / 128
+    assert 5.5 < 16 / spec.stored_bits < 5.6
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_reported_compression():
 def test_rates(bits, codewords, stages):
     spec = VQLLMSpec.from_bits(bits, 64, codewords=codewords, window=32)
     assert spec == VQLLMSpec(64, 32, stages, codewords, window=32)
-    assert (spec.bits, stored_bits(spec)) == (bits, bits + 16 / 64)
+    assert (spec.bits, spec.stored_bits) == (bits, bits + 16 / 64)
     assert VQLLMSpec.from_bits(1, 16).group == 16
 
 
@@ -251,7 +250,7 @@ def test_cache_of_stacked_layers(spec):
     coded = jax.tree.leaves((state.key_codes, state.value_codes))
     blocks = (40 - spec.sinks - spec.window) // spec.block
     numbers = 2 * layers * batch * H * blocks * spec.block * D
-    assert 8 * sum(x.nbytes for x in coded) == stored_bits(spec) * numbers
+    assert 8 * sum(x.nbytes for x in coded) == spec.stored_bits * numbers
     count = jnp.array([21, 30])
     prompt = [np.where((np.arange(30) < count[:, None])[..., None, None], x[:, :, :30], np.nan)
               for x in (k, v)]  # fmt: skip

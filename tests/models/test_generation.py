@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from small_model import CONFIG, SPEC, codebooks, model, read_through_cache
 
+from gsrq_jax import calibration, codebook
 from gsrq_jax.attention import causal
-from gsrq_jax.cache import append, init_cache, materialize
+from gsrq_jax.cache import append, init_cache, layer_views, materialize
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, generation, llama
 from gsrq_jax.models.generation import Generator, Sampler
+from gsrq_jax.spec import ResidualSpec
 
 LENGTH, NEW = 64, 30
 PROMPTS = [
@@ -481,3 +483,42 @@ def test_codebooks_of_another_head_size():
     spec = dataclasses.replace(SPEC, key=code, value=code)
     with pytest.raises(InputError, match="train codebooks for this model"):
         generate(Generator(*model(), codebooks(spec)))
+
+
+# Layers with stages of their own
+
+
+def uneven():
+    """Codebooks whose layers have 3 and 1 stages of keys, 1 and 2 of values; codes of 6 bits."""
+    key, value = (ResidualSpec(CONFIG.head_dim, CONFIG.head_dim, n, 64) for n in (3, 2))
+    spec = dataclasses.replace(SPEC, key=key, value=value, key_stages=(3, 1), value_stages=(1, 2))
+    books = codebooks(spec)
+    return calibration.first_stages(books, spec.key_stages, spec.value_stages)
+
+
+def test_stages_by_layer_are_the_padded_ones_in_fewer_bytes():
+    """The same text, codes and logits as with all stages stored, the missing ones being 0."""
+    books = uneven()
+    codebook.validate(books)
+    spec = dataclasses.replace(books.spec, key_stages=None, value_stages=None)
+    padded_books = dataclasses.replace(books, spec=spec)
+    states = [generate(Generator(*model(), b, dtype=jnp.float32)) for b in (books, padded_books)]
+    ours, padded_cache = (s.cache for s in states)
+    np.testing.assert_array_equal(*(s.tokens for s in states))
+    assert ours.blocks == padded_cache.blocks > 1
+    shape = (len(PROMPTS), CONFIG.kv_heads, ours.blocks, SPEC.block)
+    assert ours.key_codes.shape == (3 + 1, *shape)  # 18 and 6 bits a token
+    assert ours.value_codes.shape == (1 + 2, *shape)
+    assert 8 * ours.key_codes.size == 32 / 2 * 2 * np.prod(shape)
+
+    views, view = layer_views(ours)
+    held = [
+        jax.vmap(lambda x, b: materialize(view(x), b))(views, books),
+        materialize_layers(padded_cache, padded_books),
+    ]
+    there = held[0][2]
+    assert (there == held[1][2]).all()
+    for got, want in zip(held[0][:2], held[1][:2], strict=True):
+        np.testing.assert_allclose(got[there], want[there], atol=1e-6)
+    with pytest.raises(InputError, match="the spec is for 2 layers, the model has 3"):
+        init_cache(books.spec, batch=1, kv_heads=2, head_dim=8, max_length=64, layers=3)

@@ -13,7 +13,7 @@ import tiny
 from gsrq_jax import codebook
 from gsrq_jax.baselines import vqllm
 from gsrq_jax.cache import append, init_cache, materialize
-from gsrq_jax.codec import decoded, stored_bits
+from gsrq_jax.codec import decoded
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import commands, fidelity, loading, methods
 from gsrq_jax.models.methods import Calibration
@@ -41,17 +41,16 @@ def _quick():
     """Fewer passes than theirs; what methods learn is not tested here."""
     few = vqllm.FitOptions(steps=4, sequences=1, length=256)
     quick = {
-        "vqllm": functools.partial(vqllm.fit, options=few),
-        "cq": functools.partial(methods._coupled, weighted=True, iterations=3),
-        "cq-unweighted": functools.partial(methods._coupled, weighted=False, iterations=3),
+        "vqllm": {"fit": functools.partial(vqllm.fit, options=few)},
+        "cq": {"fit": functools.partial(methods._coupled, weighted=True, iterations=3)},
+        "cq-unweighted": {"fit": functools.partial(methods._coupled, weighted=False, iterations=3)},
     }
     for name in ("kmeans", "spherical", "gsrq"):
-        fit = methods.FAMILIES[name].fit
-        options = dataclasses.replace(fit.keywords["options"], iterations=3, warmup=1)
-        quick[name] = functools.partial(fit, options=options)
+        options = methods.FAMILIES[name].options
+        quick[name] = {"options": dataclasses.replace(options, iterations=3, warmup=1)}
     with pytest.MonkeyPatch.context() as patch:
-        for name, fit in quick.items():
-            family = dataclasses.replace(methods.FAMILIES[name], fit=fit)
+        for name, change in quick.items():
+            family = dataclasses.replace(methods.FAMILIES[name], **change)
             patch.setitem(methods.FAMILIES, name, family)
         yield
 
@@ -79,7 +78,7 @@ def codecs(model, work):
 def test_all_are_there_and_their_bits_are_counted(codecs):
     assert tuple(codecs) == NAMES
     assert codecs["full"] is None
-    got = {name: (c.spec.bits, stored_bits(c.spec)) for name, c in codecs.items() if c}
+    got = {name: (c.spec.bits, c.spec.stored_bits) for name, c in codecs.items() if c}
     assert got == {
         "int8": (8, 9),
         "int4": (4, 5),
@@ -154,6 +153,33 @@ def test_a_beam_is_another_encoder_for_the_same_codebooks(codecs, model, work, m
     assert methods.title("gsrq@0.25+beam8") == "GSRQ, beam 8"
 
 
+OPTIONS = {
+    "gsrq@0.25+k16+pre+uncentred": {"codewords": 16, "frame": "pre", "block": 128},
+    "gsrq@0.5+k16+pre+uncentred": {"codewords": 16, "frame": "pre", "block": 128},
+    "gsrq@0.5+block64+refits1+beam2": {"codewords": 256, "frame": "block", "block": 64},
+    "gsrq@0.25+kqueries+voutput+power1": {"codewords": 256, "frame": "block", "block": 128},
+}
+
+
+def test_options(model, work):
+    """Each is a fit of its own that has what was asked for; rates share those that are nested."""
+    found = methods.resolve(OPTIONS, model, CALIBRATION, work, window=8, sinks=2)
+    for name, want in OPTIONS.items():
+        spec = found[name].spec
+        assert dict(codewords=spec.key.codewords, frame=spec.frame, block=spec.block) == want
+        assert spec.bits == float(name.partition("@")[2].partition("+")[0])
+    low, high, refitted, metrics = found.values()
+    np.testing.assert_array_equal(low.key, high.key[..., :2, :, :])
+    assert not low.key_mean.any()
+    assert high.key_metric is None
+    assert refitted.spec.beam == 2
+    assert refitted.key_mean.any()
+    assert metrics.key_metric.shape == metrics.value_metric.shape == (2, 2, 32, 32)
+    off = metrics.key_metric * (1 - np.eye(32))
+    assert abs(off).max() < 1e-6  # of the queries: pairs alone
+    assert methods.title(list(OPTIONS)[2]) == "GSRQ, block64, refits1, beam 2"
+
+
 def test_fits_are_kept(codecs, model, work, monkeypatch):
     monkeypatch.setattr(methods.training, "key_value_samples", None)
     again = methods.resolve(["gsrq@0.5"], model, CALIBRATION, work, window=8, sinks=2)
@@ -176,6 +202,11 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
     beam = methods.resolve([f"{name}+beam4"], model)[f"{name}+beam4"]
     assert beam.spec == dataclasses.replace(codecs["gsrq@0.5"].spec, beam=4)
     assert methods.title(f"{name}+beam4") == "books, beam 4"
+    with pytest.raises(InputError, match=r"no option \+k16; there are \+beamN$"):
+        methods.resolve([f"{name}+k16"], model)
+    (tmp_path / "run+1" / "codebooks").parent.mkdir()
+    codebook.save(tmp_path / "run+1" / "codebooks", codecs["gsrq@0.5"], model=model.fingerprint)
+    assert methods.title(str(tmp_path / "run+1" / "codebooks+beam4")) == "run+1, beam 4"
     wide = methods.resolve([name], model, window=64)[name]
     assert (wide.spec.window, wide.spec.sinks) == (64, 2)
     codebook.save(tmp_path / "others", codecs["gsrq@0.5"], model={"name": "another"})
@@ -192,11 +223,15 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
         ("kivi2@3", "kivi2 has 2 bits"),
         ("gsrq@0.3", "0.3 bits cannot be had"),
         ("cq@4", "take at most 2 bits"),
-        ("gsrq@1+beam", r"no such beam; write \+beam8 for a width of 8"),
+        ("gsrq@1+beam", r"has no option \+beam; there are \+beamN, \+refitsN, \+kN, .*\+pre,"),
+        ("gsrq@1+pre2", r"has no option \+pre2; there are"),
+        ("gsrq@1+k1.5", r"\+k1.5 in the method 'gsrq@1\+k1.5' needs a whole number"),
+        ("gsrq@1+power3", "metric_power must be from 0 to 1, got 3"),
+        ("gsrq@1+k3", "codewords must be a power of two"),
         ("gsrq@1+beam64", r"beam must be from 1 .* to 32, got 64"),
         ("gzip+beam8", "unknown method 'gzip'"),
-        ("full+beam8", "'full' has no beam; kmeans, spherical, gsrq and folders"),
-        ("cq@1+beam8", "'cq@1' has no beam"),
+        ("full+beam8", "'full' takes no options; kmeans, spherical, gsrq do, and folders"),
+        ("cq@1+beam8", "'cq@1' takes no options"),
     ],
 )
 def test_refused(model, name, message, work):

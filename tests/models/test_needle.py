@@ -277,7 +277,7 @@ def test_documents_say_what_the_rows_say(run, results):
     assert f"| full precision | 16 | {bits:.2f} | all | {cell} |" in document
     by_depth = document.split("## 600 tokens, by depth")[1]
     for window in (8, 40):
-        assert len(re.findall(rf"\| codebooks \| 1 \| {window} \|", by_depth)) == 1
+        assert len(re.findall(rf"\| tiny \| 1 \| {window} \|", by_depth)) == 1
     (line,) = (x for x in by_depth.splitlines() if x.startswith("| int8"))
     at_end = next(
         r["value"] for r in results["int8"]["rows"] if (r["depth"], r["metric"]) == (1, "logp")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import random_weights
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from gsrq_jax import codebook
 from gsrq_jax.attention import causal
@@ -268,7 +269,7 @@ def sampled(model):
     """Of `TOKENS` from position 3, with and without gradients."""
     args = (model.config, model.graphdef, model.params, jnp.asarray(TOKENS)[None])
     with jax.default_matmul_precision("highest"):
-        return {w: training.key_value_samples(*args, first=3, weigh=w) for w in (True, False)}
+        return {w: training.key_value_samples(*args, first=3, weigh=w)[:4] for w in (True, False)}
 
 
 def test_keys_and_values_are_those_of_the_model(sampled, tiny_model):
@@ -432,3 +433,122 @@ def test_distilled_on_text_of_the_models_own(tiny_run, tiny_model, tmp_path, mon
     for check in found["checks"][1:]:
         line = f"| {check['step']} | {check['train']:.4f} | {check['held_out']:.4f} |"
         assert line in written
+
+
+# Stages by sensitivity, metrics
+
+
+@pytest.fixture(scope="module")
+def deaf(tmp_path_factory):
+    """A model whose first layer makes nothing of what its attention reads."""
+    folder = tiny.make_model_folder(tmp_path_factory.mktemp("models") / "deaf")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"][:] = 0
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def allocated(deaf, tmp_path_factory):
+    """The folder of a run that gives each layer stages of its own, and its flags."""
+    out = tmp_path_factory.mktemp("allocated") / "run"
+    flags = [
+        *("--model", str(deaf), "--out", str(out), *tiny.FLAGS, "--bits", "2"),
+        *("--allocate", "layers"),
+        *("--fit.key-metric", "gradient", "--fit.value-metric", "output"),
+    ]
+    commands.train(flags)
+    return out, flags
+
+
+def test_stages_go_where_they_are_missed(allocated, deaf):
+    out, _ = allocated
+    found = json.loads((out / "report.json").read_text())
+    model = loading.load(deaf, dtype=jnp.float32)
+    books = codebook.load(out / "codebooks", model=model.fingerprint)
+    spec = books.spec
+    assert spec.bits == spec.stored_bits == 2
+    assert (spec.key_stages[0], spec.value_stages[0]) == (2, 2)  # of four bits: a byte
+    assert spec.key_stages[1] + spec.value_stages[1] == 2 * 2 * 4 - 4
+    measured = found["allocation"]
+    assert (measured["low"], measured["high"], measured["most"]) == (2, 6, 8)
+    assert np.shape(measured["kl_low"]) == np.shape(measured["kl_high"]) == (2, 2)
+    np.testing.assert_allclose(measured["kl_low"][0], measured["kl_high"][0], rtol=1e-5)
+    assert (np.asarray(measured["kl_low"][1]) > measured["kl_high"][1]).all()
+    assert f"| 1 | {spec.key_stages[1]} |" in (out / "report.md").read_text()
+    assert "Stages were given by sensitivity" in (out / "report.md").read_text()
+
+    assert books.key_metric.shape == books.value_metric.shape == (2, 2, 8, 8)
+    output = llama.output_moments(model.graphdef, model.params)[1]
+    metric = jnp.einsum("Hde,Hdf->Hef", books.value_metric[1], books.value_metric[1])
+    both = jnp.einsum("Hde,Hef->Hdf", metric, output)  # symmetric where both share their axes
+    np.testing.assert_allclose(both, jnp.swapaxes(both, -1, -2), atol=1e-3 * jnp.abs(both).max())
+
+
+def test_sides_alone(tiny_model, tmp_path, model):
+    flags = ["--model", str(tiny_model), "--out", str(tmp_path), *tiny.FLAGS]
+    commands.train([*flags, "--allocate", "sides", "--bits", "2"])
+    spec = codebook.load(tmp_path / "codebooks", model=model.fingerprint).spec
+    assert spec.key_stages is None
+    assert spec.key.stages + spec.value.stages == 8
+    assert spec.bits == 2
+
+
+def test_allocation_goes_on_where_it_was(allocated, tmp_path, monkeypatch):
+    """Probes that were measured are not measured again, and the result is the same."""
+    out, flags = allocated
+    again = [str(tmp_path / "run") if x == str(out) else x for x in flags]
+    counted = Counter()
+    fidelity = evaluation.fidelity
+
+    def watched(*args, **kwargs):
+        counted["fidelity"] += 1
+        if counted["fidelity"] == 4:
+            raise KeyboardInterrupt
+        return fidelity(*args, **kwargs)
+
+    monkeypatch.setattr(training.evaluation, "fidelity", watched)
+    with pytest.raises(SystemExit):
+        commands.train(again)
+    commands.train(again)
+    # Of 2 layers × 2 sides × 2 numbers of stages three were there; two texts are measured.
+    assert counted["fidelity"] == 4 + (8 - 3) + 2
+    ours, theirs = (codebook.load(x / "codebooks") for x in (tmp_path / "run", out))
+    equal(ours, theirs)
+
+
+def test_moments_are_those_of_the_gradients(model):
+    """Against gradients of the same loss, formed for each sequence alone."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(2, 200, (2, 24)))
+    args = model.config, model.graphdef, model.params
+    found = training.key_value_samples(*args, tokens, first=3, weigh=True, splits=1, moments=True)
+    *_, k_norms, v_norms, moments = found
+    plain = training.key_value_samples(*args, tokens, first=3, weigh=True)
+    assert plain[4] is None
+    for got, want in zip(found[:4], plain[:4], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    for got, norms in ((moments.key, k_norms), (moments.value, v_norms)):
+        assert got.shape == (2, 2, 2, 8, 8)
+        np.testing.assert_allclose(
+            jnp.trace(got, axis1=-2, axis2=-1), jnp.square(norms).mean(axis=2), rtol=1e-3
+        )
+
+    def layer(q, k, v, _):
+        return causal(q, k, v), q
+
+    positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
+    _, q = llama.apply(model.graphdef, model.params, tokens, positions, layer)
+    pairs = jnp.square(q).reshape(2, 2, 24, 2, 2, 2, 4)  # [L, B, T, H, query heads, half, pair]
+    np.testing.assert_allclose(moments.query, pairs.mean(axis=(2, 4, 5)), rtol=1e-4)
+
+
+def test_presets():
+    with pytest.raises(SystemExit):
+        commands.train(["--preset", "finest"])
+    for name, config in training.PRESETS.items():
+        assert config.preset == name
+        assert commands._preset(["--bits", "2", "--preset", name]) == config
+        assert commands._preset([f"--preset={name}"]) == config
+    assert training.PRESETS["demo"] == training.TrainConfig()
+    assert commands._preset([]).preset == "demo"
