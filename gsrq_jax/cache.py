@@ -263,21 +263,23 @@ def _flush(cache: KVCache, k: Array, v: Array, codec: Codec, count: Array) -> tu
         row = jnp.arange(codes.shape[0])[:, None]
         return codes.at[row, :, target].set(fresh.astype(codes.dtype), mode="drop")
 
-    if cache.length.ndim == 1:
-        fresh, target = encode(exact, k, v, codec, count)
-        return jax.tree.map(
-            lambda codes, new: put(codes, new, target), (cache.key_codes, cache.value_codes), fresh
+    stacked = cache.length.ndim == 2
+    if stacked:
+        encode, put = jax.vmap(encode, (0, 0, 0, 0, None)), jax.vmap(put)
+    (keys, values), target = encode(exact, k, v, codec, count)
+    of_keys = of_values = target
+    if stacked and _by_layer(cache.spec):
+        for_keys, for_values = _planes(cache.spec, len(target))
+        keys, of_keys = keys[for_keys[:, 0], ..., for_keys[:, 1]], target[for_keys[:, 0]]
+        values, of_values = (
+            values[for_values[:, 0], ..., for_values[:, 1]],
+            target[for_values[:, 0]],
         )
-    fresh, target = jax.vmap(encode, (0, 0, 0, 0, None))(exact, k, v, codec, count)
-    targets = target, target
-    if _by_layer(cache.spec):
-        planes = _planes(cache.spec, len(target))
-        fresh = tuple(new[p[:, 0], ..., p[:, 1]] for new, p in zip(fresh, planes, strict=True))
-        targets = tuple(target[p[:, 0]] for p in planes)
-    return tuple(
-        jax.tree.map(lambda codes, new, at=at: jax.vmap(put)(codes, new, at), codes, new)
-        for codes, new, at in zip((cache.key_codes, cache.value_codes), fresh, targets, strict=True)
-    )
+
+    def put_all(codes: Codes, fresh: Codes, target: Array) -> Codes:
+        return jax.tree.map(lambda codes, new: put(codes, new, target), codes, fresh)
+
+    return put_all(cache.key_codes, keys, of_keys), put_all(cache.value_codes, values, of_values)
 
 
 def _encoded_blocks(

@@ -344,7 +344,7 @@ class SampleStore:
     moments: bool = False
 
     @classmethod
-    def open(cls, folder: pathlib.Path, **sizes: int) -> Self:
+    def open(cls, folder: pathlib.Path, **sizes: Any) -> Self:
         """A new store, or the one that an interrupted run left in ``folder``.
 
         Raises:
@@ -426,7 +426,7 @@ class SampleStore:
         vectors = (self.layers, self.sequences * self.tokens, self.heads, self.dim)
         bfloat16, float32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
         norms = vectors[:3] if self.splits == 1 else (*vectors[:3], self.splits)
-        files = {
+        files: dict[str, tuple[tuple[int, ...], np.dtype]] = {
             "k": (vectors, bfloat16),
             "v": (vectors, bfloat16),
             "k_norms": (norms, float32),

@@ -31,7 +31,10 @@ def run(
     Exits with code 2 and one line on stderr for bad input or a failing disk, 130 when interrupted.
     """
     try:
-        action(tyro.cli(config, args=arguments, default=default))
+        if default is None:
+            action(tyro.cli(config, args=arguments))
+        else:
+            action(tyro.cli(config, args=arguments, default=default))
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -107,8 +107,9 @@ class Options:
     fit: tuple[tuple[str, Any], ...] = ()
 
 
-# Of the spec or of the fit, which field, and its value or how that is read from the number.
-_OPTIONS: dict[str, tuple[Literal["spec", "fit"], str, Any]] = {
+# What it is a field of, which, and its value or how that is read from the number.
+_OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
+    "beam": ("encoder", "beam", int),
     "refits": ("fit", "refits", int),
     "k": ("spec", "codewords", int),
     "block": ("spec", "block", int),
@@ -320,32 +321,25 @@ def _split(name: str) -> tuple[str, Options]:
     if not folder and (base == FULL or FAMILIES[parse(base)[0]].options is None):
         able = ", ".join(name for name, family in FAMILIES.items() if family.options is not None)
         raise InputError(f"{base!r} takes no options; {able} do, and folders of codebooks a beam")
-    beam: int | None = None
-    fields: dict[str, dict[str, Any]] = {"spec": {}, "fit": {}}
+    known = {word: o for word, o in _OPTIONS.items() if o[0] == "encoder" or not folder}
+    fields: dict[str, dict[str, Any]] = {"encoder": {}, "spec": {}, "fit": {}}
     kept = ""
     for part in texts:
         option = re.fullmatch(r"([a-z]+)([0-9.]*)", part)
         word, number = option.groups() if option else ("", "")
-        where, field, value = ("", "beam", int) if word == "beam" else _OPTIONS.get(word, _NONE)
-        if field == "" or (folder and where) or callable(value) != bool(number):
-            able = {"beam": ("", "", int)} | ({} if folder else _OPTIONS)
-            known = ", ".join(f"+{w}{'N' if callable(v) else ''}" for w, (_, _, v) in able.items())
-            raise InputError(f"the method {name!r} has no option +{part}; there are {known}")
-        if number:
-            try:
-                value = value(number)
-            except ValueError:
-                raise InputError(f"+{part} in the method {name!r} needs a whole number") from None
-        if where:
-            fields[where][field] = value
-            kept += f"+{part}"
-        else:
-            check_beam(value)
-            beam = value
+        if word not in known or callable(known[word][2]) != bool(number):
+            names = ", ".join(f"+{w}{'N' if callable(o[2]) else ''}" for w, o in known.items())
+            raise InputError(f"the method {name!r} has no option +{part}; there are {names}")
+        where, field, value = known[word]
+        try:
+            fields[where][field] = value(number) if number else value
+        except ValueError:
+            raise InputError(f"+{part} in the method {name!r} needs a whole number") from None
+        kept += f"+{part}" if where != "encoder" else ""
+    beam = fields["encoder"].get("beam")
+    if beam is not None:
+        check_beam(beam)
     return base, Options(kept, beam, *(tuple(fields[where].items()) for where in ("spec", "fit")))
-
-
-_NONE = ("", "", None)
 
 
 def _with_beam(books: Codec | None, beam: int | None) -> Codec | None:

@@ -425,11 +425,11 @@ def key_value_samples(
         if splits > 1 or moments:
             of_keys = rotate(of_keys, -positions[..., None], config.inv_freq)
         if moments:
-            seconds = (
+            key, value = (
                 jnp.einsum("LBnHd,LBnHe->LBHde", g, g) / g.shape[2]
                 for g in (of_keys[:, :, first:], of_values[:, :, first:])
             )
-            means = Moments(*seconds, query)
+            means = Moments(key, value, query)
     if weigh:
         parts = [g.reshape(*g.shape[:-1], splits, -1) for g in (of_keys, of_values)]
         norms = [jnp.linalg.norm(g, axis=-1) for g in parts]
@@ -589,8 +589,8 @@ def _fit(
         if own not in trees:
             count = store.sequences * store.tokens
             trees[own] = jax.tree.structure(_fitted_shapes(config, own, model, count))
-        found = jax.tree.unflatten(trees[own], calibration.load_leaves(file))
-        layers.append(calibration.widened(*found, spec))
+        books, report = jax.tree.unflatten(trees[own], calibration.load_leaves(file))
+        layers.append(calibration.widened(books, report, spec))
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
