@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
@@ -24,6 +27,7 @@ from gsrq_jax import residual
 from gsrq_jax.codebook import Codebooks, under
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import to_frame
+from gsrq_jax.kmeans import AxisName
 from gsrq_jax.rope import rotate
 from gsrq_jax.sensitivity import log_smooth, metric
 from gsrq_jax.spec import QuantSpec, ResidualSpec
@@ -100,10 +104,15 @@ class Moments(NamedTuple):
 
 
 def mean_key(
-    k: Float[Array, "N H d"], positions: Int[Array, " N"], inv_freq: Float[Array, " d/2"]
+    k: Float[Array, "N H d"],
+    positions: Int[Array, " N"],
+    inv_freq: Float[Array, " d/2"],
+    *,
+    axis_name: AxisName = None,
 ) -> Float[Array, "H d"]:
-    """Mean of rotated keys before their rotation, float32."""
-    return rotate(k.astype(jnp.float32), -positions[:, None], inv_freq).mean(axis=0)
+    """Mean of rotated keys before their rotation, float32; over devices, too, by ``axis_name``."""
+    mean = rotate(k.astype(jnp.float32), -positions[:, None], inv_freq).mean(axis=0)
+    return mean if axis_name is None else lax.pmean(mean, axis_name)
 
 
 def fit_layer(
@@ -119,6 +128,8 @@ def fit_layer(
     moments: Moments | None = None,
     output: Float[Array, "H d d"] | None = None,
     options: FitOptions = FitOptions(),
+    axis_name: AxisName = None,
+    head_axis: AxisName = None,
 ) -> tuple[Codebooks, LayerReport]:
     """One layer's codebooks from N tokens.
 
@@ -134,6 +145,8 @@ def fit_layer(
         moments: for the metrics that ``options`` ask for.
         output: ``W_oᵀW_o`` of the query heads of each KV head, for the values' metric ``output``.
         options: how to learn.
+        axis_name: mapped axis or axes over which the tokens are spread, the same number each.
+        head_axis: mapped axis or axes over which the KV heads are spread.
 
     Returns:
         The codebooks, and the report; errors and cosines there are those of the metric.
@@ -141,13 +154,16 @@ def fit_layer(
     Raises:
         InputError: if there are fewer tokens than codewords, or what a metric needs is missing.
     """
-    mean = mean_key(k, positions, inv_freq)
+    mean = mean_key(k, positions, inv_freq, axis_name=axis_name)
     if not options.center:
         mean = jnp.zeros_like(mean)
     framed = to_frame(k, positions, spec, mean, inv_freq)
     key_rng, value_rng = jax.random.split(rng)
 
-    key_metric, value_metric = _metrics(spec, inv_freq, positions, moments, output, options)
+    ends = positions.min(), positions.max()
+    if axis_name is not None:
+        ends = lax.pmin(ends[0], axis_name), lax.pmax(ends[1], axis_name)
+    key_metric, value_metric = _metrics(spec, inv_freq, ends, moments, output, options)
 
     def fit(
         rng: Array, x: Array, code: ResidualSpec, norms: Array | None, metric: Array | None
@@ -157,13 +173,15 @@ def fit_layer(
             rng,
             points if metric is None else under(metric, points),
             code,
-            None if norms is None else log_smooth(jnp.moveaxis(norms, 1, 0)),
+            None if norms is None else log_smooth(jnp.moveaxis(norms, 1, 0), axis_name=axis_name),
             rule=options.rule,
             shape_update=options.shape_update,
             iterations=options.iterations,
             warmup=options.warmup,
             beam=spec.beam,
             refits=options.refits,
+            axis_name=axis_name,
+            problem_axis=head_axis,
         )
         return words if metric is None else under(jnp.linalg.inv(metric), words), report
 
@@ -181,15 +199,81 @@ def fit_layer(
     return books, LayerReport(key_report, value_report)
 
 
+DATA, MODEL = "data", "model"
+"""Axes of a mesh: tokens are spread over the first, heads over the second."""
+
+
+def fit_sharded(
+    mesh: Mesh,
+    rng: Key[Array, ""],
+    k: Float[Array, "N H d"],
+    v: Float[Array, "N H d"],
+    positions: Int[Array, " N"],
+    inv_freq: Float[Array, " d/2"],
+    spec: QuantSpec,
+    *,
+    k_norms: Float[Array, "N H"] | None = None,
+    v_norms: Float[Array, "N H"] | None = None,
+    moments: Moments | None = None,
+    output: Float[Array, "H d d"] | None = None,
+    options: FitOptions = FitOptions(),
+) -> tuple[Codebooks, LayerReport]:
+    """`fit_layer` on a mesh of axes ``data`` and ``model``: the same codebooks, up to rounding.
+
+    Devices along ``data`` exchange sums over cells and the best scores of each draw, those along
+    ``model`` nothing; what comes back is spread over the heads.
+
+    Raises:
+        InputError: if the mesh divides tokens or heads unevenly, or as `fit_layer`.
+    """
+    for axis, size, what in ((DATA, k.shape[0], "tokens"), (MODEL, k.shape[1], "KV heads")):
+        if size % mesh.shape[axis]:
+            raise InputError(
+                f"{size} {what} cannot be shared evenly by {mesh.shape[axis]} devices along "
+                f"{axis}; choose a mesh, or a number of tokens, that divides"
+            )
+
+    def share(rng, k, v, positions, inv_freq, k_norms, v_norms, moments, output):
+        books, report = fit_layer(
+            rng,
+            k,
+            v,
+            positions,
+            inv_freq,
+            spec,
+            k_norms=k_norms,
+            v_norms=v_norms,
+            moments=moments,
+            output=output,
+            options=options,
+            axis_name=DATA,
+            head_axis=MODEL,
+        )
+        return dataclasses.replace(books, inv_freq=None), report  # all else has heads
+
+    vectors, heads = P(DATA, MODEL), P(MODEL)
+    mapped = jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=(P(), vectors, vectors, P(DATA), P(), vectors, vectors, heads, heads),
+        out_specs=heads,
+    )
+    books, report = mapped(rng, k, v, positions, inv_freq, k_norms, v_norms, moments, output)
+    return dataclasses.replace(books, inv_freq=jnp.asarray(inv_freq)), report
+
+
 def _metrics(
     spec: QuantSpec,
     inv_freq: Array,
-    positions: Array,
+    ends: tuple[Array, Array],
     moments: Moments | None,
     output: Array | None,
     options: FitOptions,
 ) -> tuple[Array | None, Array | None]:
-    """The factors ``[H, d, d]`` of keys, in the frame of ``spec``, and of values."""
+    """The factors ``[H, d, d]`` of keys, in the frame of ``spec``, and of values.
+
+    ``ends`` are the first and last position of the tokens.
+    """
     for name, kind, code in (
         ("key", options.key_metric, spec.key),
         ("value", options.value_metric, spec.value),
@@ -208,7 +292,7 @@ def _metrics(
             case "pre":
                 turned = jnp.zeros(1, jnp.int32)
             case "post":
-                turned = jnp.linspace(positions.min(), positions.max(), 256).astype(jnp.int32)
+                turned = jnp.linspace(*ends, 256).astype(jnp.int32)
         rows = rotate(moments.key, turned[:, None, None], inv_freq)  # [n, H, d, d]
         both = rotate(jnp.swapaxes(rows, -1, -2), turned[:, None, None], inv_freq)
         return both.mean(axis=0)

@@ -61,6 +61,7 @@ class FitReport:
         "ridge",
         "chunk",
         "axis_name",
+        "problem_axis",
         "batch_size",
     ),
 )
@@ -79,6 +80,7 @@ def fit(
     ridge: float = RIDGE,
     chunk: int = CHUNK,
     axis_name: AxisName = None,
+    problem_axis: AxisName = None,
     batch_size: int | None = None,
 ) -> tuple[Float[Array, "*lead groups stages k g"], FitReport]:
     """Codewords of all stages and groups, each problem of ``lead`` on its own (GSRQ, paper).
@@ -105,6 +107,7 @@ def fit(
         chunk: points handled at a time, for which ``chunk × (beam + 1) × K`` floats are held in
             each problem, and in refits ``chunk × stages × K``.
         axis_name: mapped axis or axes over which the points are spread.
+        problem_axis: mapped axis or axes over which the first axis of ``lead`` is spread.
         batch_size: problems (of ``lead`` and groups) solved together; None means all. 1 takes the
             least memory and is no slower on a CPU.
 
@@ -144,7 +147,7 @@ def fit(
         chunk=chunk,
     )
     points = points.reshape(len(weights), n, spec.groups, spec.group)
-    keys = jax.random.split(rng, (len(weights), spec.groups))
+    keys = _keys(rng, len(weights), spec.groups, problem_axis)
 
     def of_problem(problem_index: Array) -> tuple[Array, FitReport]:
         i, group = problem_index // spec.groups, problem_index % spec.groups
@@ -158,6 +161,14 @@ def fit(
     else:
         fitted = lax.map(of_problem, problems, batch_size=batch_size)
     return jax.tree.map(lambda a: a.reshape(*lead, spec.groups, *a.shape[1:]), fitted)
+
+
+def _keys(rng: Array, problems: int, groups: int, axis: AxisName) -> Array:
+    """``[problems, groups]`` keys of this device's problems, whatever the number of devices."""
+    if axis is None:
+        return jax.random.split(rng, (problems, groups))
+    keys = jax.random.split(rng, (problems * lax.axis_size(axis), groups))
+    return lax.dynamic_slice_in_dim(keys, problems * lax.axis_index(axis), problems)
 
 
 def _fit_stages(
@@ -219,7 +230,8 @@ def _fit_stages(
         # Zeros made from the data vary over the same mesh axes as what replaces them.
         codes = jnp.zeros_like(error, code_dtype(spec.code_bits))
         codes = jnp.broadcast_to(codes[..., None], (*codes.shape, spec.stages))
-        words = jnp.zeros((spec.stages, spec.codewords, spec.group))
+        words = (spec.stages, spec.codewords, spec.group)
+        words = jnp.broadcast_to(jnp.zeros_like(energy), words)
         (_, error, codes, words), report = lax.scan(
             stage, (points, error, codes, words), (jnp.arange(spec.stages), steps)
         )

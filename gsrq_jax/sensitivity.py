@@ -4,12 +4,16 @@ metrics.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.kmeans import AxisName
 
 
-def log_smooth(norms: Float[Array, "*shape N"]) -> Float[Array, "*shape N"]:
+def log_smooth(
+    norms: Float[Array, "*shape N"], *, axis_name: AxisName = None
+) -> Float[Array, "*shape N"]:
     """Weights ``log(1 + s / median(s))`` over the last axis; all ones where the median is 0.
 
     Log-smoothed gradient norms are the paper's; this formula is ours. The median makes weights
@@ -18,6 +22,7 @@ def log_smooth(norms: Float[Array, "*shape N"]) -> Float[Array, "*shape N"]:
 
     Args:
         norms: ``s``, norms of the loss's gradient with respect to each vector, at least 0.
+        axis_name: mapped axis or axes over which the vectors are spread, the same number each.
 
     Returns:
         float32 weights of the same shape.
@@ -33,9 +38,31 @@ def log_smooth(norms: Float[Array, "*shape N"]) -> Float[Array, "*shape N"]:
             "gradient norms must be finite and at least 0; "
             "look for overflow in the loss (scale it down or use float32)"
         )
-    median = jnp.median(norms, axis=-1, keepdims=True)
+    median = _median(norms, axis_name)[..., None]
     ratio = norms / jnp.where(median > 0, median, 1)
     return jnp.where(median > 0, jnp.log1p(ratio), 1)
+
+
+def _median(x: Float[Array, "*shape N"], axis_name: AxisName) -> Float[Array, "*shape"]:
+    """Of numbers that are at least 0, over the last axis and over devices.
+
+    Spread over devices it is exact, too, and none sees the numbers of another: they are ordered as
+    their bits are, so the two in the middle are found bit by bit, by counting what is below.
+    """
+    if axis_name is None:
+        return jnp.median(x, axis=-1)
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.uint32)
+    size = x.shape[-1] * lax.axis_size(axis_name)
+    ranks = jnp.asarray([(size - 1) // 2, size // 2])
+
+    def settle(step: Array, found: Array) -> Array:
+        tried = found | (jnp.uint32(1) << (31 - step).astype(jnp.uint32))
+        below = lax.psum(jnp.sum(bits[..., None, :] < tried[..., None], axis=-1), axis_name)
+        return jnp.where(below <= ranks, tried, found)
+
+    nothing = lax.psum(jnp.zeros_like(bits[..., :1]), axis_name)
+    found = lax.fori_loop(0, 32, settle, jnp.broadcast_to(nothing, (*x.shape[:-1], 2)))
+    return lax.bitcast_convert_type(found, jnp.float32).mean(axis=-1)
 
 
 def metric(moment: Float[Array, "*lead d d"], power: float = 0.5) -> Float[Array, "*lead d d"]:
