@@ -14,7 +14,16 @@ import tyro
 
 from gsrq_jax import codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import fidelity, generation, loading, longbench_run, needle, text, training
+from gsrq_jax.models import (
+    fidelity,
+    generation,
+    loading,
+    longbench_run,
+    needle,
+    processes,
+    text,
+    training,
+)
 
 Config = TypeVar("Config")
 
@@ -48,10 +57,10 @@ def run(
 
 
 def train(arguments: list[str] | None = None) -> None:
-    """``gsrq-train`` and ``train_codebooks.py``."""
+    """``gsrq-train`` and ``train_codebooks.py``; one process of a run or the only one."""
     run(
         training.TrainConfig,
-        training.train,
+        processes.joined()(training.train),
         arguments,
         "; the same command goes on from here",
         default=_preset(sys.argv[1:] if arguments is None else arguments),

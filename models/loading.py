@@ -4,11 +4,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -64,7 +65,16 @@ class LoadedModel:
         return self.tokenizer
 
 
-def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike = jnp.bfloat16) -> LoadedModel:
+Shardings = Callable[[LlamaConfig, nnx.State], nnx.State | None]
+"""Of a config and its parameters' shapes: the sharding of each, or None for the default device."""
+
+
+def load(
+    path_or_id: str | Path | None = None,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    shardings: Shardings | None = None,
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -72,6 +82,7 @@ def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike = jnp.bfloat1
             their index), a ``.gguf`` file, a hub id such as ``meta-llama/Llama-3.1-8B``, or
             ``demo`` (or None) for the small demo model.
         dtype: of the parameters, ``bfloat16`` or ``float32``.
+        shardings: where the parameters are put.
 
     Raises:
         InputError: if it cannot be found, read, or is not of a supported family.
@@ -79,14 +90,14 @@ def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike = jnp.bfloat1
     if jnp.dtype(dtype).name not in DTYPES:
         raise InputError(f"models load as {' or '.join(DTYPES)}, not {jnp.dtype(dtype).name}")
     if path_or_id is None or str(path_or_id) == "demo":
-        return _load_gguf(Path(demo.path()), dtype)
+        return _load_gguf(Path(demo.path()), dtype, shardings)
     path = Path(path_or_id).expanduser()
     if path.is_dir():
-        return _load_folder(path, path.resolve().name, dtype)
+        return _load_folder(path, path.resolve().name, dtype, shardings)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"no such file: {path}")
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype, shardings)
     if path.exists():
         raise InputError(f"{path} is not a model; give a folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
@@ -96,7 +107,7 @@ def load(path_or_id: str | Path | None = None, *, dtype: DTypeLike = jnp.bfloat1
         )
     name = str(path_or_id)
     _read_config(_download(name, ["config.json", "generation_config.json"]))
-    return _load_folder(_download(name, list(_HUB_FILES)), name, dtype)
+    return _load_folder(_download(name, list(_HUB_FILES)), name, dtype, shardings)
 
 
 def config_from_hf(data: Mapping[str, Any]) -> LlamaConfig:
@@ -156,7 +167,10 @@ def config_from_hf(data: Mapping[str, Any]) -> LlamaConfig:
 
 
 def params_from_hf(
-    config: LlamaConfig, tensors: Mapping[str, np.ndarray], dtype: DTypeLike = jnp.bfloat16
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    dtype: DTypeLike = jnp.bfloat16,
+    shardings: Shardings | None = None,
 ) -> nnx.State:
     """Parameters of :class:`Llama` from tensors named and laid out as Hugging Face does.
 
@@ -168,12 +182,15 @@ def params_from_hf(
         tensors: by name. Rotary buffers are ignored, and so is an output projection beside tied
             embeddings.
         dtype: of the parameters.
+        shardings: where they are put; each device gets its part alone.
 
     Raises:
         InputError: for a tensor that is missing, unexpected, of a wrong shape or not of floats.
     """
     _, params = abstract(config, dtype)
     flat = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
+    placed = None if shardings is None else shardings(config, params)
+    places = dict(nnx.to_flat_state(placed)) if placed is not None else {}
     wanted = {path: _hf_names(path, config.layers) for path in flat}
 
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
@@ -203,7 +220,9 @@ def params_from_hf(
         for name, row in zip(names, rows, strict=True):
             target = row.T if path[-1] == "kernel" else row
             target[...] = read(name, target.shape)
-        return jnp.asarray(host)
+        if path not in places:
+            return jnp.asarray(host)
+        return jax.make_array_from_callback(host.shape, places[path].get_value(), host.__getitem__)
 
     values = {path: gather(path, leaf) for path, leaf in flat.items()}
     return nnx.from_flat_state(
@@ -284,23 +303,27 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
         return len(self._file_of)
 
 
-def _load_folder(folder: Path, name: str, dtype: DTypeLike) -> LoadedModel:
+def _load_folder(
+    folder: Path, name: str, dtype: DTypeLike, shardings: Shardings | None
+) -> LoadedModel:
     config = _read_config(folder)
     tensors = SafetensorsFolder(folder)
-    return _assemble(config, tensors, tokenizer.from_folder(folder), name, dtype)
+    return _assemble(config, tensors, tokenizer.from_folder(folder), name, dtype, shardings)
 
 
-def _load_gguf(path: Path, dtype: DTypeLike) -> LoadedModel:
+def _load_gguf(path: Path, dtype: DTypeLike, shardings: Shardings | None) -> LoadedModel:
     config, tensors, tokens = gguf.read(path)
-    return _assemble(config, tensors, tokens, path.stem, dtype)
+    return _assemble(config, tensors, tokens, path.stem, dtype, shardings)
 
 
-def _assemble(config, tensors, tokenizer, name: str, dtype: DTypeLike) -> LoadedModel:
+def _assemble(
+    config, tensors, tokenizer, name: str, dtype: DTypeLike, shardings: Shardings | None
+) -> LoadedModel:
     graphdef, _ = abstract(config, dtype)
     return LoadedModel(
         config=config,
         graphdef=graphdef,
-        params=params_from_hf(config, tensors, dtype),
+        params=params_from_hf(config, tensors, dtype, shardings),
         tokenizer=tokenizer,
         fingerprint=fingerprint(config, tensors),
         name=name,

@@ -1,14 +1,17 @@
 """Text from files, data sets or Python itself to token sequences."""
 
+import itertools
 import pathlib
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterable, Iterator
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.models import processes
 from gsrq_jax.models.tokenizer import Tokenizer
 
 PYTHON_TOPICS = "python"  # names of the two texts that every Python carries
@@ -90,15 +93,26 @@ def tokens(
 ) -> Int32[np.ndarray, " n"]:
     """The first ``count`` token ids of a text whose pieces are joined by blank lines (None: all).
 
-    No beginning-of-text token is among them; fewer come back where the text is short.
+    No beginning-of-text token is among them; fewer come back where the text is short. Of several
+    processes, which all call it, each encodes its share of the pieces, and all get all tokens.
     """
     ids: list[int] = []
-    for piece in pieces:
-        if piece.strip():
-            ids += tokenizer.encode(piece.strip() + "\n\n", add_bos=False)
-        if count is not None and len(ids) >= count:
+    first, step = jax.process_index(), jax.process_count()
+    mine = itertools.islice(pieces, first, None, step)
+    while count is None or len(ids) < count:
+        read = [
+            tokenizer.encode(piece.strip() + "\n\n", add_bos=False) if piece.strip() else []
+            for piece in itertools.islice(mine, 1 if step == 1 else _PIECES)
+        ]
+        shares = processes.exchange(read)
+        if not shares[0]:
             break
+        for row in itertools.zip_longest(*shares, fillvalue=[]):
+            ids += itertools.chain.from_iterable(row)
     return np.asarray(ids[:count], np.int32)
+
+
+_PIECES = 64  # that each of several processes encodes before they exchange tokens
 
 
 def cut(

@@ -12,22 +12,43 @@ import hashlib
 import math
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from gsrq_jax import allocation, calibration, codebook, codec
+from gsrq_jax import allocation, calibration, codebook, codec, results
 from gsrq_jax.allocation import Allocation
 from gsrq_jax.attention import causal
-from gsrq_jax.calibration import FitOptions, LayerReport, LayerSamples, Moments, SampleStore
+from gsrq_jax.calibration import (
+    DATA,
+    MODEL,
+    FitOptions,
+    LayerReport,
+    LayerSamples,
+    Moments,
+    SampleStore,
+)
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import distillation, evaluation, llama, loading, report, text
+from gsrq_jax.models import (
+    distillation,
+    evaluation,
+    llama,
+    loading,
+    processes,
+    report,
+    sharding,
+    text,
+)
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.distillation import DistillConfig
 from gsrq_jax.models.runfolder import WORK, claim, plain, writing
@@ -76,6 +97,8 @@ class TrainConfig:
         eval_sequences: sequences to measure on.
         eval_length: tokens of each.
         dtype: of the model.
+        mesh: devices over which tokens, and heads, are spread, such as ``4 2``; by default all, but
+            one of those of a CPU.
         seed: of the initial codewords.
         out: folder of the run.
     """
@@ -106,6 +129,7 @@ class TrainConfig:
     eval_sequences: int = 2
     eval_length: int = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: tuple[int, int] | None = None
     seed: int = 0
     out: pathlib.Path = pathlib.Path("runs/demo")
 
@@ -169,14 +193,20 @@ def train(config: TrainConfig) -> pathlib.Path:
         InputError: for whatever in ``config`` cannot be used, and for a disk that is full or not
             ours to write; nothing is lost then, and nothing was begun if ``config`` was at fault.
     """
-    out = config.out
-    if not _is_finished(config):
-        _run(config)
-    with writing(out):
+    out, books = config.out, config.out / "codebooks"
+    processes.check_same(plain(config) | results.versions())
+    if jax.process_count() > 1 and config.distill.steps:
+        raise InputError("several processes cannot distil; give --distill.steps 0, or start one")
+
+    def show() -> None:
         found = report.render(out)
         shutil.rmtree(out / WORK, ignore_errors=True)
-    books = out / "codebooks"
-    print(f"\n{report.table(found)}\n\ncodebooks: {books}\nreport: {out / 'report.md'}")
+        print(f"\n{report.table(found)}\n\ncodebooks: {books}\nreport: {out / 'report.md'}")
+
+    if not processes.agreed(_is_finished(config)):
+        _run(config)
+    with writing(out):
+        processes.once(show)
     return books
 
 
@@ -185,30 +215,38 @@ def train(config: TrainConfig) -> pathlib.Path:
 
 def _run(config: TrainConfig) -> None:
     """Everything up to ``report.json``."""
-    model = loading.load(config.model, dtype=config.dtype)
+
+    def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
+        mesh = sharding.make_mesh(found.kv_heads, config.mesh)
+        return None if mesh is None else sharding.shardings(mesh, params)
+
+    model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
+    mesh = sharding.make_mesh(model.config.kv_heads, config.mesh)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
     tokens = texts.calibration
+    share, folder = _share(len(tokens))
     _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
     print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
 
     with writing(config.out):
         inputs = {"model": model.fingerprint["weights"], "text": texts.digest()}
-        claim(config.out, _KIND, plain(config), inputs=inputs)
         work = config.out / WORK
-        work.mkdir(exist_ok=True)
+        processes.once(lambda: claim(config.out, _KIND, plain(config), inputs=inputs))
+        processes.once(lambda: work.mkdir(exist_ok=True))
+        processes.check_shared(work)
         store = SampleStore.open(
-            work / "samples",
+            work / folder,
             layers=model.config.layers,
-            sequences=len(tokens),
+            sequences=len(tokens[share]),
             tokens=config.length - spec.sinks,
             heads=model.config.kv_heads,
             dim=spec.head_dim,
             first=spec.sinks,
             moments=config.fit.needs_moments,
         )
-        capture(model, tokens, store, weigh=config.weights == "gradient")
-        codebooks, layers, allocated = _learn(config, spec, model, tokens, store, work)
+        capture(model, tokens[share], store, weigh=config.weights == "gradient", mesh=mesh)
+        codebooks, layers, allocated = _learn(config, spec, model, tokens, store, work, mesh)
         codebooks = codebook.stored(codebooks)
         refinement = None
         if config.distill.steps:
@@ -236,7 +274,8 @@ def _run(config: TrainConfig) -> None:
                     "check its weights, or use --dtype float32"
                 )
             measured[name] = found
-        report.write(
+        write = functools.partial(
+            report.write,
             config.out,
             config=plain(config),
             model=model,
@@ -248,6 +287,25 @@ def _run(config: TrainConfig) -> None:
             refinement=refinement,
             allocation=allocated,
         )
+        processes.once(write)
+
+
+def _share(sequences: int) -> tuple[slice, str]:
+    """Which sequences are this process's, and the folder of its samples.
+
+    Raises:
+        InputError: if processes cannot share them evenly.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return slice(None), "samples"
+    each, rest = divmod(sequences, count)
+    if rest:
+        raise InputError(
+            f"{count} processes cannot share {sequences} sequences evenly; choose --tokens so that "
+            "there is a multiple of so many"
+        )
+    return slice(index * each, (index + 1) * each), f"samples-{index}-of-{count}"
 
 
 class Texts(NamedTuple):
@@ -444,28 +502,92 @@ def key_value_samples(
     return k, v, k_norms, v_norms, means
 
 
+def sharded_samples(
+    mesh: Mesh,
+    config: LlamaConfig,
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    *,
+    first: int,
+    weigh: bool,
+    splits: int = 1,
+    moments: bool = False,
+) -> Callable[[nnx.State, Int[Array, "B T"]], tuple]:
+    """`key_value_samples` of parameters and tokens, spread over a mesh as `sharding.RULES` say."""
+    found = functools.partial(
+        key_value_samples,
+        config,
+        graphdef,
+        first=first,
+        weigh=weigh,
+        splits=splits,
+        moments=moments,
+    )
+    return jax.jit(
+        found,
+        in_shardings=(
+            sharding.shardings(mesh, params),
+            NamedSharding(mesh, sharding.SEQUENCES),
+        ),
+        out_shardings=jax.tree.map(
+            lambda axes: NamedSharding(mesh, axes), _sample_axes(moments), is_leaf=_is_axes
+        ),
+    )
+
+
+def _sample_axes(moments: bool) -> tuple:
+    means = Moments(*[sharding.MOMENTS] * 3) if moments else None
+    return (*[sharding.SAMPLES] * 4, means)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, P)
+
+
 def capture(
-    model: loading.LoadedModel, tokens: Int[np.ndarray, "n T"], store: SampleStore, *, weigh: bool
+    model: loading.LoadedModel,
+    tokens: Int[np.ndarray, "n T"],
+    store: SampleStore,
+    *,
+    weigh: bool,
+    mesh: Mesh | None = None,
 ) -> None:
-    """Fill ``store`` with the samples of these sequences, from where it is; shows progress."""
+    """Fill ``store`` with the samples of these sequences, from where it is; shows progress.
+
+    With a mesh its devices take one sequence each along ``data``; of several processes each has
+    sequences and a store of its own, and all of them as many.
+    """
     length = tokens.shape[1]
-    with tqdm(total=tokens.size, initial=store.done * length, desc="capture", unit="tok") as bar:
-        for index in range(store.done, len(tokens)):
-            samples = key_value_samples(
-                model.config,
-                model.graphdef,
-                model.params,
-                jnp.asarray(tokens[index])[None],
-                first=store.first,
-                weigh=weigh,
-                splits=store.splits,
-                moments=store.moments,
-            )
-            store.put(index, *jax.tree.map(lambda x: x[:, 0], samples))
-            bar.update(length)
+    options = {
+        "first": store.first,
+        "weigh": weigh,
+        "splits": store.splits,
+        "moments": store.moments,
+    }
+    if mesh is None:
+        run = functools.partial(key_value_samples, model.config, model.graphdef, **options)
+        together = 1
+    else:
+        run = sharded_samples(mesh, model.config, model.graphdef, model.params, **options)
+        together = mesh.shape[DATA] // jax.process_count()
+    done = min(processes.exchange(store.done))
+    with tqdm(total=tokens.size, initial=done * length, desc="capture", unit="tok") as bar:
+        for first in range(done, len(tokens), together):
+            rows = tokens[first : first + together]
+            count = len(rows)
+            if mesh is None:
+                samples = run(model.params, jnp.asarray(rows))
+            else:
+                padded = np.concatenate([rows, np.repeat(rows[-1:], together - count, axis=0)])
+                spread = sharding.spread(mesh, padded, sharding.SEQUENCES)
+                samples = run(model.params, spread)
+                samples = sharding.own(mesh, samples, _sample_axes(store.moments))
+            for index in range(count):
+                store.put(first + index, *jax.tree.map(lambda x, i=index: x[:, i], samples))
+            bar.update(count * length)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh"))
+@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh", "mesh"))
 def fit_layer(
     rng: Key[Array, ""],
     samples: LayerSamples,
@@ -475,8 +597,9 @@ def fit_layer(
     *,
     options: FitOptions,
     weigh: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[Codebooks, LayerReport]:
-    """`calibration.fit_layer` of stored samples, compiled."""
+    """`calibration.fit_layer` of stored samples, compiled; on a mesh `calibration.fit_sharded`."""
     k, v, k_norms, v_norms, positions, moments = jax.tree.map(jnp.asarray, samples)
 
     def whole(norms: Array) -> Array | None:
@@ -484,7 +607,11 @@ def fit_layer(
             return None
         return norms if norms.ndim == 2 else jnp.sqrt(jnp.sum(jnp.square(norms), axis=-1))
 
-    return calibration.fit_layer(
+    if mesh is None:
+        fit = calibration.fit_layer
+    else:
+        fit = functools.partial(calibration.fit_sharded, mesh)
+    return fit(
         rng,
         k,
         v,
@@ -532,6 +659,7 @@ def _learn(
     tokens: Int[np.ndarray, "n T"],
     store: SampleStore,
     work: pathlib.Path,
+    mesh: Mesh | None,
 ) -> tuple[Codebooks, LayerReport, dict[str, Any] | None]:
     """Codebooks, what fitting them found, and sensitivities if stages were given by them.
 
@@ -539,21 +667,21 @@ def _learn(
     number. Without refits they are also the ones that stay.
     """
     if config.allocate == "uniform":
-        return *_fit(config, spec, model, store, work), None
+        return *_fit(config, spec, model, store, work, mesh), None
     wide = dataclasses.replace(
         spec,
         key=dataclasses.replace(spec.key, stages=2 * spec.key.stages),
         value=dataclasses.replace(spec.value, stages=2 * spec.value.stages),
     )
     if not config.fit.refits:
-        probe = _fit(config, wide, model, store, work)
+        probe = _fit(config, wide, model, store, work, mesh)
         spec, found = _allocate(config, spec, model, tokens, *probe, work)
         return *calibration.shortened(*probe, spec), found
     quick = dataclasses.replace(config.fit, refits=0, iterations=5, warmup=3)
     wide = dataclasses.replace(wide, beam=1)
-    probe = _fit(config, wide, model, store, work, options=quick, kind="probe")
+    probe = _fit(config, wide, model, store, work, mesh, options=quick, kind="probe")
     spec, found = _allocate(config, spec, model, tokens, *probe, work)
-    return *_fit(config, spec, model, store, work), found
+    return *_fit(config, spec, model, store, work, mesh), found
 
 
 def _fit(
@@ -562,6 +690,7 @@ def _fit(
     model: loading.LoadedModel,
     store: SampleStore,
     work: pathlib.Path,
+    mesh: Mesh | None,
     *,
     options: FitOptions | None = None,
     kind: str = "layer",
@@ -569,29 +698,45 @@ def _fit(
     """All layers' codebooks and reports, stacked; finished layers are kept in ``work``."""
     rngs = layer_rngs(config.seed, store.layers)
     inv_freq = jnp.asarray(model.config.inv_freq, jnp.float32)
-    outputs = llama.output_moments(model.graphdef, model.params)
+    outputs = jax.jit(llama.output_moments, static_argnums=0)(model.graphdef, model.params)
+    if mesh is not None:
+        outputs = np.asarray(sharding.replicated(mesh, outputs))
+        mesh = sharding.for_tokens(mesh, store.sequences * store.tokens * jax.process_count())
     trees: dict[QuantSpec, Any] = {}
     layers = []
     for index in tqdm(range(store.layers), desc="fit", unit="layer"):
         own = calibration.of_layer(spec, index)
         file = work / f"{kind}-{index:03}.npz"
-        if not file.exists():
+        if not processes.agreed(file.exists()):
+            samples = store.layer(index)
             fitted = fit_layer(
                 rngs[index],
-                store.layer(index),
+                samples if mesh is None else _spread(mesh, samples),
                 inv_freq,
                 outputs[index],
                 own,
                 options=config.fit if options is None else options,
                 weigh=config.weights == "gradient",
+                mesh=mesh,
             )
-            calibration.save_leaves(file, fitted)
+            if mesh is not None:
+                fitted = sharding.replicated(mesh, fitted)
+            processes.once(functools.partial(calibration.save_leaves, file, fitted))
         if own not in trees:
             count = store.sequences * store.tokens
             trees[own] = jax.tree.structure(_fitted_shapes(config, own, model, count))
         books, report = jax.tree.unflatten(trees[own], calibration.load_leaves(file))
         layers.append(calibration.widened(books, report, spec))
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+def _spread(mesh: Mesh, samples: LayerSamples) -> LayerSamples:
+    """This process's samples among those of all."""
+    positions, moments = samples.positions, samples.moments
+    if moments is not None and jax.process_count() > 1:
+        moments = jax.tree.map(lambda x: x.mean(axis=0), multihost_utils.process_allgather(moments))
+    vectors = sharding.spread(mesh, samples[:4], P(DATA, MODEL))
+    return LayerSamples(*vectors, sharding.spread(mesh, positions, P(DATA)), moments)
 
 
 def _allocate(
@@ -626,7 +771,7 @@ def _allocate(
         return evaluation.fidelity(model.graphdef, model.params, rows, part, exact=exact).kl
 
     file = work / "sensitivity.npz"
-    losses = list(calibration.load_leaves(file)[0]) if file.exists() else []
+    losses = processes.agreed(calibration.load_leaves(file)[0].tolist() if file.exists() else [])
     probes = [(*at, n) for at in np.ndindex(layers, 2) for n in (low, high)]
     for layer, side, n in tqdm(
         probes[len(losses) :], initial=len(losses), total=len(probes), desc="probe", unit="code"
@@ -634,7 +779,7 @@ def _allocate(
         stages = np.full((layers, 2), base)
         stages[layer, side] = n
         losses.append(measured(stages))
-        calibration.save_leaves(file, np.asarray(losses))
+        processes.once(functools.partial(calibration.save_leaves, file, np.asarray(losses)))
     of_low, of_high = np.moveaxis(np.reshape(losses, (layers, 2, 2)), -1, 0)
     slopes = allocation.slopes(of_low, of_high, distortion[..., low], distortion[..., high])
     loss = slopes[..., None] * distortion

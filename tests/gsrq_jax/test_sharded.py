@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gsrq_jax import calibration
-from gsrq_jax.calibration import DATA, MODEL, FitOptions, Moments
+from gsrq_jax.calibration import FitOptions, Moments
 from gsrq_jax.errors import InputError
 from gsrq_jax.sensitivity import log_smooth
 from gsrq_jax.spec import QuantSpec, ResidualSpec

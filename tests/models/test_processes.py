@@ -1,0 +1,128 @@
+"""Several processes of one run, on loopback."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from gsrq_jax import codebook
+from gsrq_jax.errors import InputError
+from gsrq_jax.models import processes
+
+WORKER = pathlib.Path(__file__).with_name("process_worker.py")
+
+
+def run(count, what, folder, *flags):
+    """Exit codes and stderr of so many processes, which run to their ends."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, WORKER, what, folder, *flags],
+            env=os.environ
+            | {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+                "JAX_PLATFORMS": "cpu",
+                "GSRQ_PROCESS_TIMEOUT": "10",
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    ends = [process.communicate(timeout=300)[1] for process in started]
+    return [process.returncode for process in started], ends
+
+
+def test_lost_resumed_and_equal(tiny_model, tiny_run, tmp_path):
+    """Four processes lose one after the first layer; two go on, to one process's codebooks."""
+    out = tmp_path / "run"
+    flags = ("--model", tiny_model, "--out", out, *tiny.FLAGS)
+    codes, said = run(4, "die", tmp_path, *flags)
+    assert codes == [1, 1, 1, -9], said
+    for text in said[:3]:
+        assert "error: process 3 of 4 is lost: nothing was heard of it for 10 s" in text
+    assert (out / "work" / "layer-000.npz").exists()
+    assert not (out / "work" / "layer-001.npz").exists()
+
+    codes, said = run(2, "train", tmp_path, *flags)
+    assert codes == [2, 2], said
+    assert "error: process 1 stopped: the second one has had enough" in said[0]
+    assert "error: the second one has had enough" in said[1]
+    assert {x.name for x in out.iterdir()} == {"run.json", "codebooks", "report.json"}
+
+    found, one = (codebook.load(x / "codebooks") for x in (out, tiny_run))
+    assert found.spec == one.spec
+    for name in ("key", "key_mean", "value"):
+        a, b = (np.asarray(getattr(books, name), np.float32) for books in (found, one))
+        # Many vectors of the first layer are equal, as they depend on the token alone, and so
+        # become codewords; rounding decides which of two equal ones goes. The next is as it was.
+        np.testing.assert_allclose(a[1], b[1], rtol=0.01, atol=1e-3)  # stored in bfloat16
+    of_found, of_one = (
+        [x["distortion"] for x in json.loads((folder / "report.json").read_text())["fit"]]
+        for folder in (out, tiny_run)
+    )
+    np.testing.assert_allclose(of_found, of_one, rtol=0.03)
+
+    refused = [json.loads((tmp_path / f"refused-{i}.json").read_text()) for i in range(2)]
+    for same, shared, share, once in refused:
+        assert same.startswith("process 1 has another seed than process 0 (1, not 0); start all")
+        assert re.match(r"process 1 does not see what process 0 wrote to .*only-.; give a", shared)
+        assert share.startswith("2 processes cannot share 9 sequences evenly; choose --tokens")
+        assert "No such file" in once
+
+
+def test_a_process_of_its_own():
+    assert processes.cluster({}) is None
+    assert processes.cluster({"SLURM_NTASKS": "1"}) is None
+    assert processes.exchange([1, "a"]) == [[1, "a"]]
+    with pytest.raises(OSError, match="full"):
+        processes.once(lambda: (_ for _ in ()).throw(OSError("full")))
+
+
+def test_what_environments_describe():
+    slurm = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "a[0-3]"}
+    address = {"JAX_COORDINATOR_ADDRESS": "a:1234"}
+    assert processes.cluster(slurm) == {}  # JAX knows
+    assert processes.cluster(slurm | address) == {"coordinator_address": "a:1234"}
+    own = address | {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert processes.cluster(own) == {
+        "coordinator_address": "a:1234",
+        "num_processes": 4,
+        "process_id": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES is not; set it to a number"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "two"},
+            "JAX_NUM_PROCESSES is two; set it to a number",
+        ),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "a",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "0",
+            },
+            "a has no port; give host:port",
+        ),
+        ({"JAX_PROCESS_ID": "0"}, "but JAX_COORDINATOR_ADDRESS is not"),
+    ],
+)
+def test_environments_that_lack_something(environment, words):
+    with pytest.raises(InputError, match=words):
+        processes.cluster(environment)
