@@ -68,12 +68,12 @@ def make_mesh(
     Raises:
         InputError: if that cannot be.
     """
-    processes = jax.process_count()
     if devices is None:
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         if shape is None and devices[0].platform == "cpu":
             firsts = {d.process_index: d for d in reversed(devices)}
             devices = [firsts[index] for index in sorted(firsts)]
+    processes = len({d.process_index for d in devices})
     if shape is None:
         model = math.gcd(kv_heads, len(devices) // processes)
         shape = (len(devices) // model, model)
