@@ -194,7 +194,7 @@ def gathered(row: dict[str, Any], least: int) -> dict[str, str]:
 def compiled(
     case: str, config: Config, fits: dict[tuple[str, int, int], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows of one case: the capture step, and the fit of a layer, which models share by ``fits``."""
+    """Rows of one case: the capture, and the fit of a layer, which models share by ``fits``."""
     topology, _, name = case.partition("=")
     chip = topology.partition(":")[0]
     if name not in MODELS or chip not in MEMORY:

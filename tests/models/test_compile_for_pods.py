@@ -1,0 +1,67 @@
+"""What the command reads from compiled programs, and, where libtpu is, that it compiles."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gsrq_jax.errors import InputError
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+HLO = """
+  %a = f32[4,256]{1,0:T(8,128)} all-reduce(%x), channel_id=1
+  %b = f32[4,256]{1,0} all-reduce(%y), channel_id=2
+  %c = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%z), dimensions={0}
+  %d = bf16[16,8]{1,0} all-gather-done(%c)
+  %e = (f32[], pred[7]{0}) all-reduce(%u, %v), to_apply=%sum
+  %f = f32[4] fusion(%all-reduce.1), calls=%g
+"""
+
+
+@pytest.fixture(scope="module")
+def command():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("compile_for_pods")
+
+
+def test_collectives_of_a_program(command):
+    assert [dataclasses.astuple(x) for x in command.collectives(HLO)] == [
+        ("all-reduce", "f32[4,256]", 2, 4096),
+        ("all-gather", "bf16[16,8]", 1, 256),
+        ("all-reduce", "f32[] pred[7]", 1, 11),
+    ]
+
+
+def test_what_should_not_be_gathered(command):
+    row = {"collectives": [dataclasses.asdict(x) for x in command.collectives(HLO)]}
+    assert command.gathered(row, 257) == {}
+    assert command.gathered(row, 256) == {
+        "problem": "unexpected all-gather of bf16[16,8], 256 bytes"
+    }
+
+
+@pytest.mark.parametrize("case", ["v9:2x2=llama-3-8b", "v5e:2x2=llama-9", "v5e:2x2"])
+def test_cases_that_there_are_not(command, case):
+    with pytest.raises(InputError, match=f"cannot compile {case}; give a topology of v5e, v5p"):
+        command.compiled(case, command.Config(), {})
+
+
+def test_compiled_by_the_tpus_compiler(tmp_path):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU's compiler, is not installed")
+    options = ("--cases", "v5e:2x2=llama-3-8b", "--bits", "0.125", "--sequences", "16")
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "compile_for_pods.py", *options, "--out", tmp_path],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        check=True,
+    )
+    rows = json.loads((tmp_path / "results" / "compiled-for-pods.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == ["capture", "fit"]
+    assert all(0 < row["hbm_gib"] < row["memory_gib"] for row in rows)
