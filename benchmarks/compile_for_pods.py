@@ -18,6 +18,7 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -183,10 +184,12 @@ def measured(lowered: Any, memory: int) -> dict[str, Any]:
     return row
 
 
-def gathered(row: dict[str, Any], least: int) -> dict[str, str]:
-    """The problem that whole arrays of at least so many bytes are gathered, if they are."""
+def gathered(row: dict[str, Any], whole: Callable[[str, int], bool]) -> dict[str, str]:
+    """The problem that something is exchanged whole, if it is: ``whole(shape, bytes)`` judges."""
     for x in row.get("collectives", []):
-        if x["kind"] != "all-reduce" and x["nbytes"] >= least:
+        if x["kind"] != "all-reduce" and any(
+            whole(shape, x["nbytes"]) for shape in x["shape"].split()
+        ):
             return {"problem": f"unexpected {x['kind']} of {x['shape']}, {x['nbytes']:,} bytes"}
     return {}
 
@@ -214,19 +217,24 @@ def compiled(
     heads = model.kv_heads // mesh.shape[MODEL]
     facts = {"topology": topology, "model": name, "mesh": dict(mesh.shape)}
 
-    # Keys and values of all sequences of a step are what no device should hold.
-    samples = 2 * model.layers * mesh.shape[DATA] * config.length * heads * model.head_dim
+    # Parameters are gathered, layer by layer; keys and values stay with their sequences.
+    def samples(shape: str, _: int) -> bool:
+        return shape.endswith(tuple(f",{n},{heads},{model.head_dim}]" for n in lengths))
+
+    lengths = config.length, config.length - spec.sinks
     row = measured(captured(model, mesh, config.length), MEMORY[chip])
     sizes = {"step": "capture", "tokens": mesh.shape[DATA] * config.length}
     rows = [facts | sizes | row | gathered(row, samples)]
     show(rows[-1])
 
-    # Devices exchange sums over cells and the scores of draws, less than a head's codebooks.
+    # Scores of draws are gathered; points, codes and codebooks are not, of which these are least.
+    def codebooks(_: str, nbytes: int) -> bool:
+        return nbytes >= heads * math.prod(spec.key.codebook_shape)
+
     shape = (topology, model.kv_heads, model.head_dim)
     if shape not in fits:
         fits[shape] = measured(fitted(model, mesh, tokens, spec), MEMORY[chip])
     row = fits[shape]
-    codebooks = 4 * heads * math.prod(spec.key.codebook_shape)
     rows.append(facts | {"step": "fit", "tokens": tokens} | row | gathered(row, codebooks))
     show(rows[-1])
     return rows

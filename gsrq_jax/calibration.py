@@ -249,7 +249,8 @@ def fit_sharded(
             axis_name=DATA,
             head_axis=MODEL,
         )
-        return dataclasses.replace(books, inv_freq=None), report  # all else has heads
+        arrays = books.key, books.value, books.key_mean, books.key_metric, books.value_metric
+        return arrays, report  # whose first axis is that of heads
 
     vectors, heads = P(DATA, MODEL), P(MODEL)
     mapped = jax.shard_map(
@@ -258,8 +259,18 @@ def fit_sharded(
         in_specs=(P(), vectors, vectors, P(DATA), P(), vectors, vectors, heads, heads),
         out_specs=heads,
     )
-    books, report = mapped(rng, k, v, positions, inv_freq, k_norms, v_norms, moments, output)
-    return dataclasses.replace(books, inv_freq=jnp.asarray(inv_freq)), report
+    arrays, report = mapped(rng, k, v, positions, inv_freq, k_norms, v_norms, moments, output)
+    key, value, mean, key_metric, value_metric = arrays
+    books = Codebooks(
+        key=key,
+        value=value,
+        key_mean=mean,
+        inv_freq=jnp.asarray(inv_freq),
+        spec=spec,
+        key_metric=key_metric,
+        value_metric=value_metric,
+    )
+    return books, report
 
 
 def _metrics(

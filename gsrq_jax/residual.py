@@ -230,8 +230,8 @@ def _fit_stages(
         # Zeros made from the data vary over the same mesh axes as what replaces them.
         codes = jnp.zeros_like(error, code_dtype(spec.code_bits))
         codes = jnp.broadcast_to(codes[..., None], (*codes.shape, spec.stages))
-        words = (spec.stages, spec.codewords, spec.group)
-        words = jnp.broadcast_to(jnp.zeros_like(energy), words)
+        shape = spec.stages, spec.codewords, spec.group
+        words = jnp.broadcast_to(jnp.zeros_like(energy), shape)
         (_, error, codes, words), report = lax.scan(
             stage, (points, error, codes, words), (jnp.arange(spec.stages), steps)
         )

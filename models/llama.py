@@ -130,6 +130,7 @@ class Llama(nnx.Module):
         per_layer: Any = None,
         *,
         remat: bool = False,
+        place: Callable[[Array], Array] = lambda h: h,
     ) -> tuple[Float[Array, "B T hidden"], Any]:
         """Hidden states after the final norm, and what ``attention`` returned for each layer.
 
@@ -141,6 +142,7 @@ class Llama(nnx.Module):
                 ``x_layer``.
             remat: recompute each layer in the backward pass instead of keeping its activations;
                 codes alone are kept.
+            place: constrains where hidden states between layers live, on many devices.
 
         Returns:
             Hidden states in the parameters' dtype; the ``y_layer`` stacked on a leading axis.
@@ -149,12 +151,13 @@ class Llama(nnx.Module):
 
         def body(h, layer):
             state, x_layer = layer
-            return nnx.merge(graphdef, state)(h, positions, attention, x_layer)
+            h, y_layer = nnx.merge(graphdef, state)(h, positions, attention, x_layer)
+            return place(h), y_layer
 
         if remat:
             policy = jax.checkpoint_policies.save_only_these_names(residual.CODES)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        h, y = jax.lax.scan(body, self.embed_tokens(tokens), (state, per_layer))
+        h, y = jax.lax.scan(body, place(self.embed_tokens(tokens)), (state, per_layer))
         return self.norm(h), y
 
     def logits(self, hidden: Float[Array, "*n hidden"]) -> Float32[Array, "*n vocab"]:
@@ -179,10 +182,11 @@ def apply(
     per_layer: Any = None,
     *,
     remat: bool = False,
+    place: Callable[[Array], Array] = lambda h: h,
 ) -> tuple[Float[Array, "B T hidden"], Any]:
     """:meth:`Llama.__call__` as a pure function of the parameters."""
     model = nnx.merge(graphdef, params)
-    return model(tokens, positions, attention, per_layer, remat=remat)
+    return model(tokens, positions, attention, per_layer, remat=remat, place=place)
 
 
 def logits(

@@ -89,7 +89,7 @@ def cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
             "it to host:port of process 0"
         )
     chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev").glob("vfio/[0-9]*")]
-    tpu = chips and importlib.util.find_spec("libtpu") and jax.config.jax_platforms != "cpu"
+    tpu = chips and importlib.util.find_spec("libtpu") and environment.get("JAX_PLATFORMS") != "cpu"
     return {} if slurm or tpu else None
 
 
@@ -196,6 +196,7 @@ class _Watch(threading.Thread):
 
         self.timeout = timeout
         self._interval = min(1, timeout / 10)
+        assert global_state.client is not None
         self._store = global_state.client
         self._stopped = threading.Event()
 

@@ -117,6 +117,7 @@ def for_tokens(mesh: Mesh, tokens: int) -> Mesh:
 def logical_axes(path: Sequence[Any]) -> tuple[str, ...]:
     """Logical axes of the parameter at this path of names, such as ``layers``, ``norm``."""
     *modules, leaf = path
+    axes: tuple[str, ...]
     if modules[-1] == "embed_tokens":
         axes = ("vocab", "embed")
     elif leaf == "kernel":
@@ -159,11 +160,14 @@ def replicated(mesh: Mesh, tree: Any) -> Any:
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
 
 
-def spread(mesh: Mesh, tree: Any, axes: P) -> Any:
-    """Arrays of all processes from the part that each has."""
+def spread(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """Arrays of all processes from the part that each has.
+
+    ``axes`` are a ``PartitionSpec`` for all, or a pytree of them.
+    """
     return multihost_utils.host_local_array_to_global_array(tree, mesh, axes)
 
 
-def own(mesh: Mesh, tree: Any, axes: P) -> Any:
+def own(mesh: Mesh, tree: Any, axes: Any) -> Any:
     """What this process has of arrays of all processes: the inverse of `spread`."""
     return multihost_utils.global_array_to_host_local_array(tree, mesh, axes)

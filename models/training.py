@@ -418,7 +418,7 @@ def _held_out(
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh", "splits", "moments")
+    jax.jit, static_argnums=(0, 1), static_argnames=("first", "weigh", "splits", "moments", "mesh")
 )
 def key_value_samples(
     config: LlamaConfig,
@@ -430,6 +430,7 @@ def key_value_samples(
     weigh: bool,
     splits: int = 1,
     moments: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[
     Float[Array, "L B n H d"],
     Float[Array, "L B n H d"],
@@ -448,8 +449,15 @@ def key_value_samples(
 
     With ``moments`` there are also `calibration.Moments` of each sequence, ``[L, B, …]``; gradients
     are taken for them whatever ``weigh`` is.
+
+    On a mesh hidden states are spread over the sequences alone; see `sharded_samples`.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def place(hidden: Array) -> Array:
+        if mesh is None:
+            return hidden
+        return jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, sharding.SEQUENCES))
 
     def power(q: Array) -> Array:  # [B, T, Q, d] to [B, H, d / 2]
         pairs = jnp.square(q.astype(jnp.float32)).reshape(
@@ -464,7 +472,7 @@ def key_value_samples(
             return causal(q, k, v), (k, v, power(q) if moments else None)
 
         hidden, kv = llama.apply(
-            graphdef, params, tokens, positions, layer, added, remat=added is not None
+            graphdef, params, tokens, positions, layer, added, remat=added is not None, place=place
         )
         return hidden, kv
 
@@ -522,6 +530,7 @@ def sharded_samples(
         weigh=weigh,
         splits=splits,
         moments=moments,
+        mesh=mesh,
     )
     return jax.jit(
         found,
@@ -558,7 +567,8 @@ def capture(
     sequences and a store of its own, and all of them as many.
     """
     length = tokens.shape[1]
-    options = {
+    run: Callable[..., tuple]
+    options: dict[str, Any] = {
         "first": store.first,
         "weigh": weigh,
         "splits": store.splits,
@@ -735,8 +745,9 @@ def _spread(mesh: Mesh, samples: LayerSamples) -> LayerSamples:
     positions, moments = samples.positions, samples.moments
     if moments is not None and jax.process_count() > 1:
         moments = jax.tree.map(lambda x: x.mean(axis=0), multihost_utils.process_allgather(moments))
-    vectors = sharding.spread(mesh, samples[:4], P(DATA, MODEL))
-    return LayerSamples(*vectors, sharding.spread(mesh, positions, P(DATA)), moments)
+    k, v, k_norms, v_norms = sharding.spread(mesh, tuple(samples[:4]), P(DATA, MODEL))
+    positions = sharding.spread(mesh, positions, P(DATA))
+    return LayerSamples(k, v, k_norms, v_norms, positions, moments)
 
 
 def _allocate(
