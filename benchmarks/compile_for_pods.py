@@ -227,15 +227,15 @@ def compiled(
     rows = [facts | sizes | row | gathered(row, samples)]
     show(rows[-1])
 
-    # Scores of draws are gathered; points, codes and codebooks are not, of which these are least.
-    def codebooks(_: str, nbytes: int) -> bool:
-        return nbytes >= heads * math.prod(spec.key.codebook_shape)
+    # Of a fit scores of draws are gathered; points, codes and codebooks are not.
+    def more_than_scores(_: str, nbytes: int) -> bool:
+        return nbytes > 4 * heads * config.codewords * mesh.shape[DATA]
 
     shape = (topology, model.kv_heads, model.head_dim)
     if shape not in fits:
         fits[shape] = measured(fitted(model, mesh, tokens, spec), MEMORY[chip])
     row = fits[shape]
-    rows.append(facts | {"step": "fit", "tokens": tokens} | row | gathered(row, codebooks))
+    rows.append(facts | {"step": "fit", "tokens": tokens} | row | gathered(row, more_than_scores))
     show(rows[-1])
     return rows
 
