@@ -32,7 +32,7 @@ from gsrq_jax.calibration import DATA, MODEL, FitOptions, LayerSamples
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama, sharding, training
 from gsrq_jax.models.config import LlamaConfig
-from gsrq_jax.results import write_result
+from gsrq_jax.results import repeated, write_result
 from gsrq_jax.spec import QuantSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -263,7 +263,8 @@ def main(config: Config) -> None:
     write_result(
         config.out / "results" / "compiled-for-pods.json",
         rows,
-        command="JAX_PLATFORMS=cpu python benchmarks/compile_for_pods.py",
+        command="JAX_PLATFORMS=cpu python "
+        + repeated("benchmarks/compile_for_pods.py", instead={}, without=("--out",)),
         compiler=importlib.metadata.version("libtpu"),
     )
     if any("problem" in row for row in rows):
