@@ -153,6 +153,7 @@ def _presets() -> dict[Preset, TrainConfig]:
         balanced,
         preset="best",
         beam=8,
+        fit=dataclasses.replace(metrics, refits=2),
         distill=DistillConfig(steps=300, batch=2),
     )
     return {"demo": TrainConfig(), "fast": fast, "balanced": balanced, "best": best}
