@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -194,7 +195,7 @@ def draw(rows: list[Row]) -> Figure:
             )
             if line:
                 thick = 2.5 if title == "GSRQ" else 1.2
-                colour = f"C{index % 10}"
+                colour = matplotlib.colormaps["tab20"](index)
                 axis.plot(*zip(*line, strict=True), "o-", c=colour, label=title, lw=thick, ms=4)
         axis.set(
             xscale="log", yscale="log", title=f"window {window}", xlabel="stored bits a number"
