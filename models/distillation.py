@@ -26,10 +26,11 @@ from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, generation, text
 from gsrq_jax.models.loading import LoadedModel
+from gsrq_jax.models.text import SAMPLED
 from gsrq_jax.models.tokenizer import Tokenizer
 from gsrq_jax.spec import check_beam
 
-CALIBRATION, SAMPLED = "calibration", "sampled"
+CALIBRATION = "calibration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +95,20 @@ class Refinement:
 
 
 def sequences(
-    config: DistillConfig, tokenizer: Tokenizer, calibrated: Int[np.ndarray, "n T"]
+    config: DistillConfig, tokenizer: Tokenizer, *, length: int, calibrated: int
 ) -> Int[np.ndarray, "m T"] | None:
-    """Sequences to distil on, as long as those calibrated on; None if `sample` makes them.
+    """Sequences to distil on; None if they are the ``calibrated`` ones or `sample` makes them.
 
     Raises:
         InputError: if there are fewer than two, or a number in ``config`` cannot be.
     """
     _validate(config)
-    length = calibrated.shape[1]
-    if config.text == SAMPLED:
-        rows, count = None, -(-config.tokens // length)
-    elif config.text == CALIBRATION:
-        rows, count = calibrated, len(calibrated)
-    else:
-        rows = text.sequences(
-            text.read(config.text),
-            tokenizer,
-            length=length,
-            count=-(-config.tokens // length),
-            name=config.text,
-        )
+    rows, count = None, -(-config.tokens // length)
+    if config.text == CALIBRATION:
+        count = calibrated
+    elif config.text != SAMPLED:
+        pieces = text.read(config.text)
+        rows = text.sequences(pieces, tokenizer, length=length, count=count, name=config.text)
         count = len(rows)
     if count < 2:
         more = "--tokens" if config.text == CALIBRATION else "--distill.tokens"
@@ -154,13 +148,14 @@ def _validate(config: DistillConfig) -> None:
 
 
 def sample(
-    model: LoadedModel, config: DistillConfig, *, length: int, seed: int, work: pathlib.Path
-) -> Int[np.ndarray, "m T"]:
+    model: LoadedModel, count: int, *, length: int, seed: int, work: pathlib.Path, name: str
+) -> Int[np.ndarray, "count T"]:
     """Sequences that the model writes at full precision and temperature 1.
 
     Each begins as the tokenizer begins a text; where it adds nothing, with a token drawn uniformly
     from the vocabulary (as LLM-QAT does, arXiv 2305.17888). The model writes on after an
-    end-of-text token, as in text packed for training. Finished batches are kept in ``work``.
+    end-of-text token, as in text packed for training. Finished batches are kept in ``work`` under
+    ``name``, of which sequences of other names are independent.
     """
     start = _start(model)
     generator = generation.Generator(
@@ -169,14 +164,13 @@ def sample(
         sampler=generation.Sampler(temperature=1.0),
         dtype=jax.tree.leaves(model.params)[0].dtype,
     )
-    count = -(-config.tokens // length)
     rows: list[np.ndarray] = []
     with tqdm(total=count * length, desc="sample", unit="tok") as bar:
         for index, first in enumerate(range(0, count, _TOGETHER)):
             size = min(_TOGETHER, count - first)
-            file = work / f"sampled-{index:03}.npz"
+            file = work / f"{name}-{index:03}.npz"
             if not file.exists():
-                rng = np.random.default_rng((seed, index))
+                rng = np.random.default_rng((seed, index, *name.encode()))
                 drawn = rng.integers(model.config.vocab_size, size=(size, 0 if start else 1))
                 prompts = [[*start, *row] for row in drawn.tolist()]
                 new = length - len(prompts[0])

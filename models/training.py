@@ -31,7 +31,7 @@ from gsrq_jax.models import distillation, evaluation, llama, loading, report, te
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.distillation import DistillConfig
 from gsrq_jax.models.runfolder import WORK, claim, plain, writing
-from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS
+from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS, SAMPLED
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
@@ -51,6 +51,8 @@ class TrainConfig:
         dataset: data set instead: hub id or folder, ``name`` or ``name:config``.
         column: text column of the data set.
         split: split of the data set.
+        mix: further texts, of which as many tokens are taken: files, ``python``, or ``sampled`` for
+            what the model writes itself. Codebooks serve best what is like what they saw.
         bits: nominal bits a number, if ``stages`` is not given.
         stages: residual stages, instead of ``bits``.
         codewords: codewords of a stage, a power of two up to 65536.
@@ -64,7 +66,7 @@ class TrainConfig:
         allocate: ``uniform`` gives all vectors as many stages; ``sides`` gives keys and values, and
             ``layers`` each layer's keys and values, what measured sensitivities say, at the same
             bits in the mean.
-        tokens: calibration tokens.
+        tokens: calibration tokens, of all texts together.
         length: tokens of a sequence.
         weights: ``gradient`` weighs tokens by the loss's sensitivity (GSRQ), ``none`` all alike.
         fit: how codebooks are learned.
@@ -86,6 +88,7 @@ class TrainConfig:
     dataset: str | None = None
     column: str = "text"
     split: str = "train"
+    mix: tuple[str, ...] = ()
     bits: float = 1.0
     stages: int | None = None
     codewords: int = 256
@@ -189,15 +192,23 @@ def _run(config: TrainConfig) -> None:
     model = loading.load(config.model, dtype=config.dtype)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
-    tokens = texts.calibration
-    _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
-    print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
+    count = texts.calibrated(config)
+    _fitted_shapes(config, spec, model, count * (config.length - spec.sinks))
+    print(f"{model.name}: {spec}; {count} × {config.length} tokens", flush=True)
 
     with writing(config.out):
         inputs = {"model": model.fingerprint["weights"], "text": texts.digest()}
         claim(config.out, _KIND, plain(config), inputs=inputs)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
+        write = functools.partial(
+            distillation.sample, model, length=config.length, seed=config.seed, work=work
+        )
+        tokens, rows = texts.calibration, texts.distillation
+        if texts.written:
+            tokens = text.interleaved([tokens, write(texts.written, name="mix")])
+        if _refines_on_calibration(config):
+            rows, tokens = tokens, tokens[:count]
         store = SampleStore.open(
             work / "samples",
             layers=model.config.layers,
@@ -213,11 +224,8 @@ def _run(config: TrainConfig) -> None:
         codebooks = codebook.stored(codebooks)
         refinement = None
         if config.distill.steps:
-            rows = texts.distillation
             if rows is None:
-                rows = distillation.sample(
-                    model, config.distill, length=config.length, seed=config.seed, work=work
-                )
+                rows = write(-(-config.distill.tokens // config.length), name="distil")
             codebooks, refinement = distillation.refine(
                 model, codebooks, rows, config.distill, seed=config.seed, work=work
             )
@@ -256,15 +264,22 @@ class Texts(NamedTuple):
 
     Attributes:
         calibration: to learn codebooks from, ``[n, T]``.
-        distillation: to refine them on, ``[m, T]``; None where there is no refinement, or the model
-            is to write it.
+        distillation: to refine them on, ``[m, T]``; None where there is no refinement, or it is on
+            the calibration text, or on what the model is to write.
         measured: to measure on, by name: the held-out text first, then the second domain, both
             ``[…, E]``.
+        written: sequences that the model is to write for calibration beside those.
     """
 
     calibration: Int[np.ndarray, "n T"]
     distillation: Int[np.ndarray, "m T"] | None
     measured: dict[str, Int[np.ndarray, "e E"]]
+    written: int
+
+    def calibrated(self, config: TrainConfig) -> int:
+        """Sequences that codebooks are fitted to: not those that a refinement checks itself on."""
+        count = len(self.calibration) + self.written
+        return count - distillation.held_out(count) * _refines_on_calibration(config)
 
     def digest(self) -> str:
         """Changes with every text that codebooks depend on."""
@@ -274,6 +289,10 @@ class Texts(NamedTuple):
         return digest.hexdigest()
 
 
+def _refines_on_calibration(config: TrainConfig) -> bool:
+    return config.distill.steps > 0 and config.distill.text == distillation.CALIBRATION
+
+
 def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> Texts:
     """What there is to read, before anything is begun.
 
@@ -281,10 +300,19 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
         InputError: if a text cannot be read or is too short, or a size is out of range.
     """
     calibration, held_out = _held_out(config, spec, model)
+    share, tokenizer = len(calibration), model.needed_tokenizer()
+    others = [
+        text.sequences(text.read(x), tokenizer, length=config.length, count=share, name=x)
+        for x in config.mix
+        if x != SAMPLED
+    ]
+    calibration = text.interleaved([calibration, *others])
+    written = share * config.mix.count(SAMPLED)
     name = config.eval_text or "held out of the calibration text"
     if config.second_text in (
         config.eval_text,
         config.distill.text,
+        *config.mix,
         config.text if config.dataset is None else None,
     ):
         raise InputError(
@@ -293,17 +321,17 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
         )
     second = text.sequences(
         text.read(config.second_text),
-        model.tokenizer,
+        tokenizer,
         length=held_out.shape[1],
         count=len(held_out),
         name=config.second_text,
     )
     rows = None
     if config.distill.steps:
-        rows = distillation.sequences(config.distill, model.tokenizer, calibration)
-        if rows is calibration:  # what codebooks were fitted to would speak for them
-            calibration = calibration[: -distillation.held_out(len(rows))]
-    return Texts(calibration, rows, {name: held_out, config.second_text: second})
+        rows = distillation.sequences(
+            config.distill, tokenizer, length=config.length, calibrated=len(calibration) + written
+        )
+    return Texts(calibration, rows, {name: held_out, config.second_text: second}, written)
 
 
 def _held_out(
@@ -330,7 +358,7 @@ def _held_out(
         config.text, config.dataset, column=config.column, split=config.split
     )
     room = config.length - start
-    wanted = -(-config.tokens // config.length) * room
+    wanted = -(-config.tokens // (config.length * (1 + len(config.mix)))) * room
     if config.eval_text is not None:
         held_out = text.sequences(
             text.read(config.eval_text),
