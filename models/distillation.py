@@ -49,6 +49,8 @@ class DistillConfig:
         copies: passages of each sequence that come a second time in it.
         beam: of the encoder while codewords move; the cache keeps its own, which then finds codes
             at least as near.
+        windows: numbers of recent exact tokens that steps take in turn, and checks all of; by
+            default the cache's alone.
         check_every: steps from one check on held-out sequences to the next.
         text: ``calibration``, the end of which is then not calibrated on but checked on;
             ``sampled`` for text that the model writes itself; or a text file.
@@ -64,6 +66,7 @@ class DistillConfig:
     ema: float = 0.0
     copies: int = 4
     beam: int = 1
+    windows: tuple[int, ...] = ()
     check_every: int = 20
     text: str = CALIBRATION
     tokens: int = 65_536
@@ -136,6 +139,8 @@ def _validate(config: DistillConfig) -> None:
         if getattr(config, name) < 0:
             refuse(name, "at least 0")
     check_beam(config.beam)
+    if min(config.windows, default=0) < 0:
+        refuse("windows", "at least 0 each")
     for name in ("b2", "ema"):
         if not 0 <= getattr(config, name) < 1:
             refuse(name, "from 0 to below 1")
@@ -235,6 +240,7 @@ def refine(
     source, checked = rows[:-held], rows[-held:].copy()
     _repeat(checked[:, start:], config.copies, np.random.default_rng(seed))
 
+    windows = config.windows or (codebooks.spec.window,)
     devices = jax.local_devices() if devices is None else devices
     share = math.gcd(config.batch // config.accumulate, len(devices))
     mesh = jax.make_mesh(
@@ -255,10 +261,15 @@ def refine(
         """Notes the divergence on held-out sequences, and the state if it is the best."""
         nonlocal best
         average = jax.tree.map(np.array, state.average)
-        found = evaluation.fidelity(
-            model.graphdef, model.params, checked, _settled(codebooks, average), exact=exact
-        )
-        checks.append(Check(done, float(np.mean(losses)) if losses else math.nan, found.kl))
+        books = _settled(codebooks, average)
+        divergences = [
+            evaluation.fidelity(
+                model.graphdef, model.params, checked, books, window=window, exact=exact
+            ).kl
+            for window in windows
+        ]
+        train = float(np.mean(losses)) if losses else math.nan
+        checks.append(Check(done, train, float(np.mean(divergences))))
         if _kept(checks) == done:
             best = average
         calibration.save_leaves(file, (state, best, np.asarray(checks)))
@@ -280,7 +291,14 @@ def refine(
         pieces = _pieces(source, start, config.batch, config.copies, (seed, index))
         parts = pieces.reshape(config.accumulate, -1, rows.shape[1])
         state, loss = _step(
-            model.graphdef, config, mesh, params, begun, state, jax.device_put(parts, split)
+            model.graphdef,
+            config,
+            mesh,
+            params,
+            begun,
+            state,
+            jax.device_put(parts, split),
+            jnp.int32(windows[index % len(windows)]),
         )
         losses.append(float(loss))
         if (index + 1) % config.check_every == 0 or index + 1 == config.steps:
@@ -307,22 +325,23 @@ def _step(
     codebooks: Codebooks,
     state: distill.DistillState,
     parts: Int[Array, "A B T"],
+    window: Int[Array, ""],
 ) -> tuple[distill.DistillState, Float[Array, ""]]:
     """`distill.step`, the sequences of each part shared by the devices of ``mesh``."""
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(P(), P(), P("data")),
+        in_specs=(P(), P(), P(), P("data")),
         out_specs=P(),
         check_vma=False,
     )
-    def loss(params: nnx.State, books: Codebooks, rows: Int[Array, "b T"]) -> Float[Array, ""]:
-        sums = evaluation.compare(graphdef, params, rows, books, remat=True)
+    def loss(params: nnx.State, window: Array, books: Codebooks, rows: Array) -> Float[Array, ""]:
+        sums = evaluation.compare(graphdef, params, rows, books, window=window, remat=True)
         return jax.lax.pmean(sums["kl"] / (rows.shape[0] * (rows.shape[1] - 1)), "data")
 
     return distill.step(
-        functools.partial(loss, params),
+        functools.partial(loss, params, window),
         _optimizer(config),
         codebooks,
         state,

@@ -85,6 +85,28 @@ def test_what_only_harms_is_not_kept(model, books, tmp_path):
     same(refined, books)
 
 
+def test_windows_in_turn_and_an_encoder_of_its_own(model, books, tmp_path, monkeypatch):
+    seen, real = [], distillation._step
+
+    def step(graphdef, config, mesh, params, begun, state, parts, window):
+        seen.append((int(window), begun.spec.beam))
+        return real(graphdef, config, mesh, params, begun, state, parts, window)
+
+    monkeypatch.setattr(distillation, "_step", step)
+    cached = dataclasses.replace(books, spec=dataclasses.replace(SPEC, beam=4))
+    config = DistillConfig(steps=3, batch=2, rate=0.05, copies=0, beam=2, windows=(8, 0))
+    refined, found = refine(model, cached, tmp_path, config)
+    assert seen == [(8, 2), (0, 2), (8, 2)]
+    assert refined.spec == cached.spec
+    beam = dataclasses.replace(books, spec=dataclasses.replace(SPEC, beam=2))
+    alone = [
+        evaluation.fidelity(model.graphdef, model.params, TOKENS[-2:], beam, window=w).kl
+        for w in (8, 0)
+    ]
+    assert alone[0] < alone[1]
+    np.testing.assert_allclose(found.checks[0].held_out, np.mean(alone), rtol=1e-6)
+
+
 def test_pieces_are_not_cut_from_what_is_held_out(model, books, tmp_path, monkeypatch):
     seen, real = [], distillation._pieces
 
@@ -156,7 +178,7 @@ def test_devices_and_parts_agree_with_one(model, books, tmp_path, monkeypatch):
     devices, real = set(), distillation._step
 
     def step(*arguments):
-        devices.add(len(arguments[-1].sharding.device_set))
+        devices.add(len(arguments[-2].sharding.device_set))
         return real(*arguments)
 
     monkeypatch.setattr(distillation, "_step", step)
@@ -276,6 +298,7 @@ def test_texts_to_distil_on(tmp_path):
         ({"warmup": 3}, r"--distill.warmup must be below --distill.steps \(3\), got 3"),
         ({"accumulate": 3}, r"--distill.accumulate must be a divisor of --distill.batch \(4\)"),
         ({"text": "sampled", "tokens": 40}, "two sequences of 40 .* or --distill.tokens"),
+        ({"windows": (8, -1)}, r"--distill.windows must be at least 0 each, got \(8, -1\)"),
         ({"beam": 33}, "beam must be from 1 .* to 32, got 33"),
         ({"text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
     ],
