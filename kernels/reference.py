@@ -20,6 +20,7 @@ def attend_codes(
     key_codewords: Float[Array, "H G R K g"],
     value_codewords: Float[Array, "H G R K g"],
     blocks: Int[Array, " B"],
+    skip: Bool[Array, "B H N b"] | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """Scores from tables of query · codeword, values from a histogram of probability (ours).
 
@@ -34,6 +35,7 @@ def attend_codes(
         key_codewords: of this layer.
         value_codewords: of this layer.
         blocks: valid blocks of each sequence; the others are not read.
+        skip: tokens that are not attended to here, because they are exact elsewhere.
 
     Returns:
         The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
@@ -58,7 +60,7 @@ def attend_codes(
     )
     shared = jnp.matmul(by_block, jnp.swapaxes(shift, -1, -2), precision=exact)
     scores += shared.reshape(batch, heads, n, tokens, group, b)
-    weights, total, top = _softmax_parts(scores, blocks)
+    weights, total, top = _softmax_parts(scores, blocks, skip)
 
     # Histogram of probability over codewords, then one product with the codebook.
     G, R, K, g = value_codewords.shape[1:]
@@ -93,11 +95,15 @@ def attend_decoded(
 
 
 def _softmax_parts(
-    scores: Float[Array, "B H N T q b"], blocks: Int[Array, " B"]
+    scores: Float[Array, "B H N T q b"],
+    blocks: Int[Array, " B"],
+    skip: Bool[Array, "B H N b"] | None = None,
 ) -> tuple[Float[Array, "B H N T q b"], Float[Array, "B T H q"], Float[Array, "B T H q"]]:
     """Unnormalised weights, their sum and the maximum, over the valid blocks."""
     n = scores.shape[2]
     valid = (jnp.arange(n) < blocks[:, None])[:, None, :, None, None, None]
+    if skip is not None:
+        valid = valid & ~skip[:, :, :, None, None]
     scores = jnp.where(valid, scores, -jnp.inf)
     top = jnp.max(scores, axis=(2, 5), initial=-jnp.inf)  # [B, H, T, q]
     safe = jnp.where(jnp.isfinite(top), top, 0)

@@ -63,6 +63,7 @@ class TrainConfig:
         sinks: first tokens that stay exact.
         beam: partial sums that the encoder keeps, 1 (greedy) to 32, in training and in the cache;
             best together with ``fit.refits``.
+        outliers: coded tokens of a sequence that every layer and KV head also keeps exact.
         allocate: ``uniform`` gives all vectors as many stages; ``sides`` gives keys and values, and
             ``layers`` each layer's keys and values, what measured sensitivities say, at the same
             bits in the mean.
@@ -98,6 +99,7 @@ class TrainConfig:
     window: int = 128
     sinks: int = 4
     beam: int = 1
+    outliers: int = 0
     allocate: Allocation = "uniform"
     tokens: int = 8_192
     length: int = 1024
@@ -133,6 +135,7 @@ class TrainConfig:
             window=self.window,
             sinks=self.sinks,
             beam=self.beam,
+            outliers=self.outliers,
         )
 
 
