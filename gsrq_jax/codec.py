@@ -145,6 +145,12 @@ class Decoded:
 
 
 def decoded(codec: Codec) -> Decoded:
-    """``codec`` for a cache that keeps decoded numbers."""
+    """``codec`` for a cache that keeps decoded numbers.
+
+    Raises:
+        InputError: if its cache keeps outliers exact, for a cache of decoded numbers has none.
+    """
     s = codec.spec
+    if getattr(s, "outliers", 0):
+        raise InputError("a cache of decoded numbers has no outliers; keep codes, or none of them")
     return Decoded(codec, DecodedSpec(of=s, block=s.block, window=s.window, sinks=s.sinks))

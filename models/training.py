@@ -12,6 +12,7 @@ import hashlib
 import math
 import pathlib
 import shutil
+import time
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -192,6 +193,7 @@ def train(config: TrainConfig) -> pathlib.Path:
 
 def _run(config: TrainConfig) -> None:
     """Everything up to ``report.json``."""
+    began = time.monotonic()
     model = loading.load(config.model, dtype=config.dtype)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
@@ -203,6 +205,7 @@ def _run(config: TrainConfig) -> None:
         inputs = {"model": model.fingerprint["weights"], "text": texts.digest()}
         claim(config.out, _KIND, plain(config), inputs=inputs)
         work = config.out / WORK
+        resumed = work.exists()
         work.mkdir(exist_ok=True)
         write = functools.partial(
             distillation.sample, model, length=config.length, seed=config.seed, work=work
@@ -259,6 +262,7 @@ def _run(config: TrainConfig) -> None:
             tokens=tokens.size,
             refinement=refinement,
             allocation=allocated,
+            seconds=None if resumed else time.monotonic() - began,
         )
 
 

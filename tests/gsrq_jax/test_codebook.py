@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from gsrq_jax import codebook
 from gsrq_jax.baselines.uniform import Uniform, UniformSpec
 from gsrq_jax.codebook import Codebooks, load, read_metadata, save, validate
-from gsrq_jax.codec import respec
+from gsrq_jax.codec import decoded, respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
@@ -150,8 +150,10 @@ def test_the_beam_of_the_spec_encodes():
 def test_what_can_change_after_fitting():
     books = respec(make(), window=3, sinks=5, beam=2)
     assert (books.spec.window, books.spec.sinks, books.spec.beam) == (3, 5, 2)
-    with pytest.raises(InputError, match="only window, sinks, beam, outliers can .*, not block"):
+    with pytest.raises(InputError, match=r"only window, sinks, beam, outliers can .*, not block"):
         respec(make(), block=8)
+    with pytest.raises(InputError, match="a cache of decoded numbers has no outliers"):
+        decoded(respec(make(), outliers=2))
     with pytest.raises(InputError, match=r"beam must be from 1 \(greedy\) to 32, got 64"):
         respec(make(), beam=64)
     rounded = Uniform(UniformSpec.kivi(2, 32))

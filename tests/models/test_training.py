@@ -434,6 +434,8 @@ def test_stopped_anywhere_and_resumed(tiny_run, tiny_model, tmp_path, counted, c
     ours, other = (json.loads((x / "report.json").read_text()) for x in (out, tiny_run))
     assert ours["rows"] == other["rows"]
     assert ours["fit"] == other["fit"]
+    assert ours["seconds"] is None
+    assert other["seconds"] > 0
     assert {x.name for x in out.iterdir()} == {x.name for x in tiny_run.iterdir()}
 
 
