@@ -227,9 +227,8 @@ def _outlier_until(error: Float[Array, "B T H"], spec: QuantSpec) -> Int[Array, 
     A token has it from when it is coded until as many tokens with larger errors are, too.
     """
     tokens = error.shape[1]
-    error = jnp.where(jnp.arange(tokens)[:, None] < spec.sinks, -jnp.inf, error)
-
     position = jnp.arange(tokens)
+    error = jnp.where(position[:, None] < spec.sinks, -jnp.inf, error)
 
     def one(token: tuple[Array, Array]) -> Array:  # errors [B, H] and position of one token
         own, at = token
