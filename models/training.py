@@ -501,7 +501,6 @@ def capture(
             bar.update(length)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh"))
 def fit_layer(
     rng: Key[Array, ""],
     samples: LayerSamples,
@@ -512,7 +511,10 @@ def fit_layer(
     options: FitOptions,
     weigh: bool,
 ) -> tuple[Codebooks, LayerReport]:
-    """`calibration.fit_layer` of stored samples, compiled."""
+    """`calibration.fit_layer` of stored samples.
+
+    Only what it calls is compiled, so that keys and values of as many stages share that.
+    """
     k, v, k_norms, v_norms, positions, moments = jax.tree.map(jnp.asarray, samples)
 
     def whole(norms: Array) -> Array | None:
