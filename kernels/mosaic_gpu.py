@@ -44,11 +44,19 @@ class Config:
         scorers: warps that score, 4 or 8.
         depth: slots of the ring for each of them.
         splits: thread blocks that share the blocks of a sequence.
+        wide: whether the mean key's share of the scores is float32 rather than float16, whose 11
+            bits are the largest part of the error where the share is large.
     """
 
     scorers: int
     depth: int
     splits: int
+    wide: bool = True
+
+    @property
+    def share_bytes(self) -> int:
+        """Of one share of the mean key."""
+        return 4 if self.wide else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Memory:
         """Laid out one after the other."""
         scorers, ring = config.scorers, config.scorers * config.depth
         table = problem.key.nbytes if problem.key.shared else 0
-        staged = problem.chunk_key_bytes + ROWS * CHUNK * 2
+        staged = problem.chunk_key_bytes + ROWS * CHUNK * config.share_bytes
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -305,8 +313,8 @@ def attend_tiles(
     config = config or choose_config(problem)
     rows = query_rows(problem, query)
     blocks = jnp.clip(blocks.astype(jnp.int32), 0, problem.blocks)
-    inputs = score_inputs(problem, rows, shift, key_codewords)
-    histogram, scale = _fused(problem, config)(key_tiles, value_tiles, *inputs, blocks)
+    inputs = score_inputs(problem, config, rows, shift, key_codewords)
+    histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     out, lse = put_together(problem, histogram, scale, value_codewords)
     valid = jnp.arange(problem.blocks) < blocks[:, None, None, None, None]
     finite = (jnp.isfinite(query).all(axis=-1) | ~valid).all(axis=-1)
@@ -327,6 +335,7 @@ def query_rows(
 
 def score_inputs(
     problem: Problem,
+    config: Config,
     rows: Float[Array, "H B rows N 4 d"],
     shift: Float[Array, "H 1 b d"],
     key_codewords: Float[Array, "H 1 R K d"],
@@ -339,14 +348,15 @@ def score_inputs(
 
     Returns:
         ``[…, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
-        ``[…, N, 4, b]`` shares of the mean key (float16); and float32 ``[…, N, 4]`` offsets, or
+        ``[…, N, 4, b]`` shares of the mean key (float32 or float16); and float32 ``[…, N, 4]`` offsets, or
         ``[…, N, 8]`` steps and offsets of the finished tables.
     """
     key = problem.key
     columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
     mean = shift[:, 0].mean(axis=1)
     middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
-    share = _product(rows, shift[:, 0] - mean[:, None]).astype(jnp.float16)
+    share = _product(rows, shift[:, 0] - mean[:, None])
+    share = share if config.wide else share.astype(jnp.float16)
     products = _product(rows, columns)
     if key.shared:
         return products.astype(jnp.float16), share, middle
@@ -440,7 +450,7 @@ def put_together(
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def _fused(problem: Problem, config: Config) -> Any:
+def fused_kernel(problem: Problem, config: Config) -> Any:
     """The kernel as a function of key tiles, value tiles, `score_inputs` and blocks."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -614,21 +624,22 @@ class FusedKernel:
         """Start to copy the codes and the mean key's shares of a chunk."""
         warp, p = self.warp, self.problem
         codes = self._present(block, p.chunk_key_bytes)
-        share = self._present(block, ROWS * CHUNK * 2)
+        size = self.config.share_bytes
+        share = self._present(block, ROWS * CHUNK * size)
         warp.barrier_expect(arrived, codes + share)
         of_block = p.chunk_key_bytes * p.block // CHUNK
         source = self.at.keys + (self.code_block + warp.wide(block)) * of_block
         source = source + warp.wide(chunk * p.chunk_key_bytes)
         warp.copy_to_shared(staged, source, codes, arrived)
-        source = self.at.share + (self.table_block + warp.wide(block)) * (ROWS * p.block * 2)
+        source = self.at.share + (self.table_block + warp.wide(block)) * (ROWS * p.block * size)
         staged = staged + p.chunk_key_bytes
         if self.blocks_of_span == 2:  # [2 blocks, 4 rows, 128 tokens], as they lie
             warp.copy_to_shared(staged, source, share, arrived)
             return
         for row in range(ROWS):  # [4 rows, 256 of the block's tokens]
-            of_row = source + warp.wide(chunk * (CHUNK * 2)) + row * p.block * 2
-            nbytes = warp.integer(CHUNK * 2)
-            warp.copy_to_shared(staged + row * CHUNK * 2, of_row, nbytes, arrived)
+            of_row = source + warp.wide(chunk * (CHUNK * size)) + row * p.block * size
+            nbytes = warp.integer(CHUNK * size)
+            warp.copy_to_shared(staged + row * CHUNK * size, of_row, nbytes, arrived)
 
     def _fetch_values(self, block: Any, chunk: Any, slot_at: Any, full: Any) -> None:
         """Start to copy the codes of the values of a chunk."""
@@ -660,16 +671,17 @@ class FusedKernel:
         steps = warp.load_shared(facts, 0, ROWS, "f")
         offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         of_unit = TILE * width // 8
-        shares = staged + p.chunk_key_bytes + warp.lane * 2
+        size = self.config.share_bytes
+        shares = staged + p.chunk_key_bytes + warp.lane * size
         lanes = staged + warp.lane * (width // 8)
         load = {
             32: lambda a, o: warp.load_shared(a, o)[0],
             16: warp.load_shared_16,
         }[width]
         if self.blocks_of_span == 2:
-            tile_stride, row_stride = ROWS * TILE * 2, TILE * 2
+            tile_stride, row_stride = ROWS * TILE * size, TILE * size
         else:
-            tile_stride, row_stride = TILE * 2, CHUNK * 2
+            tile_stride, row_stride = TILE * size, CHUNK * size
         groups = []
         for group in range(GROUPS // 2):
             at = tile * units * of_unit + group * 32 * width // 8
@@ -680,13 +692,15 @@ class FusedKernel:
                 index = self.table_block + warp.wide(block)
                 base = self.at.products + index * p.key.nbytes
                 sums = pieces.look_up_global(warp, p.key, base, codes)
-            at = tile * tile_stride + group * 32 * 2
-            share = [
-                warp.halves(warp.load_shared_16(shares, at + row * row_stride))[0]
-                for row in range(ROWS)
-            ]
+            at = tile * tile_stride + group * 32 * size
+            share = [self._share(shares, at + row * row_stride) for row in range(ROWS)]
             groups.append(pieces.scores(warp, sums, share, steps, offsets))
         return groups
+
+    def _share(self, address: Any, offset: int) -> Any:
+        if self.config.wide:
+            return self.warp.load_shared(address, offset, kind="f")[0]
+        return self.warp.halves(self.warp.load_shared_16(address, offset))[0]
 
     # Counting warps.
 
