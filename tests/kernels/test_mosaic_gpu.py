@@ -1,15 +1,23 @@
 """The GPU kernel without a GPU: run on numpy lanes, refused where it must be, assembled."""
 
 import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lanes import Memory, run_block
+from lanes import Lanes, Memory, run_block
+from lowering import mosaic_module, on_abstract, shapes
 from test_reference import check, decode, expected
 
-from gsrq_jax.kernels import mosaic_gpu, tiles
+from gsrq_jax.kernels import mosaic_gpu, pieces, reference, tiles
 from gsrq_jax.kernels.errors import InputError
 
 
@@ -131,3 +139,252 @@ def test_on_numpy_lanes(shape, config):
     print(error)
     assert error < 1e-3
     check((lse,), (want_lse,), atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 2.0])
+def test_error_by_the_spread_of_scores(spread):
+    shape = Shape(d=128, R=32, S=4, N=4, blocks=(4,))
+    x = make(shape, seed=3, scale=spread)
+    out, lse = on_lanes(x, Config(4, 2, 1))
+    want, want_lse = in_float64(shape, x)
+    error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() < 1e-3
+    check((lse,), (want_lse,), atol=1e-3)
+
+
+def test_nothing_of_the_invalid_is_read():
+    """Codes with all bits set and NaN queries change no bit of the result."""
+    shape = Shape(B=2, b=128, N=3, R=4, S=4, blocks=(1, 2))
+    x = make(shape)
+    y = {name: a.copy() for name, a in x.items()}
+    for row, n in enumerate(shape.blocks):
+        for name in ("key_tiles", "value_tiles"):
+            y[name][row, :, n:] = 0xFFFFFFFF
+    for a, b in zip(on_lanes(x), on_lanes(y), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- around the kernel ----------------------------------------------------------------------------
+
+
+def test_the_reference_reads_the_same_layout():
+    shape = Shape(B=2, H=2, q=3, N=3, b=128, K=256, R=4, S=12, blocks=(3, 0))
+    x = make(shape)
+    check(jax.jit(reference.attend_tiles)(**x), in_float64(shape, x))
+
+
+@pytest.mark.parametrize("stages", [4, 12, 32, 64])
+def test_a_finished_table_is_what_the_kernel_makes(stages):
+    rng = np.random.default_rng(stages)
+    key = pieces.KeyTable(stages, 16)
+    raw = rng.normal(size=(4, stages, 16)).astype(np.float16).astype(np.float32)
+    table, steps, offsets = mosaic_gpu.finished_table(key, jnp.asarray(raw).reshape(4, -1))
+    warp = Lanes()
+    place, facts = warp.integer(0x3000), warp.integer(0x1000)
+    middle = warp.put(np.zeros(4, np.float32))
+    pieces.table(warp, key, warp.put(raw.astype(np.float16)), middle, place, facts)
+    made = warp.shared[0x1000:0x1020].view(np.float32)
+    np.testing.assert_allclose(made[4:], offsets, rtol=1e-5)
+    if stages % 8 == 0:  # a narrower strip counts its copies here
+        np.testing.assert_allclose(made[:4], steps, rtol=1e-5)
+    for strip in range(len(tiles.strips(stages))):
+        for code in range(16):
+            at = 0x3000 + key.strip_offset(strip) + code * key.code_bytes
+            row = warp.shared[at : at + 128].view(np.uint16).reshape(16, 4)
+            want = np.asarray(table)[code, 16 * strip : 16 * strip + 16] * (steps / made[:4])
+            np.testing.assert_allclose(row, want, atol=1.01)
+
+
+def test_products_are_right_to_20_bits():
+    rng = np.random.default_rng(0)
+    rows, columns = rng.normal(size=(2, 5, 4, 128)) * 30, rng.normal(size=(2, 48, 128))
+    want = np.einsum("hnrd,hcd->hnrc", rows, columns)
+    size = np.linalg.norm(rows, axis=-1)[..., None] * np.linalg.norm(columns, axis=-1)[:, None, None]
+    for kind in (jnp.float32, jnp.bfloat16):
+        c = jnp.asarray(columns, kind)
+        want = np.einsum("hnrd,hcd->hnrc", np.float64(np.float32(rows)), np.float64(c))
+        got = mosaic_gpu._product(jnp.asarray(rows, jnp.float32), c)
+        assert (np.abs(got - want) / size).max() < 1e-6
+
+
+def test_put_together_weighs_parts_by_their_scales():
+    problem = mosaic_gpu.problem_of(**make(Shape(H=2, q=2, N=1, S=3, R=4, blocks=(1,))))
+    rng = np.random.default_rng(0)
+    codewords = rng.normal(size=(2, 1, 3, 16, 64)).astype(np.float32)
+    p = rng.integers(1, 2**14, (2, 3, 6, 4))  # [pair, part, token, row]
+    codes = rng.integers(0, 16, (2, 3, 6, 3))
+    scale = rng.integers(-3, 3, (2, 3, 4)).astype(np.int32)
+    scale[:, 2] = mosaic_gpu.EMPTY
+    p[:, 2] = 0
+    histogram = np.zeros((2, 3, 3, 16, 4), np.float32)
+    for at in np.ndindex(2, 3, 6, 3):
+        histogram[at[0], at[1], at[3], codes[at]] += p[at[:3]]
+    out, lse = mosaic_gpu.put_together(problem, histogram, scale, codewords)
+    weight = p * 2.0 ** scale[:, :, None].astype(np.float64)  # EMPTY ones are 0
+    values = sum(codewords[np.arange(2)[:, None, None], 0, r, codes[..., r]] for r in range(3))
+    want = np.einsum("hptr,hptd->hrd", weight, values) / weight.sum((1, 2))[..., None]
+    np.testing.assert_allclose(out[0, 0], want[:, :2], rtol=1e-4, atol=1e-5)
+    bits = pieces.PROBABILITY_BITS - pieces.HEADROOM
+    np.testing.assert_allclose(
+        lse[0, 0], np.log(weight.sum((1, 2)) * 2.0**-bits)[:, :2], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"R": 64, "S": 64}, {"R": 32, "K": 256, "S": 64}, {"b": 128, "N": 99, "B": 64}]
+)
+def test_the_layout_fits_and_nothing_overlaps(sizes):
+    problem = mosaic_gpu.problem_of(**shapes(**sizes))
+    config = mosaic_gpu.choose_config(problem)
+    m = mosaic_gpu.Memory.of(problem, config)
+    assert m.nbytes <= mosaic_gpu.SHARED_BYTES
+    starts = [m.tables, m.staged, m.slots, m.facts, m.scales, m.arrived, m.full, m.free]
+    assert starts == sorted(starts)
+    assert m.table_bytes % 4096 == m.staged % 16 == m.slots % 16 == m.slot_bytes % 16 == 0
+    assert m.facts % 16 == m.scales % 16 == m.arrived % 8 == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+BAD = {
+    "head_dim": ({"d": 96}, "64 or 128 as head_dim, got 96"),
+    "group": ({"q": 9}, "1 to 8 as query heads per KV head, got 9"),
+    "block": ({"b": 384}, "128 or a multiple of 256 as tokens of a block, got 384"),
+    "stages": ({"R": 65}, "1 to 64 as stages of keys, got 65"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), BAD.values(), ids=BAD.keys())
+def test_sizes_that_are_not_supported(sizes, message):
+    with pytest.raises(InputError, match=message):
+        mosaic_gpu.attend_tiles(**shapes(**sizes))
+
+
+S = jax.ShapeDtypeStruct
+BAD_ARRAYS = {
+    "keys of 64 codewords": (
+        {"key_codewords": S((8, 1, 32, 64, 128), jnp.bfloat16)},
+        "16 or 256 as codewords of a stage of keys, got 64",
+    ),
+    "values of 256 codewords": (
+        {"value_codewords": S((8, 1, 16, 256, 128), jnp.bfloat16)},
+        "takes 16 as codewords of a stage of values, got 256",
+    ),
+    "split heads": (
+        {"key_codewords": S((8, 2, 16, 16, 64), jnp.bfloat16)},
+        r"whole heads, \(8, 1, R, K, 128\) as codewords of keys",
+    ),
+    "float16 codewords": (
+        {"value_codewords": S((8, 1, 32, 16, 128), jnp.float16)},
+        "bfloat16 or float32 as dtype of the codewords of values, got float16",
+    ),
+    "a shift of each block": (
+        {"shift": S((8, 16, 256, 128), jnp.float32)},
+        r"\(8, 1, b, 128\), one for all blocks as shift, got \(8, 16, 256, 128\)",
+    ),
+    "bytes": (
+        {"key_tiles": S((2, 8, 16, 256, 16), jnp.uint8)},
+        r"uint32 \(2, 8, 16, 2, 512\) as key tiles, got uint8 \(2, 8, 16, 256, 16\)",
+    ),
+    "a cache of other values": (
+        {"value_tiles": S((2, 8, 16, 2, 256), jnp.uint32)},
+        r"uint32 \(2, 8, 16, 2, 512\) as value tiles",
+    ),
+    "a bfloat16 query": (
+        {"query": S((2, 1, 8, 4, 16, 128), jnp.bfloat16)},
+        "float32 as dtype of the query, got bfloat16",
+    ),
+    "blocks of another batch": (
+        {"blocks": S((3,), jnp.int32)},
+        r"integers \(2,\) as blocks, got int32 \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_arrays_that_are_not_supported(arrays, message):
+    with pytest.raises(InputError, match=message):
+        mosaic_gpu.attend_tiles(**(shapes() | arrays))
+
+
+def test_devices_that_are_not_supported(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.3")
+    with pytest.raises(InputError, match=r"compute capability 9.0 \(H100, H200\), this is cpu"):
+        mosaic_gpu.attend_tiles(**shapes())
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.13.0", "1.11.0"])
+def test_versions_of_jax_that_are_not_supported(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version__", version)
+    with pytest.raises(InputError, match=f"for jax 0.11 and 0.12, this is {version}"):
+        mosaic_gpu.attend_tiles(**shapes())
+
+
+# --- for a GPU that is not there ------------------------------------------------------------------
+
+supported = pytest.mark.skipif(
+    not jax.__version__.startswith(("0.11.", "0.12.")),
+    reason=f"the kernel is for jax 0.11 and 0.12, this is {jax.__version__}",
+)
+FORMS = {
+    "1 bit": {},
+    "blocks of 128, 8 heads, 3 tokens": {"b": 128, "q": 8, "T": 3},
+    "blocks of 512, head_dim 64": {"b": 512, "d": 64, "R": 16, "S": 16},
+    "2 bits": {"R": 64, "S": 64},
+    "256 codewords": {"R": 16, "K": 256},
+}
+
+
+@supported
+@pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
+def test_lowers_without_a_gpu(sizes):
+    assert len(mosaic_module(shapes(**sizes))) > 10_000
+
+
+@supported
+def test_other_gpus_are_refused_when_lowered_for():
+    with on_abstract("NVIDIA A100-SXM4-80GB"), pytest.raises(InputError, match="this is NVIDIA A100"):
+        mosaic_gpu.attend_tiles(**shapes())
+
+
+@pytest.fixture(scope="module")
+def assembler(tmp_path_factory):
+    """``assemble(sizes)``: what ptxas says, without a GPU."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler for the stand-in of the CUDA driver")
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("jax is installed without CUDA 13")
+    cuda = importlib.util.find_spec("nvidia.cu13")
+    places = [Path(p) / "bin" for p in cuda.submodule_search_locations] if cuda else []
+    if not any((p / "ptxas").exists() for p in places) and shutil.which("ptxas") is None:
+        pytest.skip("ptxas is not installed")
+    folder = tmp_path_factory.mktemp("cuda")
+    here = Path(__file__).parent
+    command = [compiler, "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1"]
+    subprocess.run([*command, here / "fake_cuda.c"], check=True)
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(folder),
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+    }
+
+    def assemble(sizes):
+        command = [sys.executable, here / "lowering.py", *(f"{k}={v}" for k, v in sizes.items())]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        return (done.stdout + done.stderr).decode(errors="replace")
+
+    return assemble
+
+
+@supported
+@pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
+def test_assembles_without_a_gpu(sizes, assembler):
+    said = assembler(sizes)
+    assert "Compiling entry function" in said, said[-2000:]
+    assert "for 'sm_90a'" in said
+    (registers,) = set(re.findall(r"Used (\d+) registers", said))
+    config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes)))
+    assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
+    (spilled,) = set(re.findall(r"(\d+) bytes spill stores", said)) - {"0"} or {"0"}
+    assert int(spilled) <= (32 if sizes.get("K") == 256 else 0)
