@@ -2,14 +2,14 @@
 
 One thread block takes four query rows of one KV head and one part of its blocks of tokens. Eight
 warps *score*: each goes through blocks of its own, makes the block's table in shared memory, looks
-up 256 tokens at a time, and puts their probabilities, as bit planes, into its slots of a ring. Eight
-warps *count*: all of them go through the slots and add up, by binary products, how much probability
-falls on each value code. Histogram × codebook, after the parts are put together, is the output.
+up 256 tokens at a time, and puts their probabilities, as bit planes, into its slots of a ring.
+Eight warps *count*: all of them go through the slots and add up, by binary products, how much
+probability falls on each value code. Histogram × codebook, once the parts are put together, is the
+output.
 docs/kernels.md explains it with a picture; `gsrq_jax.kernels.pieces` has the steps.
 
-What goes in is `gsrq_jax.kernels.reference.attend_tiles`'s: B sequences, T query tokens, H KV heads,
-q query heads each, N blocks of b tokens. Inside, R = 4 rows; a *pair* is (KV head, sequence, group
-of four rows).
+What goes in is `gsrq_jax.kernels.reference.attend_tiles`'s: B sequences, T query tokens, H KV
+heads, q query heads each, N blocks of b tokens. A *pair* is (KV head, sequence, four rows).
 """
 
 import dataclasses
@@ -185,8 +185,8 @@ def check_device() -> None:
     version = tuple(int(x) for x in re.findall(r"\d+", jax.__version__)[:2])
     if version not in ((0, 11), (0, 12)):
         raise InputError(
-            f"the fused GPU kernel is for jax 0.11 and 0.12, this is {jax.__version__}; install one "
-            "of these or use another implementation"
+            f"the fused GPU kernel is for jax 0.11 and 0.12, this is {jax.__version__}; install "
+            "one of these or use another implementation"
         )
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
@@ -237,7 +237,9 @@ def problem_of(
         ("values", value_codewords, (16,)),
     ):
         if codewords.shape[:2] != (heads, 1) or codewords.shape[4] != dim:
-            refuse(f"codewords of {name}", codewords.shape, f"whole heads, ({heads}, 1, R, K, {dim})")
+            refuse(
+                f"codewords of {name}", codewords.shape, f"whole heads, ({heads}, 1, R, K, {dim})"
+            )
         if codewords.shape[3] not in sizes:
             refuse(
                 f"codewords of a stage of {name}",
@@ -342,14 +344,14 @@ def score_inputs(
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
 
-    Two GEMMs, [blocks × rows, d] × [d, R·K] and × [d, b], in float16 with two terms for what float16
-    does not hold, written as float16. Per block and row: R·K + b numbers, each written and read
-    once. The mean key's share is written less its own mean over the block, so that 11 bits suffice.
+    Two GEMMs, [blocks × rows, d] × [d, R·K] and × [d, b], in float16 with a second term for what
+    float16 does not hold. For each block and row R·K + b numbers are written and read once. The
+    mean key's share is written less its own mean over the block, which joins the offsets.
 
     Returns:
         ``[…, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
-        ``[…, N, 4, b]`` shares of the mean key (float32 or float16); and float32 ``[…, N, 4]`` offsets, or
-        ``[…, N, 8]`` steps and offsets of the finished tables.
+        ``[…, N, 4, b]`` shares of the mean key (float32 or float16); and float32 ``[…, N, 4]``
+        offsets, or ``[…, N, 8]`` steps and offsets of the finished tables.
     """
     key = problem.key
     columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
@@ -404,9 +406,7 @@ def finished_table(
     widest = jnp.maximum(jnp.stack(octets).max(axis=0), 1e-30)
     scale = pieces.ENTRY_MOST / widest
     entries = jnp.round((products - low[..., None]) * scale[..., None, None]).astype(jnp.uint16)
-    order = [
-        first + place % w for first, w in strips(key.stages) for place in range(pieces.STRIP)
-    ]
+    order = [first + place % w for first, w in strips(key.stages) for place in range(pieces.STRIP)]
     placed = entries[..., jnp.array(order), :]  # [..., 4, places, K]
     return jnp.moveaxis(placed, (-1, -3), (-3, -1)), 1 / scale, low.sum(axis=-1)
 
@@ -463,7 +463,7 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
         def emit(_: Any, *refs: Any) -> None:
             *arrays, shared = refs
             warp = Warp()
-            places = Addresses(*map(global_address, arrays), shared_address(warp, shared))
+            places = Addresses(*[global_address(a) for a in arrays], shared_address(warp, shared))
             FusedKernel(problem, config, warp, places).run()
 
         emit(*refs)
@@ -577,7 +577,9 @@ class FusedKernel:
             block, chunk = block_and_chunk(k)
             self._fetch(block, chunk, staged, arrived)
 
-        warp.when(self.first_lane & warp.less(warp.integer(0), rounds), lambda: fetch(warp.integer(0)))
+        warp.when(
+            self.first_lane & warp.less(warp.integer(0), rounds), lambda: fetch(warp.integer(0))
+        )
 
         def round_(k: Any, _: list) -> list:
             block, chunk = block_and_chunk(k)
@@ -705,7 +707,7 @@ class FusedKernel:
     # Counting warps.
 
     def count(self) -> None:
-        """Slot after slot of the ring: counts, and the running histogram; at the end it is written."""
+        """Slot after slot of the ring: counts, added to a histogram that is written at the end."""
         warp, p, memory = self.warp, self.problem, self.memory
         scorers = self.config.scorers
         codes, _ = pieces.share_of_codes(p.value_stages)

@@ -43,7 +43,7 @@ MAGIC = 0x4B000000
 
 @dataclasses.dataclass(frozen=True)
 class KeyTable:
-    """Where the entry of a code is: ``[code, place, row]``, 16 bits each, in shared or global memory.
+    """Where the entry of a code is: ``[code, place, row]``, 16 bits each.
 
     A strip of up to 16 stages has 16 places, stage ``place mod w``. In shared memory (16 codewords)
     two strips make a row of 256 bytes and each 16 rows follow each other; in global memory (256
@@ -88,9 +88,7 @@ class KeyTable:
 # --- table ----------------------------------------------------------------------------------------
 
 
-def table(
-    warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: Any
-) -> None:
+def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: Any) -> None:
     """Products of one block's queries with the codewords to a table of 16-bit integers.
 
     Entry = (product − smallest of its stage) / step, with one step a row, such that no octet of
@@ -170,7 +168,7 @@ def table(
 
 
 def _stage_of_lane(warp: Any, parts: tuple[tuple[int, int], ...]) -> tuple[Any, Any]:
-    """The stage of lane's place in one strip or two, and whether it is the first place that has it."""
+    """The stage at lane's place in one strip or two, and whether it has no place before."""
     place = warp.lane & 15
     below = warp.less(warp.lane, 16)
     (first, w) = parts[0]
@@ -268,9 +266,9 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
             for s in range(start, min(start + OCTET, w)):
                 words = entry(step, strip, s)
                 step += 1
-                total = words if total is None else [
-                    a + b for a, b in zip(total, words, strict=True)
-                ]
+                total = (
+                    words if total is None else [a + b for a, b in zip(total, words, strict=True)]
+                )
             for i, x in enumerate(total):
                 sums[2 * i] = sums[2 * i] + (x & 0xFFFF)
                 sums[2 * i + 1] = sums[2 * i + 1] + (x >> 16)
@@ -314,7 +312,7 @@ def chunk_scale(warp: Any, chunk: list) -> list:
 
 
 def probabilities(warp: Any, chunk: list, scale: list) -> list:
-    """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, rows (0, 1) and (2, 3) of a token a word.
+    """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, two rows of a token a word.
 
     Cost: 8 × (4 × (FADD, EX2, FADD) + 2) = 112.
 
@@ -389,10 +387,7 @@ def load_planes(warp: Any, place: Any) -> list:
     own = place + ((warp.lane & 3) * 8 + (warp.lane >> 2)) * 4
     pairs = PROBABILITY_BITS // 2
     return [
-        [
-            warp.load_shared(own, (half * pairs + j) * PLANE_STRIDE * 4)[0]
-            for half in range(2)
-        ]
+        [warp.load_shared(own, (half * pairs + j) * PLANE_STRIDE * 4)[0] for half in range(2)]
         for j in range(pairs)
     ]
 
@@ -402,7 +397,7 @@ def load_planes(warp: Any, place: Any) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which codes a warp counts: of the 8 stages ``8 octet …``, low bits ``first …``, ``codes`` many.
+    """What a warp counts: of 8 stages from ``8 octet`` on, ``codes`` low bits from ``first`` on.
 
     A warp counts both codes, with the highest bit unset and set, that its low bits belong to.
     """

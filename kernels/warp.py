@@ -14,8 +14,14 @@ from typing import Any
 
 import numpy as np
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import scf as _scf
 
+# Their generated types do not know the classes and functions that replace the generated ones.
+arith: Any = _arith
+llvm: Any = _llvm
+scf: Any = _scf
 FULL = 0xFFFFFFFF
 
 
@@ -218,9 +224,7 @@ class Warp:
             body()
             scf.yield_([])
 
-    def either(
-        self, condition: Value, then: Callable[[], None], other: Callable[[], None]
-    ) -> None:
+    def either(self, condition: Value, then: Callable[[], None], other: Callable[[], None]) -> None:
         """Run one of two bodies."""
         op = scf.IfOp(condition.ssa, has_else=True)
         for block, body in ((op.then_block, then), (op.else_block, other)):
@@ -232,9 +236,7 @@ class Warp:
         self, count: Value, carry: list[Value], body: Callable[[Value, list[Value]], list[Value]]
     ) -> list[Value]:
         """``carry = body(i, carry)`` for i from 0 below ``count``."""
-        op = scf.ForOp(
-            self.integer(0).ssa, count.ssa, self.integer(1).ssa, [x.ssa for x in carry]
-        )
+        op = scf.ForOp(self.integer(0).ssa, count.ssa, self.integer(1).ssa, [x.ssa for x in carry])
         with ir.InsertionPoint(op.body):
             new = body(Value(op.induction_variable), [Value(x) for x in op.inner_iter_args])
             scf.yield_([x.ssa for x in new])
@@ -268,7 +270,7 @@ class Warp:
 
     def load_shared_16(self, address: Value, offset: int = 0) -> Value:
         """16 bits from shared memory, the upper half of the word 0."""
-        code = "{.reg .b16 t; ld.shared.b16 t, [$1+%d]; cvt.u32.u16 $0, t;}" % offset
+        code = f"{{.reg .b16 t; ld.shared.b16 t, [$1+{offset}]; cvt.u32.u16 $0, t;}}"
         return self._ptx(code, "r", address, effects=True)
 
     def store_shared(
@@ -297,9 +299,9 @@ class Warp:
         """Counts of common bits, ``[16, 8]`` = ``[16, 256] × [256, 8]`` bits.
 
         Operands and result lie in registers as PTX lays out ``m16n8k256``: with ``g = lane // 4``
-        and ``t = lane % 4``, ``a`` holds 32 bits of row g and of row g + 8 at 32 t, then the same at
-        128 + 32 t; ``b`` 32 bits of column g at 32 t and at 128 + 32 t; the result rows g and g + 8,
-        columns 2 t and 2 t + 1 each.
+        and ``t = lane % 4``, ``a`` holds 32 bits of row g and of row g + 8 at 32 t, then the same
+        at 128 + 32 t; ``b`` 32 bits of column g at 32 t and at 128 + 32 t; the result rows g and
+        g + 8, columns 2 t and 2 t + 1 each.
         """
         zero = self.integer(0)
         code = (
@@ -312,9 +314,7 @@ class Warp:
 
     def barrier_init(self, barrier: Value, arrivals: int) -> None:
         """A barrier in shared memory whose phase ends after so many arrivals."""
-        self._ptx(
-            f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "", barrier, effects=True
-        )
+        self._ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "", barrier, effects=True)
 
     def barrier_fence(self) -> None:
         """Make new barriers known to the copy engine."""

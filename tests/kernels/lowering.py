@@ -49,10 +49,11 @@ def mosaic_module(arguments):
             for block in region:
                 for child in block:
                     child = child.operation
-                    if child.name == "stablehlo.custom_call":
-                        if "mosaic" in str(child.attributes["call_target_name"]):
-                            config = child.attributes["mhlo.backend_config"]
-                            found.append(config["module"].value_bytes)
+                    if child.name == "stablehlo.custom_call" and "mosaic" in str(
+                        child.attributes["call_target_name"]
+                    ):
+                        config = child.attributes["mhlo.backend_config"]
+                        found.append(config["module"].value_bytes)
                     walk(child)
 
     with module.context:

@@ -23,7 +23,7 @@ from gsrq_jax.kernels.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """B sequences, T queries, H KV heads, q query heads each, N blocks of b; stages and codewords."""
+    """B sequences, T queries, H KV heads, q query heads each, N blocks of b; R, S stages."""
 
     B: int = 1
     T: int = 1
@@ -66,9 +66,7 @@ def in_float64(shape, x):
     keys = tiles.keys_from_tiles(x["key_tiles"], s.R, s.K)[..., None, :]
     values = tiles.values_from_tiles(x["value_tiles"], s.S)[..., None, :]
     keys = decode(np.asarray(keys), x["key_codewords"]) + np.float64(x["shift"])
-    return expected(
-        x["query"], keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"]
-    )
+    return expected(x["query"], keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
 
 
 def on_lanes(x, config=None):
@@ -198,8 +196,9 @@ def test_a_finished_table_is_what_the_kernel_makes(stages):
 def test_products_are_right_to_20_bits():
     rng = np.random.default_rng(0)
     rows, columns = rng.normal(size=(2, 5, 4, 128)) * 30, rng.normal(size=(2, 48, 128))
-    want = np.einsum("hnrd,hcd->hnrc", rows, columns)
-    size = np.linalg.norm(rows, axis=-1)[..., None] * np.linalg.norm(columns, axis=-1)[:, None, None]
+    size = (
+        np.linalg.norm(rows, axis=-1)[..., None] * np.linalg.norm(columns, axis=-1)[:, None, None]
+    )
     for kind in (jnp.float32, jnp.bfloat16):
         c = jnp.asarray(columns, kind)
         want = np.einsum("hnrd,hcd->hnrc", np.float64(np.float32(rows)), np.float64(c))
@@ -343,7 +342,10 @@ def test_lowers_without_a_gpu(sizes):
 
 @supported
 def test_other_gpus_are_refused_when_lowered_for():
-    with on_abstract("NVIDIA A100-SXM4-80GB"), pytest.raises(InputError, match="this is NVIDIA A100"):
+    with (
+        on_abstract("NVIDIA A100-SXM4-80GB"),
+        pytest.raises(InputError, match="this is NVIDIA A100"),
+    ):
         mosaic_gpu.attend_tiles(**shapes())
 
 
