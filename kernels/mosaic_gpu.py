@@ -463,8 +463,8 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
         def emit(_: Any, *refs: Any) -> None:
             *arrays, shared = refs
             warp = Warp()
-            places = Addresses(*[global_address(a) for a in arrays], shared_address(warp, shared))
-            FusedKernel(problem, config, warp, places).run()
+            places = [global_address(a) for a in arrays] + [shared_address(warp, shared)]
+            FusedKernel(problem, config, warp, Addresses(*places)).run()
 
         emit(*refs)
 

@@ -2,7 +2,7 @@
 
     table          query · codeword, float16, to 16-bit entries in shared memory     once a block
     scores         codes of 32 tokens to sums of entries, and to scores              8 a chunk
-    probabilities  scores of a chunk to 14-bit numbers below the chunk's own maximum
+    probabilities  scores of a chunk to 16-bit numbers below the chunk's own maximum
     planes         their bits, 32 tokens a word: the operand of the binary product
     one_hot        bit planes of value codes to rows "this token has code c"
     histogram      the counts of a chunk, added to the running histogram
@@ -25,7 +25,7 @@ ROWS = 4
 CHUNK = 256
 GROUPS = CHUNK // 32
 """Groups of 32 tokens in a chunk."""
-PROBABILITY_BITS = 14
+PROBABILITY_BITS = 16
 HEADROOM = 2.0**-12
 """Probabilities are 2**-HEADROOM of what they should be, all alike, so that the largest, rounded,
 still has `PROBABILITY_BITS` bits; the log-sum-exp adds it back."""
@@ -373,17 +373,16 @@ def store_planes(warp: Any, words: list, place: Any) -> None:
     ``[half of the chunk][pair of bits][group of 32 tokens][row][parity]``; 16 STS, no bank twice.
     """
     bit, pair_row = warp.lane & 15, warp.lane >> 4
-    there = warp.less(bit, PROBABILITY_BITS)
     own = place + (((bit >> 1) * PLANE_STRIDE) + (pair_row << 1) + (bit & 1)) * 4
     for i, pair in enumerate(words):
         for u, x in enumerate(pair):
             half, quarter = divmod(u, 4)
             offset = half * (PROBABILITY_BITS // 2) * PLANE_STRIDE + quarter * 8 + i * 4
-            warp.store_shared(own, [x], offset * 4, where=there)
+            warp.store_shared(own, [x], offset * 4)
 
 
 def load_planes(warp: Any, place: Any) -> list:
-    """The right operand of each pair of bits; 14 LDS a warp."""
+    """The right operand of each pair of bits; 16 LDS a warp."""
     own = place + ((warp.lane & 3) * 8 + (warp.lane >> 2)) * 4
     pairs = PROBABILITY_BITS // 2
     return [
@@ -446,7 +445,7 @@ def histogram(warp: Any, share: Share, tiles: list, columns: list) -> list:
     """Probability, in units of its last bit, on each of the warp's codes: ``[codes][2]`` float32.
 
     Lane (g, t) holds stage g of the octet and row t. Counts of single bits are added up by Horner.
-    Cost, 8 warps: 32 × 7 products, 32 × (8 + 2 × 14) + 8 × 30 others = 1400.
+    Cost, 8 warps: 32 × 8 products, 32 × (8 + 2 × 16) + 8 × 30 others = 1500.
     """
     mass = []
     for i in range(share.codes):

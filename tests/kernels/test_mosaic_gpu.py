@@ -210,7 +210,7 @@ def test_put_together_weighs_parts_by_their_scales():
     problem = mosaic_gpu.problem_of(**make(Shape(H=2, q=2, N=1, S=3, R=4, blocks=(1,))))
     rng = np.random.default_rng(0)
     codewords = rng.normal(size=(2, 1, 3, 16, 64)).astype(np.float32)
-    p = rng.integers(1, 2**14, (2, 3, 6, 4))  # [pair, part, token, row]
+    p = rng.integers(1, 2**pieces.PROBABILITY_BITS, (2, 3, 6, 4))  # [pair, part, token, row]
     codes = rng.integers(0, 16, (2, 3, 6, 3))
     scale = rng.integers(-3, 3, (2, 3, 4)).astype(np.int32)
     scale[:, 2] = mosaic_gpu.EMPTY
@@ -388,5 +388,4 @@ def test_assembles_without_a_gpu(sizes, assembler):
     (registers,) = set(re.findall(r"Used (\d+) registers", said))
     config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes)))
     assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
-    (spilled,) = set(re.findall(r"(\d+) bytes spill stores", said)) - {"0"} or {"0"}
-    assert int(spilled) <= (32 if sizes.get("K") == 256 else 0)
+    assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 16
