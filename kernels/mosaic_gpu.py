@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gsrq_jax.kernels import pieces
 from gsrq_jax.kernels.errors import InputError
@@ -30,6 +30,8 @@ SHARED_BYTES = 227 * 1024 - 2048
 """Shared memory of a thread block on sm_90, less what Mosaic takes."""
 PROCESSORS = 132
 """Multiprocessors to be filled."""
+TABLE_TIME, START_TIME = 0.3, 1.5
+"""Estimates, in chunks that all scorers take at once: of a table, and of starting and ending."""
 MOST_STAGES = 64
 EMPTY = -(2**30)
 """Scale of a part without tokens."""
@@ -44,6 +46,7 @@ class Config:
         scorers: warps that score, 4 or 8.
         depth: slots of the ring for each of them.
         splits: thread blocks that share the blocks of a sequence.
+        span: chunks of one block that a scorer takes one after the other, with one table.
         wide: whether the mean key's share of the scores is float32 rather than float16, whose 11
             bits are the largest part of the error where the share is large.
     """
@@ -51,6 +54,7 @@ class Config:
     scorers: int
     depth: int
     splits: int
+    span: int
     wide: bool = True
 
     @property
@@ -82,6 +86,16 @@ class Problem:
     def pairs(self) -> int:
         """(KV head, sequence, group of rows)."""
         return self.heads * self.batch * self.row_groups
+
+    @property
+    def chunks_of_block(self) -> int:
+        """Chunks of a block, 1 if it is half a chunk."""
+        return max(1, self.block // CHUNK)
+
+    @property
+    def blocks_of_chunk(self) -> int:
+        """2 if a block is half a chunk, else 1."""
+        return max(1, CHUNK // self.block)
 
     @property
     def chunk_key_bytes(self) -> int:
@@ -153,16 +167,27 @@ class Memory:
 
 
 def choose_config(problem: Problem) -> Config:
-    """The first layout that fits shared memory; splits that fill the device once if they can.
+    """The quickest split, by estimate, in the first layout that fits shared memory.
 
-    Registers need no choice: 16 warps may have 128 each, and the compiler needs that or less.
+    Time is counted in chunks that all scorers take at once: a round of spans takes their chunks and
+    `TABLE_TIME`, a thread block `START_TIME`, and thread blocks run in waves of `PROCESSORS`.
+    Registers need no choice: 16 warps may have 128 each, which is what the compiler takes.
 
     Raises:
-        InputError: if none fits.
+        InputError: if no layout fits.
     """
-    splits = max(1, min(PROCESSORS // problem.pairs, problem.blocks))
+
+    def time(scorers: int, splits: int, span: int) -> float:
+        spans = problem.blocks * problem.chunks_of_block // (problem.blocks_of_chunk * span)
+        rounds = math.ceil(math.ceil(spans / splits) / scorers)
+        waves = math.ceil(problem.pairs * splits / PROCESSORS)
+        return waves * (rounds * (span + TABLE_TIME) + START_TIME)
+
+    spans = [1 << i for i in range(6) if problem.chunks_of_block % (1 << i) == 0]
     for scorers, depth in ((8, 2), (8, 1), (4, 2), (4, 1)):
-        config = Config(scorers, depth, splits)
+        choices = [(n, span) for n in range(1, PROCESSORS + 1) for span in spans]
+        splits, span = min(choices, key=lambda c: time(scorers, *c))
+        config = Config(scorers, depth, splits, span)
         if Memory.of(problem, config).nbytes <= SHARED_BYTES:
             return config
     raise InputError(
@@ -318,8 +343,7 @@ def attend_tiles(
     inputs = score_inputs(problem, config, rows, shift, key_codewords)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     out, lse = put_together(problem, histogram, scale, value_codewords)
-    valid = jnp.arange(problem.blocks) < blocks[:, None, None, None, None]
-    finite = (jnp.isfinite(query).all(axis=-1) | ~valid).all(axis=-1)
+    finite = finite_rows(problem, inputs[2], blocks)
     return jnp.where(finite[..., None], out, jnp.nan), jnp.where(finite, lse, jnp.nan)
 
 
@@ -357,19 +381,21 @@ def score_inputs(
     columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
     mean = shift[:, 0].mean(axis=1)
     middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
-    share = _product(rows, shift[:, 0] - mean[:, None])
-    share = share if config.wide else share.astype(jnp.float16)
-    products = _product(rows, columns)
+    centred = shift[:, 0] - mean[:, None]
+    share = _product(rows, centred, jnp.float32 if config.wide else jnp.float16)
     if key.shared:
-        return products.astype(jnp.float16), share, middle
-    table, steps, offsets = finished_table(key, products)
+        return _product(rows, columns, jnp.float16), share, middle
+    table, steps, offsets = finished_table(key, _product(rows, columns, jnp.float32))
     return table, share, jnp.concatenate([steps, middle + offsets], axis=-1)
 
 
 def _product(
-    rows: Float[Array, "H *n d"], columns: Float[Array, "H c d"]
+    rows: Float[Array, "H *n d"], columns: Float[Array, "H c d"], dtype: Any
 ) -> Float[Array, "H *n c"]:
-    """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
+    """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts.
+
+    They are added up in float32 and rounded to ``dtype``.
+    """
     high, low = _parts(rows)
     if columns.dtype == jnp.bfloat16:  # 8 bits: float16 holds them
         columns = columns.astype(jnp.float16)
@@ -381,7 +407,7 @@ def _product(
         "h...d,hcd->h...c",
         jnp.concatenate(left, axis=-1),
         jnp.concatenate(right, axis=-1),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 
@@ -411,6 +437,23 @@ def finished_table(
     return jnp.moveaxis(placed, (-1, -3), (-3, -1)), 1 / scale, low.sum(axis=-1)
 
 
+def finite_rows(
+    problem: Problem, offsets: Float[Array, "H B rows N n"], blocks: Int[Array, " B"]
+) -> Bool[Array, "B T H q"]:
+    """Queries without NaN or infinity in valid blocks: integers in the kernel do not show them."""
+    valid = jnp.arange(problem.blocks) < blocks[:, None, None]  # [B, 1, N]
+    finite = (jnp.isfinite(offsets[..., -ROWS:]) | ~valid[..., None]).all(axis=3)
+    return _rows_to_heads(problem, finite.reshape(-1, ROWS))
+
+
+def _rows_to_heads(problem: Problem, x: Array) -> Array:
+    """``[pairs, 4, …]`` to ``[B, T, H, q, …]``."""
+    p = problem
+    x = x.reshape(p.heads, p.batch, -1, *x.shape[2:])[:, :, : p.tokens * p.group]
+    x = x.reshape(p.heads, p.batch, p.tokens, p.group, *x.shape[3:])
+    return jnp.moveaxis(x, 0, 2)
+
+
 def put_together(
     problem: Problem,
     histogram: Float[Array, "pairs splits S 16 4"],
@@ -438,13 +481,7 @@ def put_together(
     out = jnp.where(some[..., None], out, 0) / safe[..., None]
     lse = (top[:, 0] + jnp.log2(safe) + (pieces.HEADROOM - pieces.PROBABILITY_BITS)) * LN2
     lse = jnp.where(some, lse, -jnp.inf)
-
-    def rows(x: Array) -> Array:  # [H B rows, 4, …] -> [B, T, H, q, …]
-        x = x.reshape(p.heads, p.batch, -1, *x.shape[2:])[:, :, : p.tokens * p.group]
-        x = x.reshape(p.heads, p.batch, p.tokens, p.group, *x.shape[3:])
-        return jnp.moveaxis(x, 0, 2)
-
-    return rows(out), rows(lse)
+    return _rows_to_heads(p, out), _rows_to_heads(p, lse)
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -518,10 +555,9 @@ class FusedKernel:
         self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
         self.table_block = warp.wide(self.pair) * p.blocks
         (self.valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
-        # A span is what a scorer takes at a time: a block, or two if a block is half a chunk.
-        self.blocks_of_span = max(1, CHUNK // p.block)
-        self.chunks_of_span = max(1, p.block // CHUNK)
-        spans = (self.valid + (self.blocks_of_span - 1)) // self.blocks_of_span
+        # A span is what a scorer takes at a time: chunks of one block, or one chunk of two blocks.
+        self.spans_of_block = p.chunks_of_block // config.span
+        spans = (self.valid + (p.blocks_of_chunk - 1)) // p.blocks_of_chunk * self.spans_of_block
         each = (spans + (config.splits - 1)) // config.splits
         self.first = (warp.block % config.splits) * each
         end = warp.select(warp.less(self.first + each, spans), self.first + each, spans)
@@ -561,7 +597,7 @@ class FusedKernel:
         warp, p, memory = self.warp, self.problem, self.memory
         scorers = self.config.scorers
         scorer = warp.index - COUNTERS
-        rounds = (self.spans + (scorers - 1) - scorer) // scorers * self.chunks_of_span
+        rounds = (self.spans + (scorers - 1) - scorer) // scorers * self.config.span
         arrived = self.base + memory.arrived + scorer * 8
         staged = self.base + memory.staged + scorer * memory.staged_bytes
         facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
@@ -570,8 +606,9 @@ class FusedKernel:
         masks = pieces.transpose_masks(warp)
 
         def block_and_chunk(k: Any) -> tuple[Any, Any]:
-            span = self.first + k // self.chunks_of_span * scorers + scorer
-            return span * self.blocks_of_span, k % self.chunks_of_span
+            span = self.first + k // self.config.span * scorers + scorer
+            chunk = span % self.spans_of_block * self.config.span + k % self.config.span
+            return span // self.spans_of_block * p.blocks_of_chunk, chunk
 
         def fetch(k: Any) -> None:
             block, chunk = block_and_chunk(k)
@@ -592,13 +629,14 @@ class FusedKernel:
             groups = []
             for tile in range(2):
                 here = block
-                if self.blocks_of_span == 2:
+                if p.blocks_of_chunk == 2:
                     here = warp.unsigned_min(block + tile, self.valid - 1)
                     self._make_table(here, table, facts)
                 elif tile == 0:
-                    warp.when(warp.equal(chunk, 0), lambda: self._make_table(block, table, facts))
+                    first = warp.equal(k % self.config.span, 0)
+                    warp.when(first, lambda: self._make_table(block, table, facts))
                 groups += self._scores(here, tile, staged, facts, places)
-            if self.blocks_of_span == 2:  # the second block may not be there
+            if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
             warp.sync()
@@ -617,7 +655,7 @@ class FusedKernel:
     def _present(self, block: Any, nbytes: int) -> Any:
         """Bytes of a chunk that are there: half of them if its second block is not."""
         warp = self.warp
-        if self.blocks_of_span == 1:
+        if self.problem.blocks_of_chunk == 1:
             return warp.integer(nbytes)
         there = warp.less(block + 1, self.valid)
         return warp.select(there, warp.integer(nbytes), nbytes // 2)
@@ -635,7 +673,7 @@ class FusedKernel:
         warp.copy_to_shared(staged, source, codes, arrived)
         source = self.at.share + (self.table_block + warp.wide(block)) * (ROWS * p.block * size)
         staged = staged + p.chunk_key_bytes
-        if self.blocks_of_span == 2:  # [2 blocks, 4 rows, 128 tokens], as they lie
+        if p.blocks_of_chunk == 2:  # [2 blocks, 4 rows, 128 tokens], as they lie
             warp.copy_to_shared(staged, source, share, arrived)
             return
         for row in range(ROWS):  # [4 rows, 256 of the block's tokens]
@@ -680,7 +718,7 @@ class FusedKernel:
             32: lambda a, o: warp.load_shared(a, o)[0],
             16: warp.load_shared_16,
         }[width]
-        if self.blocks_of_span == 2:
+        if p.blocks_of_chunk == 2:
             tile_stride, row_stride = ROWS * TILE * size, TILE * size
         else:
             tile_stride, row_stride = TILE * size, CHUNK * size
@@ -713,7 +751,7 @@ class FusedKernel:
         codes, _ = pieces.share_of_codes(p.value_stages)
         unit = warp.index * codes
         share = pieces.Share(unit >> 3, unit & 7, codes)
-        whole = self.spans // scorers * self.chunks_of_span  # rounds in which all scorers are there
+        whole = self.spans // scorers * self.config.span  # rounds in which all scorers are there
         rest = self.spans % scorers
         row = warp.lane & 3
 
@@ -744,7 +782,7 @@ class FusedKernel:
 
         zero = warp.integer(0)
         start = [zero, zero, warp.integer(EMPTY)] + [warp.floating(0.0)] * (2 * codes)
-        done = warp.loop(self.spans * self.chunks_of_span, start, slot)
+        done = warp.loop(self.spans * self.config.span, start, slot)
         stage = (share.octet << 3) + (warp.lane >> 2)
         real = warp.less(stage, p.value_stages)
         part = self.at.histogram + warp.wide(warp.block) * (p.value_stages * 16 * ROWS * 4)

@@ -105,20 +105,24 @@ def on_lanes(x, config=None):
 Config = mosaic_gpu.Config
 RUNS = {
     "one block": (Shape(N=1, blocks=(1,)), None),
-    "a narrow share": (Shape(N=2, R=4, S=4, blocks=(2,)), Config(4, 1, 1, wide=False)),
+    "a narrow share": (Shape(N=2, R=4, S=4, blocks=(2,)), Config(4, 1, 1, 1, wide=False)),
     "narrow shares of half chunks": (
         Shape(b=128, N=3, R=4, S=4, blocks=(3,)),
-        Config(4, 1, 1, wide=False),
+        Config(4, 1, 1, 1, wide=False),
     ),
-    "nothing coded, all coded": (Shape(B=2, N=2, blocks=(0, 2)), Config(8, 2, 2)),
+    "nothing coded, all coded": (Shape(B=2, N=2, blocks=(0, 2)), Config(8, 2, 2, 1)),
     "1 bit, head_dim 128": (Shape(d=128, R=32, S=32, N=2, blocks=(2,)), None),
     "2 bits": (Shape(d=128, R=64, S=64, N=2, blocks=(2,)), None),
     "quarter of a bit, head_dim 64": (Shape(R=4, S=4, N=1, blocks=(1,)), None),
-    "blocks of half a chunk, an odd one": (Shape(b=128, N=5, blocks=(5,)), Config(4, 1, 1)),
+    "blocks of half a chunk, an odd one": (Shape(b=128, N=5, blocks=(5,)), Config(4, 1, 1, 1)),
     "three eighths of a bit": (Shape(d=128, b=128, R=12, S=12, N=3, blocks=(3,)), None),
-    "blocks of two chunks, more than warps": (Shape(b=512, N=6, R=4, blocks=(5,)), Config(4, 1, 1)),
-    "ring of two": (Shape(N=19, R=4, S=4, blocks=(19,)), Config(4, 2, 1)),
-    "parts, some empty": (Shape(N=5, R=4, S=4, blocks=(5,)), Config(4, 1, 4)),
+    "blocks of two chunks, more than warps": (
+        Shape(b=512, N=6, R=4, blocks=(5,)),
+        Config(4, 1, 1, 2),
+    ),
+    "a chunk at a time": (Shape(b=512, N=3, R=4, S=4, blocks=(3,)), Config(4, 1, 2, 1)),
+    "ring of two": (Shape(N=19, R=4, S=4, blocks=(19,)), Config(4, 2, 1, 1)),
+    "parts, some empty": (Shape(N=5, R=4, S=4, blocks=(5,)), Config(4, 1, 4, 1)),
     "heads and sequences": (Shape(B=2, H=2, q=3, b=128, N=3, R=4, S=4, blocks=(3, 1)), None),
     "one query head": (Shape(H=2, q=1, N=1, R=4, S=4, blocks=(1,)), None),
     "two groups of rows": (Shape(B=2, T=1, q=8, N=1, R=4, S=4, blocks=(1, 1)), None),
@@ -143,7 +147,7 @@ def test_on_numpy_lanes(shape, config):
 def test_error_by_the_spread_of_scores(spread):
     shape = Shape(d=128, R=32, S=4, N=4, blocks=(4,))
     x = make(shape, seed=3, scale=spread)
-    out, lse = on_lanes(x, Config(4, 2, 1))
+    out, lse = on_lanes(x, Config(4, 2, 1, 1))
     want, want_lse = in_float64(shape, x)
     error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert error.max() < 1e-3
@@ -160,6 +164,22 @@ def test_nothing_of_the_invalid_is_read():
             y[name][row, :, n:] = 0xFFFFFFFF
     for a, b in zip(on_lanes(x), on_lanes(y), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_query_that_is_not_finite_shows():
+    shape = Shape(B=2, q=2, N=1, R=4, S=4, blocks=(1, 1))
+    x = make(shape)
+    problem = mosaic_gpu.problem_of(**x)
+    config = mosaic_gpu.choose_config(problem)
+    for bad in (np.nan, np.inf):
+        x["query"][0, 0, 0, 1, 0, 5] = bad
+        rows = mosaic_gpu.query_rows(problem, jnp.asarray(x["query"]))
+        words = jnp.asarray(x["key_codewords"])
+        inputs = mosaic_gpu.score_inputs(problem, config, rows, jnp.asarray(x["shift"]), words)
+        finite = mosaic_gpu.finite_rows(problem, inputs[2], jnp.asarray(x["blocks"]))
+        assert np.asarray(finite).ravel().tolist() == [True, False, True, True]
+    none = mosaic_gpu.finite_rows(problem, inputs[2], jnp.zeros(2, jnp.int32))
+    assert none.all()
 
 
 # --- around the kernel ----------------------------------------------------------------------------
@@ -202,7 +222,7 @@ def test_products_are_right_to_20_bits():
     for kind in (jnp.float32, jnp.bfloat16):
         c = jnp.asarray(columns, kind)
         want = np.einsum("hnrd,hcd->hnrc", np.float64(np.float32(rows)), np.float64(c))
-        got = mosaic_gpu._product(jnp.asarray(rows, jnp.float32), c)
+        got = mosaic_gpu._product(jnp.asarray(rows, jnp.float32), c, jnp.float32)
         assert (np.abs(got - want) / size).max() < 1e-6
 
 
@@ -388,4 +408,4 @@ def test_assembles_without_a_gpu(sizes, assembler):
     (registers,) = set(re.findall(r"Used (\d+) registers", said))
     config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes)))
     assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
-    assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 16
+    assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 32
