@@ -76,6 +76,7 @@ class Problem:
     dim: int
     key: KeyTable
     value_stages: int
+    shifted: bool
 
     @property
     def row_groups(self) -> int:
@@ -140,7 +141,7 @@ class Memory:
         """Laid out one after the other."""
         scorers, ring = config.scorers, config.scorers * config.depth
         table = problem.key.nbytes if problem.key.shared else 0
-        staged = problem.chunk_key_bytes + ROWS * CHUNK * config.share_bytes
+        staged = problem.chunk_key_bytes + problem.shifted * ROWS * CHUNK * config.share_bytes
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -228,7 +229,7 @@ def check_device() -> None:
 
 def problem_of(
     query: Array,
-    shift: Array,
+    shift: Array | None,
     key_tiles: Array,
     value_tiles: Array,
     key_codewords: Array,
@@ -241,7 +242,7 @@ def problem_of(
         InputError: naming what was given and what is supported.
     """
     batch, tokens, heads, group, n, dim = query.shape
-    block = shift.shape[2]
+    block = TILE * key_tiles.shape[3]
 
     def refuse(what: str, given: Any, supported: str) -> None:
         raise InputError(
@@ -255,8 +256,8 @@ def problem_of(
         refuse("query heads per KV head", group, "1 to 8")
     if block != TILE and block % CHUNK:
         refuse("tokens of a block", block, f"{TILE} or a multiple of {CHUNK}")
-    if shift.shape[0] != heads or shift.shape[1] != 1 or shift.shape[3] != dim:
-        refuse("shift", shift.shape, f"({heads}, 1, b, {dim}), one for all blocks")
+    if shift is not None and shift.shape != (heads, 1, block, dim):
+        refuse("shift", shift.shape, f"({heads}, 1, {block}, {dim}), one for all blocks")
     for name, codewords, sizes in (
         ("keys", key_codewords, (16, 256)),
         ("values", value_codewords, (16,)),
@@ -288,7 +289,8 @@ def problem_of(
         refuse("dtype of the query", query.dtype, "float32")
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
-    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages)
+    shifted = shift is not None
+    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, shifted)
     if n:
         choose_config(problem)
     return problem
@@ -299,7 +301,7 @@ def problem_of(
 
 def attend_tiles(
     query: Float[Array, "B T H q N d"],
-    shift: Float[Array, "H 1 b d"],
+    shift: Float[Array, "H 1 b d"] | None,
     key_tiles: UInt32[Array, "B H N tiles kw"],
     value_tiles: UInt32[Array, "B H N tiles vw"],
     key_codewords: Float[Array, "H 1 R K d"],
@@ -315,7 +317,8 @@ def attend_tiles(
 
     Args:
         query: scaled queries in each block's frame, float32.
-        shift: what the mean key adds to the keys of every block.
+        shift: what the mean key adds to the keys of every block; None for nothing, which saves as
+            many bytes as one bit of codes has.
         key_tiles: see `gsrq_jax.kernels.tiles.keys_to_tiles`.
         value_tiles: see `gsrq_jax.kernels.tiles.values_to_tiles`.
         key_codewords: of this layer, float32 or bfloat16, 16 or 256 a stage.
@@ -363,7 +366,7 @@ def score_inputs(
     problem: Problem,
     config: Config,
     rows: Float[Array, "H B rows N 4 d"],
-    shift: Float[Array, "H 1 b d"],
+    shift: Float[Array, "H 1 b d"] | None,
     key_codewords: Float[Array, "H 1 R K d"],
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
@@ -374,15 +377,18 @@ def score_inputs(
 
     Returns:
         ``[…, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
-        ``[…, N, 4, b]`` shares of the mean key (float32 or float16); and float32 ``[…, N, 4]``
-        offsets, or ``[…, N, 8]`` steps and offsets of the finished tables.
+        ``[…, N, 4, b]`` shares of the mean key (float32 or float16), if it has any; and float32
+        ``[…, N, 4]`` offsets, or ``[…, N, 8]`` steps and offsets of the finished tables.
     """
     key = problem.key
     columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
-    mean = shift[:, 0].mean(axis=1)
-    middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
-    centred = shift[:, 0] - mean[:, None]
-    share = _product(rows, centred, jnp.float32 if config.wide else jnp.float16)
+    kind = jnp.float32 if config.wide else jnp.float16
+    if shift is None:
+        share, middle = jnp.zeros((1,), kind), 0 * rows.sum(axis=-1)
+    else:
+        mean = shift[:, 0].mean(axis=1)
+        middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
+        share = _product(rows, shift[:, 0] - mean[:, None], kind)
     if key.shared:
         return _product(rows, columns, jnp.float16), share, middle
     table, steps, offsets = finished_table(key, _product(rows, columns, jnp.float32))
@@ -666,11 +672,13 @@ class FusedKernel:
         codes = self._present(block, p.chunk_key_bytes)
         size = self.config.share_bytes
         share = self._present(block, ROWS * CHUNK * size)
-        warp.barrier_expect(arrived, codes + share)
+        warp.barrier_expect(arrived, codes + share if p.shifted else codes)
         of_block = p.chunk_key_bytes * p.block // CHUNK
         source = self.at.keys + (self.code_block + warp.wide(block)) * of_block
         source = source + warp.wide(chunk * p.chunk_key_bytes)
         warp.copy_to_shared(staged, source, codes, arrived)
+        if not p.shifted:
+            return
         source = self.at.share + (self.table_block + warp.wide(block)) * (ROWS * p.block * size)
         staged = staged + p.chunk_key_bytes
         if p.blocks_of_chunk == 2:  # [2 blocks, 4 rows, 128 tokens], as they lie
@@ -738,6 +746,8 @@ class FusedKernel:
         return groups
 
     def _share(self, address: Any, offset: int) -> Any:
+        if not self.problem.shifted:
+            return self.warp.floating(0.0)
         if self.config.wide:
             return self.warp.load_shared(address, offset, kind="f")[0]
         return self.warp.halves(self.warp.load_shared_16(address, offset))[0]

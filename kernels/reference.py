@@ -82,7 +82,7 @@ def attend_codes(
 
 def attend_tiles(
     query: Float[Array, "B T H q N d"],
-    shift: Float[Array, "H M b d"],
+    shift: Float[Array, "H M b d"] | None,
     key_tiles: UInt32[Array, "B H N tiles kw"],
     value_tiles: UInt32[Array, "B H N tiles vw"],
     key_codewords: Float[Array, "H 1 R K d"],
@@ -91,11 +91,14 @@ def attend_tiles(
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
 
-    The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this signature.
+    No shift is one of zeros. The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this
+    signature.
     """
     key_stages, codewords = key_codewords.shape[2:4]
     keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)
     values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])
+    if shift is None:
+        shift = jnp.zeros((keys.shape[1], 1, keys.shape[3], query.shape[-1]))
     return attend_codes(
         query,
         shift,

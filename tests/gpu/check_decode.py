@@ -223,7 +223,7 @@ def check(case: Case, seed: int) -> float:
 
 # --- time -----------------------------------------------------------------------------------------
 
-SHAPES = [(8, 32768), (8, 131072), (1, 131072), (32, 8192)]
+SHAPES = "8x32768,8x131072,1x131072,32x8192"
 FORMS = {"1 bit": (32, 32), "0.5 bit": (16, 16)}
 
 
@@ -262,7 +262,8 @@ def time_shape(batch: int, context: int, b: int, wide: bool, forms: dict) -> lis
     rows.append(row | {"microseconds": base, "spread": spread})
 
     n = context // b
-    for name, (R, S) in forms.items():
+    for name in forms:
+        R, S = FORMS[name]
         sets = []
         for i in range(count):
             at = jax.random.split(jax.random.fold_in(key, i), 6)
@@ -270,7 +271,7 @@ def time_shape(batch: int, context: int, b: int, wide: bool, forms: dict) -> lis
             sets.append(
                 (
                     jax.random.normal(at[0], (batch, 1, H, q, n, d)) * d**-0.5,
-                    jax.random.normal(at[1], (H, 1, b, d)),
+                    jax.random.normal(at[1], (H, 1, b, d)) if share != "none" else None,
                     jax.random.bits(at[2], (batch, H, n, b // 128, words[0]), jnp.uint32),
                     jax.random.bits(at[3], (batch, H, n, b // 128, words[1]), jnp.uint32),
                     (jax.random.normal(at[4], (H, 1, R, 16, d)) * R**-0.5).astype(jnp.bfloat16),
@@ -279,7 +280,7 @@ def time_shape(batch: int, context: int, b: int, wide: bool, forms: dict) -> lis
                 )
             )
         problem = mosaic_gpu.problem_of(*sets[0])
-        config = dataclasses.replace(mosaic_gpu.choose_config(problem), wide=wide)
+        config = dataclasses.replace(mosaic_gpu.choose_config(problem), wide=share != "narrow")
 
         def inputs(
             query: Any, shift: Any, words: Any, problem: Any = problem, config: Any = config
@@ -316,7 +317,7 @@ def time_shape(batch: int, context: int, b: int, wide: bool, forms: dict) -> lis
                     "times_bf16": base / took,
                     "floor_microseconds": floor,
                     "splits": config.splits,
-                    "wide": wide,
+                    "share": share,
                 }
             )
         del sets, made, ready, parts
@@ -328,7 +329,9 @@ def main() -> int:
     parser.add_argument("--part", default="", metavar="I/N", help="every N-th case, no timing")
     parser.add_argument("--timing-only", action="store_true")
     parser.add_argument("--blocks", default="512,256", help="block sizes to time")
-    parser.add_argument("--narrow", dest="wide", action="store_false", help="float16 shares")
+    parser.add_argument("--shapes", default=SHAPES, help="batch x context to time")
+    parser.add_argument("--forms", default=",".join(FORMS), help="rates to time")
+    parser.add_argument("--share", default="wide", choices=("wide", "narrow", "none"))
     parser.add_argument("--json", help="write the rows of times there")
     args = parser.parse_args()
     print(jax.__version__, jax.devices()[0].device_kind, flush=True)
@@ -345,8 +348,10 @@ def main() -> int:
     if not args.part:
         rows = []
         for b in map(int, args.blocks.split(",")):
-            for batch, context in SHAPES:
-                for row in (new := time_shape(batch, context, b, args.wide, FORMS)):
+            for shape in args.shapes.split(","):
+                batch, context = map(int, shape.split("x"))
+                new = time_shape(batch, context, b, args.share, args.forms.split(","))
+                for row in new:
                     print(*(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                             for k, v in row.items()), flush=True)  # fmt: skip
                 rows += new

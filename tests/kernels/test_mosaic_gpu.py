@@ -36,6 +36,7 @@ class Shape:
     K: int = 16
     S: int = 8
     blocks: tuple[int, ...] = (2,)
+    shifted: bool = True
 
 
 def make(shape, seed=0, scale=1.0):
@@ -52,7 +53,7 @@ def make(shape, seed=0, scale=1.0):
     value_codes = rng.integers(0, 16, (s.B, s.H, s.N, s.b, s.S)).astype(np.uint8)
     return {
         "query": query,
-        "shift": normal(s.H, 1, s.b, s.d),
+        "shift": normal(s.H, 1, s.b, s.d) if s.shifted else None,
         "key_tiles": np.asarray(tiles.keys_to_tiles(key_codes, s.K)),
         "value_tiles": np.asarray(tiles.values_to_tiles(value_codes)),
         "key_codewords": normal(s.H, 1, s.R, s.K, s.d) * np.float32(s.R**-0.5),
@@ -65,7 +66,8 @@ def in_float64(shape, x):
     s = shape
     keys = tiles.keys_from_tiles(x["key_tiles"], s.R, s.K)[..., None, :]
     values = tiles.values_from_tiles(x["value_tiles"], s.S)[..., None, :]
-    keys = decode(np.asarray(keys), x["key_codewords"]) + np.float64(x["shift"])
+    keys = decode(np.asarray(keys), x["key_codewords"])
+    keys += 0 if x["shift"] is None else np.float64(x["shift"])
     return expected(x["query"], keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
 
 
@@ -77,7 +79,7 @@ def on_lanes(x, config=None):
         problem,
         config,
         mosaic_gpu.query_rows(problem, jnp.asarray(x["query"])),
-        jnp.asarray(x["shift"]),
+        None if x["shift"] is None else jnp.asarray(x["shift"]),
         jnp.asarray(x["key_codewords"]),
     )
     memory = Memory()
@@ -105,6 +107,11 @@ def on_lanes(x, config=None):
 Config = mosaic_gpu.Config
 RUNS = {
     "one block": (Shape(N=1, blocks=(1,)), None),
+    "no mean key": (Shape(N=2, R=4, S=4, blocks=(2,), shifted=False), None),
+    "no mean key, half chunks": (
+        Shape(b=128, N=3, R=4, K=256, S=4, blocks=(3,), shifted=False),
+        None,
+    ),
     "a narrow share": (Shape(N=2, R=4, S=4, blocks=(2,)), Config(4, 1, 1, 1, wide=False)),
     "narrow shares of half chunks": (
         Shape(b=128, N=3, R=4, S=4, blocks=(3,)),
@@ -186,9 +193,10 @@ def test_a_query_that_is_not_finite_shows():
 
 
 def test_the_reference_reads_the_same_layout():
-    shape = Shape(B=2, H=2, q=3, N=3, b=128, K=256, R=4, S=12, blocks=(3, 0))
-    x = make(shape)
-    check(jax.jit(reference.attend_tiles)(**x), in_float64(shape, x))
+    for shifted in (True, False):
+        shape = Shape(2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), shifted=shifted)
+        x = make(shape)
+        check(jax.jit(reference.attend_tiles)(**x), in_float64(shape, x))
 
 
 @pytest.mark.parametrize("stages", [4, 12, 32, 64])
@@ -299,11 +307,11 @@ BAD_ARRAYS = {
     ),
     "a shift of each block": (
         {"shift": S((8, 16, 256, 128), jnp.float32)},
-        r"\(8, 1, b, 128\), one for all blocks as shift, got \(8, 16, 256, 128\)",
+        r"\(8, 1, 256, 128\), one for all blocks as shift, got \(8, 16, 256, 128\)",
     ),
     "bytes": (
-        {"key_tiles": S((2, 8, 16, 256, 16), jnp.uint8)},
-        r"uint32 \(2, 8, 16, 2, 512\) as key tiles, got uint8 \(2, 8, 16, 256, 16\)",
+        {"key_tiles": S((2, 8, 16, 2, 2048), jnp.uint8)},
+        r"uint32 \(2, 8, 16, 2, 512\) as key tiles, got uint8 \(2, 8, 16, 2, 2048\)",
     ),
     "a cache of other values": (
         {"value_tiles": S((2, 8, 16, 2, 256), jnp.uint32)},
