@@ -51,12 +51,14 @@ class Case:
     kind: str = "random"
     lengths: tuple[int, ...] = ()
     bf16: bool = True
+    shifted: bool = True
 
     def __str__(self) -> str:
         bits = (self.R * (4 if self.K == 16 else 8) + self.S * 4) / 2 / self.d
         return (
             f"{self.kind:6} spread {self.scale:<4g} {bits:5.3g} bit K={self.K:<3} d={self.d:<3} "
             f"b={self.b:<3} N={self.N:<4} B={self.B:<2} T={self.T} H={self.H} q={self.q}"
+            + ("" if self.shifted else " no mean key")
         )
 
 
@@ -95,6 +97,8 @@ CASES = [
     Case(T=3, q=3, H=3, B=2, N=8),
     Case(B=64, N=8, lengths=ragged(256, 8)),
     Case(B=1, H=1, N=1),
+    Case(shifted=False),
+    Case(shifted=False, b=128, N=5, B=2),
     Case(B=32, H=8, N=4, bf16=False),
 ]
 
@@ -109,7 +113,7 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return rng.normal(size=shape).astype(np.float32)
 
     query = normal(c.B, c.T, c.H, c.q, c.N, c.d) * np.float32(c.scale * c.d**-0.5)
-    shift = normal(c.H, 1, c.b, c.d)
+    shift = normal(c.H, 1, c.b, c.d) if c.shifted else None
     keys, values = (
         normal(c.H, 1, c.R, c.K, c.d) * np.float32(c.R**-0.5),
         normal(c.H, 1, c.S, 16, c.d),
@@ -140,7 +144,7 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     kind = jnp.bfloat16 if c.bf16 else jnp.float32
     coded = {
         "query": jnp.asarray(query),
-        "shift": jnp.asarray(shift),
+        "shift": None if shift is None else jnp.asarray(shift),
         "key_tiles": jax.jit(tiles.keys_to_tiles, static_argnums=1)(key_codes, c.K),
         "value_tiles": jax.jit(tiles.values_to_tiles)(value_codes),
         "key_codewords": jnp.asarray(keys).astype(kind),
@@ -180,7 +184,9 @@ def in_float64(coded: dict[str, Any], exact: dict[str, Any]) -> tuple[Any, Any]:
         key_words, value_words = coded["key_codewords"], coded["value_codewords"]
         keys = tiles.keys_from_tiles(coded["key_tiles"], *key_words.shape[2:4])
         values = tiles.values_from_tiles(coded["value_tiles"], value_words.shape[2])
-        keys = written_out(keys, key_words) + coded["shift"].astype(jnp.float64)
+        keys = written_out(keys, key_words)
+        if coded["shift"] is not None:
+            keys += coded["shift"].astype(jnp.float64)
         values = written_out(values, value_words)
         there = jnp.arange(keys.shape[2]) < coded["blocks"][:, None]
         query = jnp.where(there[:, None, None, None, :, None], coded["query"], 0)
@@ -239,7 +245,7 @@ def median_microseconds(f: Any, sets: list, repeats: int = 15) -> tuple[float, f
     return float(np.median(times)), float(np.subtract(*np.percentile(times, [75, 25])))
 
 
-def time_shape(batch: int, context: int, b: int, wide: bool, forms: dict) -> list[dict[str, Any]]:
+def time_shape(batch: int, context: int, b: int, share: str, forms: list[str]) -> list[dict]:
     """Rows of microseconds: cuDNN in bf16, then each form of the kernel, whole and by part."""
     H, q, d, count = 8, 4, 128, 6
     key = jax.random.key(0)
