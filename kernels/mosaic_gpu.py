@@ -561,6 +561,7 @@ class FusedKernel:
         self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
         self.table_block = warp.wide(self.pair) * p.blocks
         (self.valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
+        self.product_bytes = ROWS * p.key.stages * p.key.codewords * 2
         # A span is what a scorer takes at a time: chunks of one block, or one chunk of two blocks.
         self.spans_of_block = p.chunks_of_block // config.span
         spans = (self.valid + (p.blocks_of_chunk - 1)) // p.blocks_of_chunk * self.spans_of_block
@@ -619,6 +620,13 @@ class FusedKernel:
         def fetch(k: Any) -> None:
             block, chunk = block_and_chunk(k)
             self._fetch(block, chunk, staged, arrived)
+            if p.key.shared:
+                nbytes = self._present(block, p.blocks_of_chunk * self.product_bytes)
+                source = (
+                    self.at.products + (self.table_block + warp.wide(block)) * self.product_bytes
+                )
+                first = warp.equal(k % self.config.span, 0)
+                warp.when(first, lambda: warp.prefetch(source, nbytes))
 
         warp.when(
             self.first_lane & warp.less(warp.integer(0), rounds), lambda: fetch(warp.integer(0))
@@ -704,7 +712,7 @@ class FusedKernel:
         warp, key = self.warp, self.problem.key
         index = self.table_block + warp.wide(block)
         if key.shared:
-            raw = self.at.products + index * (ROWS * key.stages * 16 * 2)
+            raw = self.at.products + index * self.product_bytes
             pieces.table(warp, key, raw, self.at.facts + index * (ROWS * 4), table, facts)
             return
         lane = warp.lane & (2 * ROWS - 1)

@@ -352,6 +352,10 @@ class Warp:
         )
         self._ptx(code, "", to, source, nbytes, barrier, effects=True)
 
+    def prefetch(self, source: Value, nbytes: Value) -> None:
+        """Copy from memory to the second-level cache in the background, 16 bytes or a multiple."""
+        self._ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", "", source, nbytes, effects=True)
+
     # --- how it is said -----------------------------------------------------------------------
 
     def _ptx(self, code: str, results: str, *operands: Value, effects: bool = False) -> Any:

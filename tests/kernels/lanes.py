@@ -256,6 +256,11 @@ class Lanes:
         self.shared[to : to + nbytes] = self.memory.octets[source : source + nbytes]
         self._count(barrier, nbytes=-nbytes)
 
+    def prefetch(self, source, nbytes):
+        source, nbytes = self._one(source, nbytes)
+        assert source % 16 == nbytes % 16 == 0, "a misaligned copy"
+        assert source + nbytes <= len(self.memory.octets)
+
 
 class Barrier:
     def __init__(self, arrivals):
