@@ -5,7 +5,9 @@ warp, enough for a piece of the kernel; `run_block` runs all warps of a thread b
 thread, with barriers and copies.
 """
 
+import random
 import threading
+import time
 
 import numpy as np
 
@@ -253,8 +255,14 @@ class Lanes:
     def copy_to_shared(self, to, source, nbytes, barrier):
         to, source, nbytes, barrier = self._one(to, source, nbytes, barrier)
         assert to % 16 == source % 16 == nbytes % 16 == 0, "a misaligned copy"
-        self.shared[to : to + nbytes] = self.memory.octets[source : source + nbytes]
-        self._count(barrier, nbytes=-nbytes)
+        assert source + nbytes <= len(self.memory.octets), "a copy from beyond memory"
+
+        def later():
+            self.shared[to : to + nbytes] = self.memory.octets[source : source + nbytes]
+            self._count(barrier, nbytes=-nbytes)
+
+        self.shared[to : to + nbytes] = 255  # nothing is there before the barrier says so
+        self.gate.copies.put(later)
 
     def prefetch(self, source, nbytes):
         source, nbytes = self._one(source, nbytes)
@@ -287,6 +295,31 @@ class Gate:
         self.changed = threading.Condition()
         self.barriers = {}
         self.failed = []
+        self.copies = Copies()
+
+
+class Copies:
+    """Copies that are under way: done later, in any order."""
+
+    def __init__(self):
+        self.waiting = []
+        self.over = False
+        self.random = random.Random(0)
+        self.thread = threading.Thread(target=self._work)
+        self.thread.start()
+
+    def put(self, copy):
+        self.waiting.append(copy)
+
+    def _work(self):
+        while not self.over or self.waiting:
+            time.sleep(self.random.choice((1e-4, 3e-3)))
+            if self.waiting:
+                self.waiting.pop(self.random.randrange(len(self.waiting)))()
+
+    def end(self):
+        self.over = True
+        self.thread.join()
 
 
 def run_block(memory, warps, block, shared_start, shared_bytes, program):
@@ -309,5 +342,6 @@ def run_block(memory, warps, block, shared_start, shared_bytes, program):
         thread.start()
     for thread in threads:
         thread.join()
+    gate.copies.end()
     for error in gate.failed:
         raise error
