@@ -296,6 +296,17 @@ def problem_of(
     return problem
 
 
+def check_supported(*arrays: Any) -> Problem:
+    """The shapes of a call that can be made here.
+
+    Raises:
+        InputError: naming what was given and what is supported.
+    """
+    problem = problem_of(*arrays)
+    check_device()
+    return problem
+
+
 # --- the operation --------------------------------------------------------------------------------
 
 
@@ -333,10 +344,9 @@ def attend_tiles(
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
-    problem = problem_of(
+    problem = check_supported(
         query, shift, key_tiles, value_tiles, key_codewords, value_codewords, blocks
     )
-    check_device()
     if not problem.blocks:
         out = jnp.zeros(query.shape[:4] + query.shape[5:], jnp.float32)
         return out, jnp.full(query.shape[:4], -jnp.inf)
