@@ -295,20 +295,21 @@ class Warp:
 
     # --- tensor cores -------------------------------------------------------------------------
 
-    def binary_product(self, a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
-        """Counts of common bits, ``[16, 8]`` = ``[16, 256] × [256, 8]`` bits.
+    def binary_product(
+        self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value] | None = None
+    ) -> list[Value]:
+        """Counts of common bits, ``[16, 8]`` = ``[16, 256] × [256, 8]`` bits, added to ``c``.
 
         Operands and result lie in registers as PTX lays out ``m16n8k256``: with ``g = lane // 4``
         and ``t = lane % 4``, ``a`` holds 32 bits of row g and of row g + 8 at 32 t, then the same
         at 128 + 32 t; ``b`` 32 bits of column g at 32 t and at 128 + 32 t; the result rows g and
         g + 8, columns 2 t and 2 t + 1 each.
         """
-        zero = self.integer(0)
         code = (
             "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
-            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$10,$10,$10};"
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
-        return self._ptx(code, "rrrr", *a, *b, zero)
+        return self._ptx(code, "rrrr", *a, *b, *(c or [self.integer(0)] * 4))
 
     # --- copies in the background, and barriers -----------------------------------------------
 

@@ -205,7 +205,7 @@ class Lanes:
 
     # --- tensor cores
 
-    def binary_product(self, a, b):
+    def binary_product(self, a, b, c=None):
         self._all()
         g, t, bit = LANES // 4, LANES % 4, np.arange(32)
         left, right = np.zeros((16, 256), np.int64), np.zeros((256, 8), np.int64)
@@ -214,9 +214,10 @@ class Lanes:
             left[g[:, None] + 8 * (i % 2), columns] = a[i][:, None] >> bit & 1
         for i in range(2):
             right[i * 128 + 32 * t[:, None] + bit, g[:, None]] = b[i][:, None] >> bit & 1
-        c = (left.astype(np.float32) @ right.astype(np.float32)).astype(np.uint32)
+        counts = (left.astype(np.float32) @ right.astype(np.float32)).astype(np.uint32)
         rows, columns = (g, g, g + 8, g + 8), (2 * t, 2 * t + 1, 2 * t, 2 * t + 1)
-        return [c[r, s] for r, s in zip(rows, columns, strict=True)]
+        new = [counts[r, s] for r, s in zip(rows, columns, strict=True)]
+        return new if c is None else [x + y for x, y in zip(new, c, strict=True)]
 
     # --- copies in the background, and barriers
 
