@@ -620,7 +620,7 @@ class FusedKernel:
         facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
         table = self.base + memory.tables + scorer * memory.table_bytes
         places = pieces.places(warp, p.key, table)
-        masks = pieces.transpose_masks(warp)
+        swaps = pieces.swaps(warp)
 
         def block_and_chunk(k: Any) -> tuple[Any, Any]:
             span = self.first + k // self.config.span * scorers + scorer
@@ -666,7 +666,7 @@ class FusedKernel:
             warp.sync()
             warp.when(self.first_lane & warp.less(k + 1, rounds), lambda: fetch(k + 1))
             scale = pieces.chunk_scale(warp, groups)
-            words = pieces.planes(warp, masks, pieces.probabilities(warp, groups, scale))
+            words = pieces.planes(warp, swaps, pieces.probabilities(warp, groups, scale))
             pieces.store_planes(warp, words, slot_at)
             at = self.base + memory.scales + slot * (ROWS * 4)
             warp.store_shared(at, scale, where=self.first_lane)

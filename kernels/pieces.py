@@ -332,36 +332,56 @@ def probabilities(warp: Any, chunk: list, scale: list) -> list:
     return pairs
 
 
-def transpose_masks(warp: Any) -> list:
-    """``(bits kept, bits to turn)`` of a lane in each of the five steps of `planes`; made once."""
-    steps = []
-    mask = 0x0000FFFF
-    for k in range(5):
-        j = 16 >> k
-        upper = warp.equal(warp.lane & j, 0)
-        steps.append(
+@dataclasses.dataclass(frozen=True)
+class Swaps:
+    """What a lane does in the steps of `planes`; made once.
+
+    Attributes:
+        bytes: which bytes of its own and the other lane's word it takes, in steps 16 and 8.
+        bits: ``(bits of its own word, turn of the other's)`` in steps 4, 2 and 1.
+    """
+
+    bytes: list
+    bits: list
+
+
+def swaps(warp: Any) -> Swaps:
+    """The lower of two lanes gives its upper halves (of halves) and gets the other's lower ones."""
+
+    def lower(step: int) -> Any:
+        return warp.equal(warp.lane & step, 0)
+
+    choices = ((16, 0x5410, 0x3276), (8, 0x6240, 0x3715))
+    masks = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))
+    return Swaps(
+        [warp.select(lower(step), warp.integer(a), b) for step, a, b in choices],
+        [
             (
-                warp.select(upper, warp.integer(mask), ~mask & 0xFFFFFFFF),
-                warp.select(upper, warp.integer(j), 32 - j),
+                warp.select(lower(step), warp.integer(mask), ~mask & 0xFFFFFFFF),
+                warp.select(lower(step), warp.integer(step), 32 - step),
             )
-        )
-        mask = mask ^ (mask << (j >> 1)) & 0xFFFFFFFF
-    return steps
+            for step, mask in masks
+        ],
+    )
 
 
-def planes(warp: Any, masks: list, pairs: list) -> list:
+def planes(warp: Any, swap: Swaps, pairs: list) -> list:
     """Words of one bit of 32 tokens: lane ``16 i + k`` gets bit k of row i of each pair of rows.
 
-    A 32 × 32 transpose of bits: in step k lanes whose numbers differ in one bit swap the halves (of
-    halves) of their words. Cost: 16 × 5 × (SHFL, SHF, LOP3) = 240, of which 80 SHFL.
+    A 32 × 32 transpose of bits: in each step lanes whose numbers differ in one bit swap halves (of
+    halves) of their words. Cost: 16 × (2 × (SHFL, PRMT) + 3 × (SHFL, SHF, LOP3)) = 208, of which
+    80 SHFL.
     """
-    words = [list(pair) for pair in pairs]
-    for (keep, turn), j in zip(masks, (16, 8, 4, 2, 1), strict=True):
-        for pair in words:
-            for u, x in enumerate(pair):
-                other = warp.rotate_left(warp.from_lane_xor(x, j), turn)
-                pair[u] = (x & keep) | (other & ~keep)
-    return words
+
+    def transposed(x: Any) -> Any:
+        for step, choice in zip((16, 8), swap.bytes, strict=True):
+            x = warp.choose_bytes(x, warp.from_lane_xor(x, step), choice)
+        for step, (keep, turn) in zip((4, 2, 1), swap.bits, strict=True):
+            other = warp.rotate_left(warp.from_lane_xor(x, step), turn)
+            x = (x & keep) | (other & ~keep)
+        return x
+
+    return [[transposed(x) for x in pair] for pair in pairs]
 
 
 def plane_bytes() -> int:

@@ -195,8 +195,13 @@ class Warp:
         """The smaller unsigned integer."""
         return Value(arith.minui(a.ssa, a.like(b)))
 
-    def choose_bytes(self, a: Value, b: Value, selector: int) -> Value:
-        """Four of the eight bytes of ``a`` (0 to 3) and ``b`` (4 to 7), lowest nibble first."""
+    def choose_bytes(self, a: Value, b: Value, selector: Any) -> Value:
+        """Four of the eight bytes of ``a`` (0 to 3) and ``b`` (4 to 7), lowest nibble first.
+
+        A nibble above 7 stands for eight times the sign bit of byte ``nibble - 8``.
+        """
+        if isinstance(selector, Value):
+            return self._ptx("prmt.b32 $0, $1, $2, $3;", "r", a, b, selector)
         return self._ptx(f"prmt.b32 $0, $1, $2, {selector};", "r", a, b)
 
     def rotate_left(self, x: Value, n: Value) -> Value:

@@ -109,11 +109,10 @@ class Lanes:
         source = np.stack([(x >> (8 * i)) & 255 for x in (a, b) for i in range(4)])
         out = np.zeros(32, np.uint32)
         for i in range(4):
-            pick = selector >> (4 * i) & 15
-            byte = source[pick & 7]
-            if pick & 8:
-                byte = np.where(byte & 128, 255, 0)
-            out |= byte.astype(np.uint32) << np.uint32(8 * i)
+            pick = every(selector, np.uint32) >> (4 * i) & 15
+            byte = source[pick & 7, LANES]
+            sign = np.where(byte & 128, 255, 0)
+            out |= np.where(pick & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
         return out
 
     def rotate_left(self, x, n):

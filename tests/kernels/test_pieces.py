@@ -173,7 +173,7 @@ def test_the_largest_probability_has_no_bit_too_many():
 def test_planes_are_a_transpose():
     words = np.random.default_rng(2).integers(0, 2**32, (2, 8, 32)).astype(np.uint32)
     warp = Lanes()
-    got = np.array(pieces.planes(warp, pieces.transpose_masks(warp), words))
+    got = np.array(pieces.planes(warp, pieces.swaps(warp), words))
     bits = words[..., None] >> np.arange(32, dtype=np.uint32) & 1  # [2, 8, token, bit]
     want = (np.swapaxes(bits, -1, -2) << np.arange(32, dtype=np.uint32)).sum(axis=-1)
     np.testing.assert_array_equal(got, want)
@@ -189,7 +189,7 @@ def test_histogram_is_probability_on_codes(stages):
     grouped = p.reshape(8, 32, 4).transpose(2, 0, 1).astype(np.uint32)
     pairs = [grouped[2 * i] | grouped[2 * i + 1] << 16 for i in range(2)]
     place, codes_at = 0x1000, 0x4000
-    words = pieces.planes(warp, pieces.transpose_masks(warp), pairs)
+    words = pieces.planes(warp, pieces.swaps(warp), pairs)
     pieces.store_planes(warp, words, u32(place))
     stored = np.asarray(tiles.values_to_tiles(codes)).view(np.uint8).ravel()
     warp.shared[codes_at : codes_at + len(stored)] = stored
