@@ -356,7 +356,7 @@ def attend_tiles(
     inputs = score_inputs(problem, config, rows, shift, key_codewords)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     out, lse = put_together(problem, histogram, scale, value_codewords)
-    finite = finite_rows(problem, inputs[2], blocks)
+    finite = finite_rows(problem, inputs, blocks)
     return jnp.where(finite[..., None], out, jnp.nan), jnp.where(finite, lse, jnp.nan)
 
 
@@ -382,8 +382,8 @@ def score_inputs(
     """What the scores are made of: products of queries with codewords and with the mean key.
 
     Two GEMMs, [blocks × rows, d] × [d, R·K] and × [d, b], in float16 with a second term for what
-    float16 does not hold. For each block and row R·K + b numbers are written and read once. The
-    mean key's share is written less its own mean over the block, which joins the offsets.
+    float16 does not hold. For each block and row R·K + b numbers are written and read once. In
+    float16 the mean key's share is written less its own mean over the block, which is an offset.
 
     Returns:
         ``[…, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
@@ -392,13 +392,13 @@ def score_inputs(
     """
     key = problem.key
     columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
-    kind = jnp.float32 if config.wide else jnp.float16
-    if shift is None:
-        share, middle = jnp.zeros((1,), kind), 0 * rows.sum(axis=-1)
-    else:
+    share, middle = jnp.zeros((1,)), jnp.zeros(rows.shape[:-1])
+    if shift is not None and config.wide:
+        share = _product(rows, shift[:, 0], jnp.float32)
+    elif shift is not None:
         mean = shift[:, 0].mean(axis=1)
         middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
-        share = _product(rows, shift[:, 0] - mean[:, None], kind)
+        share = _product(rows, shift[:, 0] - mean[:, None], jnp.float16)
     if key.shared:
         return _product(rows, columns, jnp.float16), share, middle
     table, steps, offsets = finished_table(key, _product(rows, columns, jnp.float32))
@@ -410,15 +410,14 @@ def _product(
 ) -> Float[Array, "H *n c"]:
     """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts.
 
-    They are added up in float32 and rounded to ``dtype``.
+    They are added up in float32 and rounded to ``dtype``. What float16 does not hold of the columns
+    is left out where they are bfloat16, of which there is none, or the result is float16.
     """
     high, low = _parts(rows)
-    if columns.dtype == jnp.bfloat16:  # 8 bits: float16 holds them
-        columns = columns.astype(jnp.float16)
-        left, right = [high, low], [columns, columns]
-    else:
-        upper, lower = _parts(columns)
-        left, right = [high, low, high], [upper, upper, lower]
+    upper, lower = _parts(columns)
+    left, right = [high, low], [upper, upper]
+    if columns.dtype != jnp.bfloat16 and dtype != jnp.float16:
+        left, right = [*left, high], [*right, lower]
     return jnp.einsum(
         "h...d,hcd->h...c",
         jnp.concatenate(left, axis=-1),
@@ -454,11 +453,16 @@ def finished_table(
 
 
 def finite_rows(
-    problem: Problem, offsets: Float[Array, "H B rows N n"], blocks: Int[Array, " B"]
+    problem: Problem, inputs: tuple[Array, Array, Array], blocks: Int[Array, " B"]
 ) -> Bool[Array, "B T H q"]:
-    """Queries without NaN or infinity in valid blocks: integers in the kernel do not show them."""
+    """Queries without NaN or infinity in valid blocks: what the kernel makes of those are numbers.
+
+    Any product with a query that is not finite is not either; one of `score_inputs`'s is seen.
+    """
+    products, _, facts = inputs
+    seen = products[..., 0] if problem.key.shared else facts[..., ROWS:]  # [H, B, rows, N, 4]
     valid = jnp.arange(problem.blocks) < blocks[:, None, None]  # [B, 1, N]
-    finite = (jnp.isfinite(offsets[..., -ROWS:]) | ~valid[..., None]).all(axis=3)
+    finite = (jnp.isfinite(seen) | ~valid[..., None]).all(axis=3)
     return _rows_to_heads(problem, finite.reshape(-1, ROWS))
 
 

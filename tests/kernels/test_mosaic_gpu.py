@@ -173,8 +173,9 @@ def test_nothing_of_the_invalid_is_read():
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_query_that_is_not_finite_shows():
-    shape = Shape(B=2, q=2, N=1, R=4, S=4, blocks=(1, 1))
+@pytest.mark.parametrize("codewords", [16, 256])
+def test_a_query_that_is_not_finite_shows(codewords):
+    shape = Shape(B=2, q=2, N=1, R=4, K=codewords, S=4, blocks=(1, 1))
     x = make(shape)
     problem = mosaic_gpu.problem_of(**x)
     config = mosaic_gpu.choose_config(problem)
@@ -183,9 +184,9 @@ def test_a_query_that_is_not_finite_shows():
         rows = mosaic_gpu.query_rows(problem, jnp.asarray(x["query"]))
         words = jnp.asarray(x["key_codewords"])
         inputs = mosaic_gpu.score_inputs(problem, config, rows, jnp.asarray(x["shift"]), words)
-        finite = mosaic_gpu.finite_rows(problem, inputs[2], jnp.asarray(x["blocks"]))
+        finite = mosaic_gpu.finite_rows(problem, inputs, jnp.asarray(x["blocks"]))
         assert np.asarray(finite).ravel().tolist() == [True, False, True, True]
-    none = mosaic_gpu.finite_rows(problem, inputs[2], jnp.zeros(2, jnp.int32))
+    none = mosaic_gpu.finite_rows(problem, inputs, jnp.zeros(2, jnp.int32))
     assert none.all()
 
 
