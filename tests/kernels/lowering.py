@@ -1,11 +1,13 @@
 """Lowers the fused GPU kernel on a machine without a GPU, and assembles it where ptxas is.
 
-As a program: ``python lowering.py ATTRIBUTE=NUMBER …`` (of `shapes`), with a libcuda, fake or not,
-on the library path, prints what ptxas says about the kernel.
+As a program, with a libcuda, fake or not, on the library path:
+``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100.
 """
 
 import ctypes
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +64,68 @@ def mosaic_module(arguments):
     return only
 
 
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def assemble(arguments, library):
+    """Make ptxas say what it has to say."""
+    code = mosaic_module(arguments)
+    compile_ = ctypes.CDLL(library).MosaicGpuCompile
+    compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
+
+
+def compiled(arguments, library):
+    """The whole operation after XLA's passes for an H100, as text."""
+    from jax._src import xla_bridge
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    xla_bridge.register_plugin("cuda", priority=-1, library_path=library, options={})
+    with mock.patch.object(xla_bridge, "discover_pjrt_plugins"):
+        device = topologies.get_topology_desc(
+            "h100", platform="cuda", target_config=H100, topology="1x1x1"
+        ).devices[0]
+    everywhere = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
+    arguments = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+        for name, a in arguments.items()
+    }
+    with mock.patch.object(mosaic_gpu, "check_device"):
+        lowered = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).lower(arguments)
+    return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+
+
 if __name__ == "__main__":
     import jax_plugins.xla_cuda13 as plugin
 
-    sizes = {name: int(value) for name, value in (a.split("=") for a in sys.argv[1:])}
-    code = mosaic_module(shapes(**sizes))
-    compile_ = ctypes.CDLL(str(plugin._get_library_path())).MosaicGpuCompile
-    compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
-    compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
+    what, *sizes = sys.argv[1:]
+    arguments = shapes(**{name: int(value) for name, value in (a.split("=") for a in sizes)})
+    if what == "assemble":
+        assemble(arguments, str(plugin._get_library_path()))
+    else:
+        print(compiled(arguments, str(plugin._get_library_path())))

@@ -379,8 +379,8 @@ def test_other_gpus_are_refused_when_lowered_for():
 
 
 @pytest.fixture(scope="module")
-def assembler(tmp_path_factory):
-    """``assemble(sizes)``: what ptxas says, without a GPU."""
+def without_a_gpu(tmp_path_factory):
+    """``run(what, sizes)``: what lowering.py prints in a process that sees a stand-in of a GPU."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler for the stand-in of the CUDA driver")
@@ -400,21 +400,36 @@ def assembler(tmp_path_factory):
         "MOSAIC_GPU_DUMP_PTXAS": "1",
     }
 
-    def assemble(sizes):
-        command = [sys.executable, here / "lowering.py", *(f"{k}={v}" for k, v in sizes.items())]
+    def run(what, sizes):
+        numbers = [f"{k}={v}" for k, v in sizes.items()]
+        command = [sys.executable, here / "lowering.py", what, *numbers]
         done = subprocess.run(command, capture_output=True, env=environment, check=False)
         return (done.stdout + done.stderr).decode(errors="replace")
 
-    return assemble
+    return run
 
 
 @supported
 @pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
-def test_assembles_without_a_gpu(sizes, assembler):
-    said = assembler(sizes)
+def test_assembles_without_a_gpu(sizes, without_a_gpu):
+    said = without_a_gpu("assemble", sizes)
     assert "Compiling entry function" in said, said[-2000:]
     assert "for 'sm_90a'" in said
     (registers,) = set(re.findall(r"Used (\d+) registers", said))
     config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes)))
     assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
     assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 32
+
+
+@supported
+@pytest.mark.parametrize("sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}])
+def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
+    """XLA keeps the lower parts of float16 operands, and copies nothing large."""
+    hlo = without_a_gpu("compile", sizes)
+    entry = hlo[hlo.index("\nENTRY") :]
+    assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
+    assert " copy(" not in entry
+    assert " transpose(" not in entry
+    split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
+    assert split
+    assert all(a != b for a, b in split)
