@@ -69,14 +69,14 @@ class Problem:
 
     batch: int
     tokens: int
-    heads: int
-    group: int
-    blocks: int
-    block: int
+    heads: int  # KV heads
+    group: int  # query heads of each
+    blocks: int  # that a sequence can hold
+    block: int  # tokens of one
     dim: int
     key: KeyTable
     value_stages: int
-    shifted: bool
+    shifted: bool  # whether there is a mean key
 
     @property
     def row_groups(self) -> int:
@@ -323,8 +323,8 @@ def attend_tiles(
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
 
-    Products with the codebooks by cuBLAS, one fused kernel, and a product with the value codebooks;
-    call it under jit.
+    Products with the key codebooks, one fused kernel, and a product with the value codebooks; call
+    it under jit.
 
     Args:
         query: scaled queries in each block's frame, float32.
@@ -726,6 +726,7 @@ class FusedKernel:
     def _make_table(self, block: Any, table: Any, facts: Any) -> None:
         """Of one block, by this warp for itself; of 256 codewords it is there already."""
         warp, key = self.warp, self.problem.key
+        warp.sync()  # no lane still reads the one before
         index = self.table_block + warp.wide(block)
         if key.shared:
             raw = self.at.products + index * self.product_bytes

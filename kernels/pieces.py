@@ -217,7 +217,7 @@ def places(warp: Any, form: KeyTable, base: Any) -> Places:
 def look_up(warp: Any, form: KeyTable, where: Places, units: list) -> list:
     """Sums of the entries of a lane's token, one for each row, as bits of floats (see `MAGIC`).
 
-    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 28) = 1000, of which 256 LDS.64.
+    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 36) = 1050, of which 256 LDS.64.
 
     Args:
         warp: who does it.
@@ -280,7 +280,7 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
 def scores(warp: Any, sums: list, share: list, steps: list, offsets: list) -> list:
     """Scores in powers of 2: ``offset + share + step · sum`` of each row.
 
-    Cost: 8 × 4 × 3 = 96, and 8 × 8 for the share, of which 32 LDS.
+    Cost: 8 × 4 × 3 = 96, and 32 LDS for the share.
 
     Args:
         warp: who does it.
