@@ -1,6 +1,7 @@
 """The GPU kernel without a GPU: run on numpy lanes, refused where it must be, assembled."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -39,6 +40,12 @@ class Shape:
     shifted: bool = True
 
 
+to_key_tiles = jax.jit(tiles.keys_to_tiles, static_argnums=1)
+to_value_tiles = jax.jit(tiles.values_to_tiles)
+from_key_tiles = jax.jit(tiles.keys_from_tiles, static_argnums=(1, 2))
+from_value_tiles = jax.jit(tiles.values_from_tiles, static_argnums=1)
+
+
 def make(shape, seed=0, scale=1.0):
     """Arguments of attend_tiles; NaN and any codes in blocks that are not valid."""
     s, rng = shape, np.random.default_rng(seed)
@@ -54,8 +61,8 @@ def make(shape, seed=0, scale=1.0):
     return {
         "query": query,
         "shift": normal(s.H, 1, s.b, s.d) if s.shifted else None,
-        "key_tiles": np.asarray(tiles.keys_to_tiles(key_codes, s.K)),
-        "value_tiles": np.asarray(tiles.values_to_tiles(value_codes)),
+        "key_tiles": np.asarray(to_key_tiles(key_codes, s.K)),
+        "value_tiles": np.asarray(to_value_tiles(value_codes)),
         "key_codewords": normal(s.H, 1, s.R, s.K, s.d) * np.float32(s.R**-0.5),
         "value_codewords": normal(s.H, 1, s.S, 16, s.d),
         "blocks": np.array(s.blocks, np.int32),
@@ -64,8 +71,8 @@ def make(shape, seed=0, scale=1.0):
 
 def in_float64(shape, x):
     s = shape
-    keys = tiles.keys_from_tiles(x["key_tiles"], s.R, s.K)[..., None, :]
-    values = tiles.values_from_tiles(x["value_tiles"], s.S)[..., None, :]
+    keys = from_key_tiles(x["key_tiles"], s.R, s.K)[..., None, :]
+    values = from_value_tiles(x["value_tiles"], s.S)[..., None, :]
     keys = decode(np.asarray(keys), x["key_codewords"])
     keys += 0 if x["shift"] is None else np.float64(x["shift"])
     return expected(x["query"], keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
@@ -75,13 +82,13 @@ def on_lanes(x, config=None):
     """`attend_tiles` with the kernel run by numpy."""
     problem = mosaic_gpu.problem_of(**x)
     config = config or mosaic_gpu.choose_config(problem)
-    inputs = mosaic_gpu.score_inputs(
-        problem,
-        config,
-        mosaic_gpu.query_rows(problem, jnp.asarray(x["query"])),
-        None if x["shift"] is None else jnp.asarray(x["shift"]),
-        jnp.asarray(x["key_codewords"]),
-    )
+
+    @jax.jit
+    def before(query, shift, words):
+        rows = mosaic_gpu.query_rows(problem, query)
+        return mosaic_gpu.score_inputs(problem, config, rows, shift, words)
+
+    inputs = before(x["query"], x["shift"], x["key_codewords"])
     memory = Memory()
     parts = problem.pairs, config.splits
     histogram = np.full((*parts, problem.value_stages, 16, 4), np.nan, np.float32)
@@ -101,7 +108,8 @@ def on_lanes(x, config=None):
         run_block(memory, warps, block, start, layout.nbytes, program)
     histogram = memory.get(places[-2], histogram.shape, np.float32)
     scale = memory.get(places[-1], scale.shape, np.int32)
-    return mosaic_gpu.put_together(problem, histogram, scale, jnp.asarray(x["value_codewords"]))
+    after = jax.jit(functools.partial(mosaic_gpu.put_together, problem))
+    return after(histogram, scale, x["value_codewords"])
 
 
 Config = mosaic_gpu.Config
