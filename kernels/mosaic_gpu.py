@@ -197,6 +197,26 @@ def choose_config(problem: Problem) -> Config:
     )
 
 
+def check_config(problem: Problem, config: Config) -> None:
+    """Refuse a layout that the kernel cannot have.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    nbytes = Memory.of(problem, config).nbytes
+    if nbytes > SHARED_BYTES:
+        raise InputError(
+            f"{config} takes {nbytes} bytes of shared memory, and there are {SHARED_BYTES}; "
+            "use fewer scorers or a depth of 1"
+        )
+    if config.scorers not in (4, 8) or config.depth < 1 or config.splits < 1:
+        raise InputError(f"{config} must have 4 or 8 scorers, a depth and splits of at least 1")
+    if config.span < 1 or problem.chunks_of_block % config.span:
+        raise InputError(
+            f"{config} must have a span that divides the {problem.chunks_of_block} chunks of a block"
+        )
+
+
 # --- what is supported ----------------------------------------------------------------------------
 
 
@@ -351,6 +371,7 @@ def attend_tiles(
         out = jnp.zeros(query.shape[:4] + query.shape[5:], jnp.float32)
         return out, jnp.full(query.shape[:4], -jnp.inf)
     config = config or choose_config(problem)
+    check_config(problem, config)
     rows = query_rows(problem, query)
     blocks = jnp.clip(blocks.astype(jnp.int32), 0, problem.blocks)
     inputs = score_inputs(problem, config, rows, shift, key_codewords)

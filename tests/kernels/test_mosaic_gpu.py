@@ -343,6 +343,21 @@ def test_arrays_that_are_not_supported(arrays, message):
         mosaic_gpu.attend_tiles(**(shapes() | arrays))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(8, 8, 1, 1), r"takes \d+ bytes of shared memory, and there are 230400"),
+        (Config(6, 1, 1, 1), "must have 4 or 8 scorers"),
+        (Config(8, 1, 0, 1), "splits of at least 1"),
+        (Config(8, 1, 1, 3), "a span that divides the 4 chunks of a block"),
+    ],
+)
+def test_layouts_that_cannot_be(monkeypatch, config, message):
+    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    with pytest.raises(InputError, match=message):
+        mosaic_gpu.attend_tiles(**shapes(b=1024), config=config)
+
+
 def test_devices_that_are_not_supported(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.12.3")
     with pytest.raises(InputError, match=r"compute capability 9.0 \(H100, H200\), this is cpu"):
