@@ -212,9 +212,8 @@ def check_config(problem: Problem, config: Config) -> None:
     if config.scorers not in (4, 8) or config.depth < 1 or config.splits < 1:
         raise InputError(f"{config} must have 4 or 8 scorers, a depth and splits of at least 1")
     if config.span < 1 or problem.chunks_of_block % config.span:
-        raise InputError(
-            f"{config} must have a span that divides the {problem.chunks_of_block} chunks of a block"
-        )
+        chunks = problem.chunks_of_block
+        raise InputError(f"{config} must have a span that divides the {chunks} chunks of a block")
 
 
 # --- what is supported ----------------------------------------------------------------------------

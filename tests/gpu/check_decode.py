@@ -33,8 +33,8 @@ class Case:
 
     ``R`` stages of ``K`` codewords for keys, ``S`` of 16 for values. ``scale`` is about the spread
     of the scores in nats; ``kind`` is "random", "one" (a coded token with all the mass), "flat"
-    (all scores alike) or "sink" (a sink far above everything). ``lengths`` are cycled over the
-    sequences, sinks not counted.
+    (all scores alike), "sink" (a sink far above everything) or "mean" (a mean key with a few large
+    channels, rotated as in a model). ``lengths`` are cycled over the sequences, sinks not counted.
     """
 
     B: int = 4
@@ -73,6 +73,7 @@ CASES = [
     Case(kind="one"),
     Case(kind="sink"),
     Case(kind="flat"),
+    Case(kind="mean"),
     Case(scale=0.3),
     Case(scale=2.0),
     Case(scale=4.0),
@@ -103,6 +104,15 @@ CASES = [
 ]
 
 
+def rotated(key: np.ndarray, b: int) -> np.ndarray:
+    """A key at the b positions of a block, as LLaMA 3 rotates it."""
+    half = key.shape[-1] // 2
+    angle = np.arange(b)[:, None] * 500_000.0 ** (-np.arange(half) / half)
+    cos, sin = np.cos(angle), np.sin(angle)
+    first, second = key[..., :half], key[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of attend_tiles, and those of attend_exact."""
     c, rng = case, np.random.default_rng(seed)
@@ -124,6 +134,10 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     exact_keys, exact_values = normal(2, c.B, SINKS + c.b, c.H, c.d)
     if c.kind == "flat":
         query, exact_query = np.zeros_like(query), np.zeros_like(exact_query)
+    if c.kind == "mean":
+        mean = 0.3 * rng.normal(size=(c.H, 1, 1, c.d))
+        mean[..., rng.integers(0, c.d, 3)] = 20
+        shift = rotated(mean, c.b).astype(np.float32)
     if c.kind == "one":  # codeword 0 of stage 0 is for one token alone, and far along the query
         direction = normal(c.H, c.d)
         query[:] = direction[:, None, None] * (3 * c.d**-0.5)

@@ -23,7 +23,7 @@ def test_the_kernel_against_float64():
     assert not {case: error for case, error in errors.items() if not error <= check_decode.BOUND}
 
 
-@pytest.mark.parametrize("kind", ["random", "one", "flat", "sink"])
+@pytest.mark.parametrize("kind", ["random", "one", "flat", "sink", "mean"])
 def test_the_reference_against_float64(monkeypatch, kind):
     monkeypatch.setattr(mosaic_gpu, "attend_tiles", reference.attend_tiles)
     check_decode.fused.clear_cache()
