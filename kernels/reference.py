@@ -9,7 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+
+from gsrq_jax.kernels import tiles
 
 
 def attend_codes(
@@ -78,6 +80,36 @@ def attend_codes(
         "BHGRKTq,HGRKg->BTHqGg", mass, value_codewords.astype(jnp.float32), precision=exact
     ).reshape(batch, tokens, heads, group, G * g)
     return _finish(out, total, top)
+
+
+def attend_tiles(
+    query: Float[Array, "B T H q N d"],
+    shift: Float[Array, "H M b d"] | None,
+    key_tiles: UInt32[Array, "B H N tiles kw"],
+    value_tiles: UInt32[Array, "B H N tiles vw"],
+    key_codewords: Float[Array, "H 1 R K d"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
+    blocks: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
+
+    No shift is one of zeros. The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this
+    signature.
+    """
+    key_stages, codewords = key_codewords.shape[2:4]
+    keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)
+    values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])
+    if shift is None:
+        shift = jnp.zeros((keys.shape[1], 1, keys.shape[3], query.shape[-1]))
+    return attend_codes(
+        query,
+        shift,
+        keys[..., None, :],
+        values[..., None, :],
+        key_codewords,
+        value_codewords,
+        blocks,
+    )
 
 
 def attend_decoded(
