@@ -421,7 +421,7 @@ def _fit(
         if changed is None:
             assert family.fit is not None
             return family.fit(rngs[index], samples, inv_freq, spec=spec)
-        books, _ = training.fit_layer(
+        books, _ = training.fit_layer_compiled(
             rngs[index],
             samples,
             inv_freq,

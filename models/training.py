@@ -511,10 +511,7 @@ def fit_layer(
     options: FitOptions,
     weigh: bool,
 ) -> tuple[Codebooks, LayerReport]:
-    """`calibration.fit_layer` of stored samples.
-
-    Only what it calls is compiled, so that keys and values of as many stages share that.
-    """
+    """`calibration.fit_layer` of stored samples."""
     k, v, k_norms, v_norms, positions, moments = jax.tree.map(jnp.asarray, samples)
 
     def whole(norms: Array) -> Array | None:
@@ -535,6 +532,10 @@ def fit_layer(
         output=output,
         options=options,
     )
+
+
+fit_layer_compiled = jax.jit(fit_layer, static_argnames=("spec", "options", "weigh"))
+"""`fit_layer` as one program, in which keys and values are learned side by side."""
 
 
 def layer_rngs(seed: int, layers: int) -> Key[Array, " L"]:
@@ -608,13 +609,15 @@ def _fit(
     rngs = layer_rngs(config.seed, store.layers)
     inv_freq = jnp.asarray(model.config.inv_freq, jnp.float32)
     outputs = llama.output_moments(model.graphdef, model.params)
+    # Layers with stages of their own make many pairs of keys and values: these share programs alone.
+    fit = fit_layer_compiled if spec.key_stages is None else fit_layer
     trees: dict[QuantSpec, Any] = {}
     layers = []
     for index in tqdm(range(store.layers), desc="fit", unit="layer"):
         own = calibration.of_layer(spec, index)
         file = work / f"{kind}-{index:03}.npz"
         if not file.exists():
-            fitted = fit_layer(
+            fitted = fit(
                 rngs[index],
                 store.layer(index),
                 inv_freq,
