@@ -609,7 +609,7 @@ def _fit(
     rngs = layer_rngs(config.seed, store.layers)
     inv_freq = jnp.asarray(model.config.inv_freq, jnp.float32)
     outputs = llama.output_moments(model.graphdef, model.params)
-    # Layers with stages of their own make many pairs of keys and values: these share programs alone.
+    # Where stages differ, pairs of keys and values are many, and share programs only as singles.
     fit = fit_layer_compiled if spec.key_stages is None else fit_layer
     trees: dict[QuantSpec, Any] = {}
     layers = []
