@@ -140,7 +140,7 @@ def fitted(model: LlamaConfig, mesh: Mesh, tokens: int, spec: QuantSpec) -> Any:
     vectors = spread((tokens, heads, dim), jnp.bfloat16, DATA, MODEL)
     norms = spread((tokens, heads), jnp.float32, DATA, MODEL)
     positions = spread((tokens,), jnp.int32, DATA)
-    return training.fit_layer.lower(
+    return training.fit_layer_compiled.lower(
         spread((), jax.random.key(0).dtype),
         LayerSamples(vectors, vectors, norms, norms, positions),
         spread((dim // 2,), jnp.float32),

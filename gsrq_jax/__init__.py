@@ -5,7 +5,14 @@ is not imported with this package.
 """
 
 from gsrq_jax.attention import attend, attend_as_cached, causal
-from gsrq_jax.cache import KVCache, append, init_cache, materialize
+from gsrq_jax.cache import (
+    KVCache,
+    append,
+    init_cache,
+    layer_views,
+    materialize,
+    stack_layers,
+)
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
 from gsrq_jax.residual import decode, encode, fit
@@ -25,5 +32,7 @@ __all__ = [
     "encode",
     "fit",
     "init_cache",
+    "layer_views",
     "materialize",
+    "stack_layers",
 ]

@@ -25,9 +25,10 @@ def slopes(
     """Loss a unit of distortion, from the losses at few (``low``) and at many stages.
 
     Slopes that noise makes smaller than a hundredth of the mean are that: every side can be worth a
-    stage.
+    stage. They are 0 where there is no less distortion.
     """
-    found = (loss_low - loss_high) / (distortion_low - distortion_high)
+    fall = distortion_low - distortion_high
+    found = np.where(fall > 0, loss_low - loss_high, 0) / np.where(fall > 0, fall, 1)
     return np.maximum(found, 0.01 * max(found.mean(), 0))
 
 
@@ -35,6 +36,8 @@ def allocate(
     loss: Float[np.ndarray, "n stages+1"], total: int, *, least: int = 1
 ) -> Int[np.ndarray, " n"]:
     """Stages of each of ``n`` codes, ``total`` together, so that their losses' sum is small.
+
+    Of codes that would gain alike the one with fewest stages goes first.
 
     Args:
         loss: of each code after 0, 1 … stages.
@@ -54,5 +57,5 @@ def allocate(
     for _ in range(total - codes * least):
         following = np.minimum(stages, most - 1)
         gains = np.where(stages < most, saved[np.arange(codes), following], -np.inf)
-        stages[gains.argmax()] += 1
+        stages[np.lexsort((stages, -gains))[0]] += 1
     return stages

@@ -11,14 +11,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gsrq_jax.cache import KVCache, blocks_after, check_spec, coded_tokens, exact_tokens
-from gsrq_jax.codebook import Codebooks, unpack
+from gsrq_jax.cache import (
+    KVCache,
+    blocks_after,
+    check_spec,
+    coded_tokens,
+    exact_tokens,
+    outlier_slots,
+)
+from gsrq_jax.codebook import Codebooks, errors, unpack
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
 from gsrq_jax.kernels import reference
 from gsrq_jax.rope import rotate
-from gsrq_jax.spec import CacheSpec
+from gsrq_jax.spec import CacheSpec, QuantSpec
 
 Implementation = Literal["codes", "decoded"]
 
@@ -80,7 +87,7 @@ def attend(
             implementation = "codes" if tokens == 1 and shared else "decoded"
         match implementation:
             case "codes" if isinstance(codec, Codebooks) and shared:
-                parts.append(_attend_codes(query, cache, codec))
+                parts += _attend_codes(query, cache, codec)
             case "codes":
                 raise InputError(
                     "implementation 'codes' is for codebooks in frame 'block' or 'post' (in frame "
@@ -96,14 +103,23 @@ def attend(
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> tuple[Array, Array]:
+def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tuple[Array, Array]]:
     spec = codebooks.spec
     position = spec.sinks + jnp.arange(cache.blocks * spec.block).reshape(-1, spec.block)
     start = origin(spec, position[:, 0])
     framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
     ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
     shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
-    return reference.attend_codes(
+    skip, exact = None, []
+    if cache.outliers is not None:
+        batch, tokens, heads = query.shape[:3]
+        shape = (batch, cache.blocks, spec.block, heads)
+        at, there = outlier_slots(cache, shape)
+        skip = jnp.moveaxis(jnp.zeros(shape, bool).at[at].set(True, mode="drop"), 3, 1)
+        # Every head has as many.
+        seen = jnp.broadcast_to(there[:, None, :, 0], (batch, tokens, there.shape[1]))
+        exact = [reference.attend_exact(query, cache.outliers.key, cache.outliers.value, seen)]
+    coded = reference.attend_codes(
         framed,
         shift,
         unpack(cache.key_codes, spec.key),
@@ -111,7 +127,9 @@ def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> tuple[A
         codebooks.key,
         codebooks.value,
         blocks_after(spec, cache.length),
+        skip,
     )
+    return [coded, *exact]
 
 
 def _attend_decoded(query: Array, cache: KVCache, codec: Codec) -> tuple[Array, Array]:
@@ -170,18 +188,28 @@ def attend_as_cached(
     """Causal attention of a whole sequence, each query seeing what a cache would show it.
 
     One teacher-forced pass for measuring fidelity. Each past key and value is exact or its decoded
-    code by `was_coded`; ``every`` and ``window`` as there.
+    code by `was_coded`, ``every`` and ``window`` as there, and by whether it was an outlier then.
     """
     batch, tokens, _, dim = q.shape
     heads = k.shape[2]
     position = jnp.arange(tokens)
     old_k, old_v = remembered(k, v, codec)
     exact_k, exact_v = k.astype(jnp.float32), v.astype(jnp.float32)
+    stays = None
+    if isinstance(codec, Codebooks) and codec.spec.outliers:
+        at = jnp.broadcast_to(position, (batch, tokens))
+        error = errors(codec, exact_k, exact_v, old_k, old_v, at)
+        stays = _outlier_until(error, codec.spec)  # [B, H, n]
 
     def rows(query: Array, at: Array) -> Array:
         query = query.astype(jnp.float32) * reference.scale_of(dim)
         query = query.reshape(batch, -1, heads, query.shape[2] // heads, dim)
         coded = was_coded(codec.spec, at, position, every=every, window=window)
+        if stays is not None:
+            # The last coded token tells how far the cache had come.
+            last = jnp.max(jnp.where(coded, position, -1), axis=-1)  # [T]
+            kept = last[:, None] < stays[:, :, None, None]  # [B, H, 1, T, n]
+            coded = coded & ~kept
         new = jnp.einsum("BTHqd,BnHd->BHqTn", query, exact_k)
         old = jnp.einsum("BTHqd,BnHd->BHqTn", query, old_k)
         seen = at[:, None] >= position
@@ -193,6 +221,27 @@ def attend_as_cached(
     return _by_query_chunks(rows, q)
 
 
+def _outlier_until(error: Float[Array, "B T H"], spec: QuantSpec) -> Int[Array, "B H T"]:
+    """The position whose coding takes away each token's place among the outliers.
+
+    A token has it from when it is coded until as many tokens with larger errors are, too.
+    """
+    tokens = error.shape[1]
+    position = jnp.arange(tokens)
+    error = jnp.where(position[:, None] < spec.sinks, -jnp.inf, error)
+
+    def one(token: tuple[Array, Array]) -> Array:  # errors [B, H] and position of one token
+        own, at = token
+        # A compiler may compute the same error twice, with other roundings.
+        larger = (error > own[:, None]) & (position != at)[:, None]
+        full = jnp.cumsum(larger, axis=1) >= spec.outliers  # [B, T, H]
+        return jnp.where(full.any(axis=1), jnp.argmax(full, axis=1), tokens)
+
+    each = jnp.moveaxis(error, 1, 0), position
+    return jnp.moveaxis(jax.lax.map(one, each, batch_size=_OUTLIER_CHUNK), 0, -1)
+
+
+_OUTLIER_CHUNK = 128  # tokens whose errors are compared with all others at a time
 _QUERY_CHUNK = 512  # rows of scores that exist at a time
 
 

@@ -12,16 +12,35 @@ blocks of b tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Self, TypeGuard
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gsrq_jax.codebook import Codebooks, errors
 from gsrq_jax.codec import Codec, Codes
 from gsrq_jax.errors import InputError
 from gsrq_jax.spec import CacheSpec, QuantSpec
+
+
+class Outliers(NamedTuple):
+    """Coded tokens that are exact as well, the same number in each KV head, not the same tokens.
+
+    Slots hold the tokens with the largest errors so far, in falling order; those of the slots that
+    are not filled yet are −∞, and nothing else of them is read.
+
+    Attributes:
+        key, value: ``[B, E, H, d]``, keys rotated.
+        position: int32 ``[B, E, H]``.
+        error: float32 ``[B, E, H]``, `gsrq_jax.codebook.errors` of their codes.
+    """
+
+    key: Array
+    value: Array
+    position: Array
+    error: Array
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +60,7 @@ class KVCache:
             has no axis of layers here but planes, uint8 ``[P, B, H, N, b]``: each byte of a token
             in the first layer, then those of the second, and so on. `layer_views` takes them apart.
         length: int32 ``[B]``, tokens so far.
+        outliers: `Outliers`, or None where the spec has none.
         spec: the quantisation, or None for a cache at full precision (S = N = 0).
     """
 
@@ -51,6 +71,7 @@ class KVCache:
     key_codes: Codes
     value_codes: Codes
     length: Array
+    outliers: Outliers | None
     spec: CacheSpec | None = dataclasses.field(metadata={"static": True})
 
     @property
@@ -127,6 +148,12 @@ def init_cache(
         key_codes, value_codes = jax.tree.map(
             lambda s: jnp.zeros((*lead, batch, kv_heads, blocks, *s.shape), s.dtype), shapes
         )
+    outliers = None
+    if (kept := _outliers(spec)) > 0:
+        slots = (*lead, batch, kept, kv_heads)
+        outliers = Outliers(
+            exact(kept), exact(kept), jnp.zeros(slots, jnp.int32), jnp.full(slots, -jnp.inf)
+        )
     return KVCache(
         sink_key=exact(sinks),
         sink_value=exact(sinks),
@@ -135,8 +162,13 @@ def init_cache(
         key_codes=key_codes,
         value_codes=value_codes,
         length=jnp.zeros((*lead, batch), jnp.int32),
+        outliers=outliers,
         spec=spec,
     )
+
+
+def _outliers(spec: CacheSpec | None) -> int:
+    return spec.outliers if isinstance(spec, QuantSpec) else 0
 
 
 def blocks_after(spec: CacheSpec | None, length: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -215,15 +247,19 @@ def append(
         filled = blocks_after(spec, after) > blocks_after(spec, before)
         # Zero rounds or one: XLA updates a loop's carry in place, a conditional's it would copy.
         rounds = 1 if tokens >= spec.block else filled.any().astype(jnp.int32)
-        key_codes, value_codes = jax.lax.fori_loop(
+        key_codes, value_codes, outliers = jax.lax.fori_loop(
             0,
             rounds,
-            lambda _, codes: _flush(
-                cache.replace(key_codes=codes[0], value_codes=codes[1]), k, v, codec, new
+            lambda _, past: _flush(
+                cache.replace(key_codes=past[0], value_codes=past[1], outliers=past[2]),
+                k,
+                v,
+                codec,
+                new,
             ),
-            (cache.key_codes, cache.value_codes),
+            (cache.key_codes, cache.value_codes, cache.outliers),
         )
-        cache = cache.replace(key_codes=key_codes, value_codes=value_codes)
+        cache = cache.replace(key_codes=key_codes, value_codes=value_codes, outliers=outliers)
     write = jax.vmap(_write_exact, (0, 0, 0, None)) if cache.length.ndim == 2 else _write_exact
     written = write(cache.replace(key_codes=None, value_codes=None), k, v, new)
     return written.replace(key_codes=cache.key_codes, value_codes=cache.value_codes, length=after)
@@ -254,8 +290,10 @@ def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     )
 
 
-def _flush(cache: KVCache, k: Array, v: Array, codec: Codec, count: Array) -> tuple[Codes, Codes]:
-    """Codes with the blocks added that fill once ``count`` new tokens have come."""
+def _flush(
+    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array
+) -> tuple[Codes, Codes, Outliers | None]:
+    """Codes with the blocks added that fill once ``count`` new tokens have come, and outliers."""
     exact, blocks = cache.replace(key_codes=None, value_codes=None), cache.blocks
     encode = functools.partial(_encoded_blocks, blocks=blocks)
 
@@ -266,7 +304,7 @@ def _flush(cache: KVCache, k: Array, v: Array, codec: Codec, count: Array) -> tu
     stacked = cache.length.ndim == 2
     if stacked:
         encode, put = jax.vmap(encode, (0, 0, 0, 0, None)), jax.vmap(put)
-    (keys, values), target = encode(exact, k, v, codec, count)
+    (keys, values), target, outliers = encode(exact, k, v, codec, count)
     of_keys = of_values = target
     if stacked and _by_layer(cache.spec):
         for_keys, for_values = _planes(cache.spec, len(target))
@@ -279,14 +317,18 @@ def _flush(cache: KVCache, k: Array, v: Array, codec: Codec, count: Array) -> tu
     def put_all(codes: Codes, fresh: Codes, target: Array) -> Codes:
         return jax.tree.map(lambda codes, new: put(codes, new, target), codes, fresh)
 
-    return put_all(cache.key_codes, keys, of_keys), put_all(cache.value_codes, values, of_values)
+    return (
+        put_all(cache.key_codes, keys, of_keys),
+        put_all(cache.value_codes, values, of_values),
+        outliers,
+    )
 
 
 def _encoded_blocks(
     cache: KVCache, k: Array, v: Array, codec: Codec, count: Array, *, blocks: int
-) -> tuple[tuple[Codes, Codes], Array]:
-    """One layer: codes ``[B, M, H, …]`` of blocks that may have filled, and the slots ``[B, M]``
-    that they go to, ``blocks`` where they have not."""
+) -> tuple[tuple[Codes, Codes], Array, Outliers | None]:
+    """One layer: codes ``[B, M, H, …]`` of blocks that may have filled, the slots ``[B, M]`` that
+    they go to, ``blocks`` where they have not, and the outliers with these blocks among them."""
     spec = codec.spec
     tokens, ring = k.shape[1], cache.window_key.shape[1]
     most = min(-(-tokens // spec.block), blocks)  # the window held window + block - 1 at most
@@ -302,9 +344,38 @@ def _encoded_blocks(
         old, late = window[row, offset % ring], fresh[row, new].astype(window.dtype)
         return jnp.where(from_ring[..., None, None], old, late)
 
-    fresh = codec.encode(gather(cache.window_key, k), gather(cache.window_value, v), position)
+    keys, values = gather(cache.window_key, k), gather(cache.window_value, v)
+    fresh = codec.encode(keys, values, position)
     done = index < blocks_after(spec, cache.length + count)[:, None]
-    return fresh, jnp.where(done, index, blocks)
+    outliers = cache.outliers
+    if outliers is not None and isinstance(codec, Codebooks):
+        error = errors(codec, keys, values, *codec.decode(*fresh, position), position)
+        new_ones = Outliers(
+            keys,
+            values,
+            jnp.broadcast_to(position[..., None], error.shape),
+            jnp.where(done[..., None, None], error, -jnp.inf),
+        )
+        outliers = _worst(outliers, new_ones)
+    return fresh, jnp.where(done, index, blocks), outliers
+
+
+def _worst(old: Outliers, new: Outliers) -> Outliers:
+    """As many of ``old`` and of ``new``, ``[B, M, b, …]``, as there are slots; the old before the
+    new and the early before the late where errors are equal."""
+    both = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b.reshape(len(b), -1, *b.shape[3:]).astype(a.dtype)], 1),
+        old,
+        new,
+    )
+    slots = old.error.shape[1]
+    _, at = jax.lax.top_k(jnp.swapaxes(both.error, 1, 2), slots)  # [B, H, E]
+    at = jnp.swapaxes(at, 1, 2)
+
+    def take(x: Array) -> Array:
+        return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=1)
+
+    return jax.tree.map(take, both)
 
 
 def _coded(spec: CacheSpec | None, length: Array) -> Array:
@@ -401,10 +472,25 @@ def exact_tokens(
     return keys, join(cache.sink_value, cache.window_value), there
 
 
+def outlier_slots(
+    cache: KVCache, shape: tuple[int, ...]
+) -> tuple[tuple[Array, ...], Bool[Array, "B E H"]]:
+    """One layer's indices of the outliers in arrays ``[B, N, b, H]``, out of bounds where a slot
+    is not filled, and which slots are."""
+    assert cache.spec is not None
+    assert cache.outliers is not None
+    there = cache.outliers.error > -jnp.inf
+    offset = cache.outliers.position - cache.spec.sinks
+    block = jnp.where(there, offset // cache.spec.block, shape[1])
+    row, head = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[3])
+    return (row, block, offset % cache.spec.block, head), there
+
+
 def coded_tokens(
     cache: KVCache, codec: Codec
 ) -> tuple[Float[Array, "B N b H d"], Float[Array, "B N b H d"]]:
-    """One layer's blocks written out, float32; those beyond the length mean nothing."""
+    """One layer's blocks written out, float32, outliers exact; those beyond the length mean
+    nothing."""
     spec = codec.spec
     batch, blocks = cache.length.shape[0], cache.blocks
     position = spec.sinks + jnp.arange(blocks * spec.block).reshape(blocks, spec.block)
@@ -412,7 +498,12 @@ def coded_tokens(
     keys, values = jax.tree.map(
         lambda x: jnp.swapaxes(x, 1, 2), (cache.key_codes, cache.value_codes)
     )
-    return codec.decode(keys, values, position)
+    keys, values = codec.decode(keys, values, position)
+    if cache.outliers is not None:
+        at, _ = outlier_slots(cache, keys.shape)
+        keys = keys.at[at].set(cache.outliers.key.astype(jnp.float32), mode="drop")
+        values = values.at[at].set(cache.outliers.value.astype(jnp.float32), mode="drop")
+    return keys, values
 
 
 def materialize(

@@ -28,7 +28,8 @@ from orbax.checkpoint import v1 as ocp
 
 from gsrq_jax import packing, residual
 from gsrq_jax.errors import InputError
-from gsrq_jax.frame import from_frame, to_frame
+from gsrq_jax.frame import from_frame, origin, to_frame
+from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 FORMAT = "gsrq-jax codebooks"
@@ -110,6 +111,43 @@ class Codebooks:
         framed = _decode(key_codes, self.key, self.spec.key)
         keys = from_frame(framed, positions, self.spec, self.key_mean, self.inv_freq)
         return keys, _decode(value_codes, self.value, self.spec.value)
+
+
+def errors(
+    codebooks: Codebooks,
+    k: Float[Array, "*lead b H d"],
+    v: Float[Array, "*lead b H d"],
+    old_k: Float[Array, "*lead b H d"],
+    old_v: Float[Array, "*lead b H d"],
+    positions: Int[Array, "*lead b"],
+) -> Float[Array, "*lead b H"]:
+    """How badly one layer's codes stand for tokens, to find outliers by (ours).
+
+    Squared errors of key and value in the encoder's metrics, each over the mean square of its first
+    stage's codewords.
+
+    Args:
+        codebooks: of the layer.
+        k: rotated keys.
+        v: values.
+        old_k: what their codes decode to.
+        old_v: what their codes decode to.
+        positions: of the tokens.
+    """
+    start = origin(codebooks.spec, positions)[..., None]
+    wrong = rotate(k - old_k, -start, codebooks.inv_freq)
+
+    def relative(wrong: Array, words: Array, metric: Array | None) -> Array:
+        wrong = jnp.moveaxis(wrong.astype(jnp.float32), -2, 0)
+        first = words[:, :, 0].astype(jnp.float32)  # [H, G, K, g]
+        if metric is not None:
+            wrong, first = under(metric, wrong), under(metric, first)
+        scale = jnp.sum(jnp.square(first), axis=(1, 3)).mean(axis=-1)  # [H]
+        return jnp.moveaxis(jnp.sum(jnp.square(wrong), axis=-1), 0, -1) / scale
+
+    return relative(wrong, codebooks.key, codebooks.key_metric) + relative(
+        v - old_v, codebooks.value, codebooks.value_metric
+    )
 
 
 def stored(codebooks: Codebooks) -> Codebooks:

@@ -47,12 +47,13 @@ C = TypeVar("C", bound=Codec)
 
 
 def respec(codec: C, **fields: Any) -> C:
-    """The codec for caches with another ``window``, other ``sinks`` or another ``beam``.
+    """The codec for caches with another ``window`` or ``beam``, other ``sinks`` or ``outliers``.
 
     Raises:
         InputError: for a field that the arrays depend on, or that the spec does not have.
     """
-    free = [f.name for f in dataclasses.fields(codec.spec) if f.name in ("window", "sinks", "beam")]
+    names = ("window", "sinks", "beam", "outliers")
+    free = [f.name for f in dataclasses.fields(codec.spec) if f.name in names]
     if not fields.keys() <= set(free):
         raise InputError(
             f"only {', '.join(free)} can change after fitting here, not {', '.join(sorted(fields))}"
@@ -67,6 +68,7 @@ def remembered(
     """Whole sequences from position 0 as one layer's codec would remember every token.
 
     Sinks come back as they are. The last block is filled up with its last token. Float32.
+    Outliers are not among what is told apart here: they depend on how far a cache has coded.
     """
     spec = codec.spec
     batch, tokens = k.shape[:2]
@@ -143,6 +145,12 @@ class Decoded:
 
 
 def decoded(codec: Codec) -> Decoded:
-    """``codec`` for a cache that keeps decoded numbers."""
+    """``codec`` for a cache that keeps decoded numbers.
+
+    Raises:
+        InputError: if its cache keeps outliers exact, for a cache of decoded numbers has none.
+    """
     s = codec.spec
+    if getattr(s, "outliers", 0):
+        raise InputError("a cache of decoded numbers has no outliers; keep codes, or none of them")
     return Decoded(codec, DecodedSpec(of=s, block=s.block, window=s.window, sinks=s.sinks))

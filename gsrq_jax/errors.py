@@ -1,9 +1,5 @@
 """The one exception for bad input."""
 
+from gsrq_jax.kernels.errors import InputError
 
-class InputError(ValueError):
-    """What the caller gave cannot be used; the message says what was wrong and what to do.
-
-    The message is one sentence or two on one line. Commands print it as ``error: <message>`` and
-    exit with code 2.
-    """
+__all__ = ["InputError"]

@@ -496,7 +496,8 @@ def _expand(residuals: Array, error: Array, words: Array) -> tuple[Array, Array,
     real = jnp.full_like(code, True, bool)
     if beam:
         distance = error[..., :beam, None] - gain[..., :beam, :]
-        top, index = lax.top_k(-distance.reshape(*lead, n, beam * k), beam)
+        rows = _top_of_rows(-distance.reshape(-1, beam * k), beam)
+        top, index = (x.reshape(*lead, n, beam) for x in rows)
         code = jnp.concatenate([index % k, code], -1)
         parent = jnp.concatenate([index // k, parent], -1)
         real = jnp.concatenate([top > -jnp.inf, real], -1)
@@ -504,6 +505,28 @@ def _expand(residuals: Array, error: Array, words: Array) -> tuple[Array, Array,
     residuals = jnp.take_along_axis(residuals, parent[..., None], -2) - added
     error = jnp.where(real, jnp.sum(jnp.square(residuals), -1), jnp.inf)
     return residuals, error, parent, code
+
+
+def _top_of_rows(x: Array, k: int) -> tuple[Array, Array]:
+    """``lax.top_k`` of ``[rows, n]``, with two axes under any ``vmap``.
+
+    For more of them XLA has no kernel of its own on a GPU (TopkSpecializer), and sorts.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def top(x: Array) -> tuple[Array, Array]:
+        values, index = lax.top_k(x, k)
+        return values, index
+
+    @top.def_vmap
+    def of_all(
+        size: int, batched: list[bool], x: Array
+    ) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
+        values, index = top(x.reshape(-1, x.shape[-1]))
+        shape = (size, -1, k)
+        return (values.reshape(shape), index.reshape(shape)), (True, True)
+
+    return top(x)
 
 
 def _chunked(x: Array, chunk: int) -> Array:

@@ -172,6 +172,8 @@ class QuantSpec(CacheSpec):
             its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
         beam: partial sums that the encoder keeps from stage to stage, 1 to 32; 1 is greedy.
             Codebooks are also trained with it, and serve any other.
+        outliers: coded tokens of a sequence that every layer and KV head also keeps exact: those
+            whose codes err most.
         key_stages: stages of the keys of each layer where layers differ, the most of them
             ``key.stages``; None where all have that many.
         value_stages: the same of the values.
@@ -186,12 +188,15 @@ class QuantSpec(CacheSpec):
     value: ResidualSpec
     frame: Frame = "block"
     beam: int = 1
+    outliers: int = 0
     key_stages: tuple[int, ...] | None = None
     value_stages: tuple[int, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         check_beam(self.beam)
+        if self.outliers < 0:
+            raise InputError(f"outliers must be at least 0, got {self.outliers}")
         if self.key.dim != self.value.dim:
             raise InputError(
                 f"keys have {self.key.dim} channels and values {self.value.dim}; "
@@ -282,6 +287,7 @@ class QuantSpec(CacheSpec):
             f"{self.bits:g} bit, {both}, head {self.head_dim}, frame {self.frame}, "
             f"blocks of {self.block}, window {self.window}, sinks {self.sinks}"
             + (f", beam {self.beam}" if self.beam > 1 else "")
+            + (f", {self.outliers} outliers exact" if self.outliers else "")
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+
+from gsrq_jax.kernels import tiles
 
 
 def attend_codes(
@@ -20,6 +22,7 @@ def attend_codes(
     key_codewords: Float[Array, "H G R K g"],
     value_codewords: Float[Array, "H G R K g"],
     blocks: Int[Array, " B"],
+    skip: Bool[Array, "B H N b"] | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """Scores from tables of query · codeword, values from a histogram of probability (ours).
 
@@ -34,6 +37,7 @@ def attend_codes(
         key_codewords: of this layer.
         value_codewords: of this layer.
         blocks: valid blocks of each sequence; the others are not read.
+        skip: tokens that are not attended to here, because they are exact elsewhere.
 
     Returns:
         The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
@@ -58,7 +62,7 @@ def attend_codes(
     )
     shared = jnp.matmul(by_block, jnp.swapaxes(shift, -1, -2), precision=exact)
     scores += shared.reshape(batch, heads, n, tokens, group, b)
-    weights, total, top = _softmax_parts(scores, blocks)
+    weights, total, top = _softmax_parts(scores, blocks, skip)
 
     # Histogram of probability over codewords, then one product with the codebook.
     G, R, K, g = value_codewords.shape[1:]
@@ -78,6 +82,36 @@ def attend_codes(
     return _finish(out, total, top)
 
 
+def attend_tiles(
+    query: Float[Array, "B T H q N d"],
+    shift: Float[Array, "H M b d"] | None,
+    key_tiles: UInt32[Array, "B H N tiles kw"],
+    value_tiles: UInt32[Array, "B H N tiles vw"],
+    key_codewords: Float[Array, "H 1 R K d"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
+    blocks: Int[Array, " B"],
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
+
+    No shift is one of zeros. The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this
+    signature.
+    """
+    key_stages, codewords = key_codewords.shape[2:4]
+    keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)
+    values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])
+    if shift is None:
+        shift = jnp.zeros((keys.shape[1], 1, keys.shape[3], query.shape[-1]))
+    return attend_codes(
+        query,
+        shift,
+        keys[..., None, :],
+        values[..., None, :],
+        key_codewords,
+        value_codewords,
+        blocks,
+    )
+
+
 def attend_decoded(
     query: Float[Array, "B T H q N d"],
     keys: Float[Array, "B H N b d"],
@@ -93,11 +127,15 @@ def attend_decoded(
 
 
 def _softmax_parts(
-    scores: Float[Array, "B H N T q b"], blocks: Int[Array, " B"]
+    scores: Float[Array, "B H N T q b"],
+    blocks: Int[Array, " B"],
+    skip: Bool[Array, "B H N b"] | None = None,
 ) -> tuple[Float[Array, "B H N T q b"], Float[Array, "B T H q"], Float[Array, "B T H q"]]:
     """Unnormalised weights, their sum and the maximum, over the valid blocks."""
     n = scores.shape[2]
     valid = (jnp.arange(n) < blocks[:, None])[:, None, :, None, None, None]
+    if skip is not None:
+        valid = valid & ~skip[:, :, :, None, None]
     scores = jnp.where(valid, scores, -jnp.inf)
     top = jnp.max(scores, axis=(2, 5), initial=-jnp.inf)  # [B, H, T, q]
     safe = jnp.where(jnp.isfinite(top), top, 0)

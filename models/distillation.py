@@ -26,10 +26,11 @@ from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, generation, text
 from gsrq_jax.models.loading import LoadedModel
+from gsrq_jax.models.text import SAMPLED
 from gsrq_jax.models.tokenizer import Tokenizer
 from gsrq_jax.spec import check_beam
 
-CALIBRATION, SAMPLED = "calibration", "sampled"
+CALIBRATION = "calibration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class DistillConfig:
         copies: passages of each sequence that come a second time in it.
         beam: of the encoder while codewords move; the cache keeps its own, which then finds codes
             at least as near.
+        windows: numbers of recent exact tokens that steps take in turn, and checks all of; by
+            default the cache's alone.
         check_every: steps from one check on held-out sequences to the next.
         text: ``calibration``, the end of which is then not calibrated on but checked on;
             ``sampled`` for text that the model writes itself; or a text file.
@@ -63,6 +66,7 @@ class DistillConfig:
     ema: float = 0.0
     copies: int = 4
     beam: int = 1
+    windows: tuple[int, ...] = ()
     check_every: int = 20
     text: str = CALIBRATION
     tokens: int = 65_536
@@ -94,27 +98,20 @@ class Refinement:
 
 
 def sequences(
-    config: DistillConfig, tokenizer: Tokenizer, calibrated: Int[np.ndarray, "n T"]
+    config: DistillConfig, tokenizer: Tokenizer, *, length: int, calibrated: int
 ) -> Int[np.ndarray, "m T"] | None:
-    """Sequences to distil on, as long as those calibrated on; None if `sample` makes them.
+    """Sequences to distil on; None if they are the ``calibrated`` ones or `sample` makes them.
 
     Raises:
         InputError: if there are fewer than two, or a number in ``config`` cannot be.
     """
     _validate(config)
-    length = calibrated.shape[1]
-    if config.text == SAMPLED:
-        rows, count = None, -(-config.tokens // length)
-    elif config.text == CALIBRATION:
-        rows, count = calibrated, len(calibrated)
-    else:
-        rows = text.sequences(
-            text.read(config.text),
-            tokenizer,
-            length=length,
-            count=-(-config.tokens // length),
-            name=config.text,
-        )
+    rows, count = None, -(-config.tokens // length)
+    if config.text == CALIBRATION:
+        count = calibrated
+    elif config.text != SAMPLED:
+        pieces = text.read(config.text)
+        rows = text.sequences(pieces, tokenizer, length=length, count=count, name=config.text)
         count = len(rows)
     if count < 2:
         more = "--tokens" if config.text == CALIBRATION else "--distill.tokens"
@@ -142,6 +139,8 @@ def _validate(config: DistillConfig) -> None:
         if getattr(config, name) < 0:
             refuse(name, "at least 0")
     check_beam(config.beam)
+    if min(config.windows, default=0) < 0:
+        refuse("windows", "at least 0 each")
     for name in ("b2", "ema"):
         if not 0 <= getattr(config, name) < 1:
             refuse(name, "from 0 to below 1")
@@ -154,13 +153,14 @@ def _validate(config: DistillConfig) -> None:
 
 
 def sample(
-    model: LoadedModel, config: DistillConfig, *, length: int, seed: int, work: pathlib.Path
-) -> Int[np.ndarray, "m T"]:
+    model: LoadedModel, count: int, *, length: int, seed: int, work: pathlib.Path, name: str
+) -> Int[np.ndarray, "count T"]:
     """Sequences that the model writes at full precision and temperature 1.
 
     Each begins as the tokenizer begins a text; where it adds nothing, with a token drawn uniformly
     from the vocabulary (as LLM-QAT does, arXiv 2305.17888). The model writes on after an
-    end-of-text token, as in text packed for training. Finished batches are kept in ``work``.
+    end-of-text token, as in text packed for training. Finished batches are kept in ``work`` under
+    ``name``, of which sequences of other names are independent.
     """
     start = _start(model)
     generator = generation.Generator(
@@ -169,14 +169,13 @@ def sample(
         sampler=generation.Sampler(temperature=1.0),
         dtype=jax.tree.leaves(model.params)[0].dtype,
     )
-    count = -(-config.tokens // length)
     rows: list[np.ndarray] = []
     with tqdm(total=count * length, desc="sample", unit="tok") as bar:
         for index, first in enumerate(range(0, count, _TOGETHER)):
             size = min(_TOGETHER, count - first)
-            file = work / f"sampled-{index:03}.npz"
+            file = work / f"{name}-{index:03}.npz"
             if not file.exists():
-                rng = np.random.default_rng((seed, index))
+                rng = np.random.default_rng((seed, index, *name.encode()))
                 drawn = rng.integers(model.config.vocab_size, size=(size, 0 if start else 1))
                 prompts = [[*start, *row] for row in drawn.tolist()]
                 new = length - len(prompts[0])
@@ -241,6 +240,7 @@ def refine(
     source, checked = rows[:-held], rows[-held:].copy()
     _repeat(checked[:, start:], config.copies, np.random.default_rng(seed))
 
+    windows = config.windows or (codebooks.spec.window,)
     devices = jax.local_devices() if devices is None else devices
     share = math.gcd(config.batch // config.accumulate, len(devices))
     mesh = jax.make_mesh(
@@ -261,10 +261,15 @@ def refine(
         """Notes the divergence on held-out sequences, and the state if it is the best."""
         nonlocal best
         average = jax.tree.map(np.array, state.average)
-        found = evaluation.fidelity(
-            model.graphdef, model.params, checked, _settled(codebooks, average), exact=exact
-        )
-        checks.append(Check(done, float(np.mean(losses)) if losses else math.nan, found.kl))
+        books = _settled(codebooks, average)
+        divergences = [
+            evaluation.fidelity(
+                model.graphdef, model.params, checked, books, window=window, exact=exact
+            ).kl
+            for window in windows
+        ]
+        train = float(np.mean(losses)) if losses else math.nan
+        checks.append(Check(done, train, float(np.mean(divergences))))
         if _kept(checks) == done:
             best = average
         calibration.save_leaves(file, (state, best, np.asarray(checks)))
@@ -286,7 +291,14 @@ def refine(
         pieces = _pieces(source, start, config.batch, config.copies, (seed, index))
         parts = pieces.reshape(config.accumulate, -1, rows.shape[1])
         state, loss = _step(
-            model.graphdef, config, mesh, params, begun, state, jax.device_put(parts, split)
+            model.graphdef,
+            config,
+            mesh,
+            params,
+            begun,
+            state,
+            jax.device_put(parts, split),
+            jnp.int32(windows[index % len(windows)]),
         )
         losses.append(float(loss))
         if (index + 1) % config.check_every == 0 or index + 1 == config.steps:
@@ -313,22 +325,23 @@ def _step(
     codebooks: Codebooks,
     state: distill.DistillState,
     parts: Int[Array, "A B T"],
+    window: Int[Array, ""],
 ) -> tuple[distill.DistillState, Float[Array, ""]]:
     """`distill.step`, the sequences of each part shared by the devices of ``mesh``."""
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(P(), P(), P("data")),
+        in_specs=(P(), P(), P(), P("data")),
         out_specs=P(),
         check_vma=False,
     )
-    def loss(params: nnx.State, books: Codebooks, rows: Int[Array, "b T"]) -> Float[Array, ""]:
-        sums = evaluation.compare(graphdef, params, rows, books, remat=True)
+    def loss(params: nnx.State, window: Array, books: Codebooks, rows: Array) -> Float[Array, ""]:
+        sums = evaluation.compare(graphdef, params, rows, books, window=window, remat=True)
         return jax.lax.pmean(sums["kl"] / (rows.shape[0] * (rows.shape[1] - 1)), "data")
 
     return distill.step(
-        functools.partial(loss, params),
+        functools.partial(loss, params, window),
         _optimizer(config),
         codebooks,
         state,

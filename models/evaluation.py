@@ -134,11 +134,12 @@ def compare(
     codec: Codec,
     *,
     every: int = 1,
+    window: Int[Array, ""] | None = None,
     remat: bool = False,
 ) -> Sums:
     """`divergence` of the cache from full precision; differentiable in the codec's arrays."""
     full = exact_hidden(graphdef, params, tokens)
-    ours = cached_hidden(graphdef, params, tokens, codec, every=every, remat=remat)
+    ours = cached_hidden(graphdef, params, tokens, codec, every=every, window=window, remat=remat)
     return divergence(graphdef, params, tokens, full, ours, remat=remat)
 
 

@@ -34,7 +34,8 @@ class FidelityConfig:
     """Perplexity, KL and top-1 agreement of quantised caches against full precision.
 
     Attributes:
-        method: ``gsrq@1``, ``kivi2`` …, or folders of codebooks; an unknown one names them all.
+        method: ``gsrq@1``, ``kivi2`` …, or folders of codebooks, ``+`` options as in
+            ``gsrq@1+k16+beam8``; an unknown method or option names them all.
         eval_text: held-out text file to measure on.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         window: numbers of recent tokens that stay exact, one result each.

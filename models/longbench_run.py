@@ -46,8 +46,9 @@ class LongBenchConfig:
     """Run LongBench with full and quantised KV caches.
 
     Attributes:
-        method: ``full``, ``gsrq@1``, ``kivi2`` …, or folders of codebooks; an unknown one names
-            them all. Prompts are read once for all of them.
+        method: ``full``, ``gsrq@1``, ``kivi2`` …, or folders of codebooks, ``+`` options as in
+            ``gsrq@1+k16+beam8``; an unknown method or option names them all. Prompts are read once
+            for all of them.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         data: folder of ``<task>.jsonl``, LongBench's data.zip, or a hub id.
         tasks: their names, or ``en``, ``zh``, ``e`` (LongBench-E) for all of a kind.

@@ -7,6 +7,7 @@ the highest rate asked for: its first stages are those of every lower rate.
 Residual codes take options after their name, each with a ``+``, as in ``gsrq@1+k16+beam8``:
 
 - ``beam8`` encodes with a beam of that width; folders of codebooks take it, too;
+- ``outliers16`` keeps that many coded tokens of each head exact; folders take it, too;
 - ``refits2`` fits all stages anew together so often, and trains with the beam;
 - ``k16`` has that many codewords a stage;
 - ``pre``, ``post`` or ``block512`` is another rotary frame, ``uncentred`` keeps the mean key in;
@@ -95,14 +96,14 @@ class Options:
     """What stands after a name of residual codes.
 
     Attributes:
-        text: as it stands there, but for the beam.
-        beam: of the encoder.
+        text: as it stands there, but for what `respec` changes.
+        encoder: fields for `respec`.
         spec: fields of `QuantSpec.from_bits`.
         fit: fields of `FitOptions`.
     """
 
     text: str = ""
-    beam: int | None = None
+    encoder: tuple[tuple[str, Any], ...] = ()
     spec: tuple[tuple[str, Any], ...] = ()
     fit: tuple[tuple[str, Any], ...] = ()
 
@@ -110,6 +111,7 @@ class Options:
 # What it is a field of, which, and its value or how that is read from the number.
 _OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
     "beam": ("encoder", "beam", int),
+    "outliers": ("encoder", "outliers", int),
     "refits": ("fit", "refits", int),
     "k": ("spec", "codewords", int),
     "block": ("spec", "block", int),
@@ -230,8 +232,8 @@ def title(name: str) -> str:
         text = path.parent.name if path.name == "codebooks" and path.parent.name else path.name
     else:
         text = FAMILIES[parse(base)[0]].title
-    beam = () if options.beam is None else (f"beam {options.beam}",)
-    return ", ".join([text, *options.text.split("+")[1:], *beam])
+    after = [f"{field} {value}" for field, value in options.encoder]
+    return ", ".join([text, *options.text.split("+")[1:], *after])
 
 
 def resolve(
@@ -273,9 +275,8 @@ def resolve(
             if FAMILIES[family].fit is None and FAMILIES[family].options is None:
                 found[name] = uniform.Uniform(spec)
                 continue
-            fit = _Fit(family, options if _trains_with_beam(options) else _without_beam(options))
-            if fit.options.beam is not None:
-                spec = dataclasses.replace(spec, beam=fit.options.beam)
+            fit = _Fit(family, _of_fit(options))
+            spec = dataclasses.replace(spec, **dict(fit.options.encoder))
             wanted.setdefault(fit, {})[bits] = spec
     if wanted:
         with tempfile.TemporaryDirectory() as temporary:
@@ -284,9 +285,11 @@ def resolve(
         for name, (base, options) in parts.items():
             if name not in found:
                 family, bits = parse(base)
-                own = options if _trains_with_beam(options) else _without_beam(options)
-                found[name] = fitted[_Fit(family, own), bits]
-    return {name: _with_beam(found[name], options.beam) for name, (_, options) in parts.items()}
+                found[name] = fitted[_Fit(family, _of_fit(options)), bits]
+    for name, (_, options) in parts.items():
+        if options.encoder and (fitted_one := found[name]) is not None:
+            found[name] = codec.respec(fitted_one, **dict(options.encoder))
+    return {name: found[name] for name in parts}
 
 
 class _Fit(NamedTuple):
@@ -296,12 +299,14 @@ class _Fit(NamedTuple):
     options: Options
 
 
-def _trains_with_beam(options: Options) -> bool:
+def _of_fit(options: Options) -> Options:
+    """What of the options decides how codebooks are learned: with refits their beam does."""
+    beam = tuple(x for x in options.encoder if x[0] == "beam" and _refits(options))
+    return dataclasses.replace(options, encoder=beam)
+
+
+def _refits(options: Options) -> bool:
     return dict(options.fit).get("refits", 0) > 0
-
-
-def _without_beam(options: Options) -> Options:
-    return dataclasses.replace(options, beam=None)
 
 
 def _split(name: str) -> tuple[str, Options]:
@@ -320,7 +325,7 @@ def _split(name: str) -> tuple[str, Options]:
     folder = _is_folder(base)
     if not folder and (base == FULL or FAMILIES[parse(base)[0]].options is None):
         able = ", ".join(name for name, family in FAMILIES.items() if family.options is not None)
-        raise InputError(f"{base!r} takes no options; {able} do, and folders of codebooks a beam")
+        raise InputError(f"{base!r} takes no options; {able} do, and folders of codebooks some")
     known = {word: o for word, o in _OPTIONS.items() if o[0] == "encoder" or not folder}
     fields: dict[str, dict[str, Any]] = {"encoder": {}, "spec": {}, "fit": {}}
     kept = ""
@@ -336,14 +341,8 @@ def _split(name: str) -> tuple[str, Options]:
         except ValueError:
             raise InputError(f"+{part} in the method {name!r} needs a whole number") from None
         kept += f"+{part}" if where != "encoder" else ""
-    beam = fields["encoder"].get("beam")
-    if beam is not None:
-        check_beam(beam)
-    return base, Options(kept, beam, *(tuple(fields[where].items()) for where in ("spec", "fit")))
-
-
-def _with_beam(books: Codec | None, beam: int | None) -> Codec | None:
-    return books if beam is None or books is None else codec.respec(books, beam=beam)
+    check_beam(fields["encoder"].get("beam", 1))
+    return base, Options(kept, *(tuple(x.items()) for x in fields.values()))
 
 
 def _fitted(
@@ -380,7 +379,7 @@ def _fitted(
     training.capture(model, tokens, store, weigh=True)
     found: dict[tuple[_Fit, float], Codec] = {}
     for fit, by_bits in wanted.items():
-        if FAMILIES[fit.family].nested and not _trains_with_beam(fit.options):
+        if FAMILIES[fit.family].nested and not _refits(fit.options):
             top = max(by_bits.values(), key=lambda spec: spec.bits)
             whole = _fit(fit, top, model, calibration, store, work)
             found |= {(fit, bits): _first_stages(whole, spec) for bits, spec in by_bits.items()}
@@ -422,7 +421,7 @@ def _fit(
         if changed is None:
             assert family.fit is not None
             return family.fit(rngs[index], samples, inv_freq, spec=spec)
-        books, _ = training.fit_layer(
+        books, _ = training.fit_layer_compiled(
             rngs[index],
             samples,
             inv_freq,
@@ -434,7 +433,7 @@ def _fit(
         return codebook.stored(books)
 
     shapes = jax.eval_shape(functools.partial(one, 0), store.layer(0))
-    beam = "" if fit.options.beam is None else f"+beam{fit.options.beam}"
+    beam = "".join(f"+{field}{value}" for field, value in fit.options.encoder)
     name = f"{fit.family}@{spec.bits:g}{fit.options.text}{beam}"
     file = work / f"{name}.npz"
     if not file.exists():

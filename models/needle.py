@@ -66,8 +66,9 @@ class NeedleConfig:
     """Ask for numbers hidden in a long text, over full and quantised caches.
 
     Attributes:
-        method: ``gsrq@1``, ``kivi2`` …, or folders of codebooks; an unknown one names them all. The
-            exact cache is always asked, too.
+        method: ``gsrq@1``, ``kivi2`` …, or folders of codebooks, ``+`` options as in
+            ``gsrq@1+k16+beam8``; an unknown method or option names them all. The exact cache is
+            always asked, too.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         text: text file to hide numbers in, or ``python`` for Python's help topics; no part of it
             should be what methods are fitted to.

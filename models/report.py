@@ -83,6 +83,7 @@ def write(
     tokens: int,
     refinement: Refinement | None = None,
     allocation: dict[str, Any] | None = None,
+    seconds: float | None = None,
 ) -> None:
     """Write ``report.json``, whole or not at all; `render` makes the rest from it.
 
@@ -97,6 +98,7 @@ def write(
         tokens: that were calibrated on.
         refinement: what distillation found, if there was any.
         allocation: sensitivities that stages were given by, if they were.
+        seconds: that the run took, measuring included; None if it was interrupted.
     """
     spec = codebooks.spec
     caches = cache_rows(codebooks)
@@ -138,6 +140,7 @@ def write(
         fit=fit_rows(layers),
         distillation=None if refinement is None else _distillation(refinement),
         allocation=allocation,
+        seconds=seconds,
     )
 
 
@@ -203,7 +206,8 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         f"Measured on {texts}, teacher forced, sinks and exactly {data['rows'][0]['window']} past "
         "tokens exact. Bytes are those of real arrays of one sequence, window and sinks included, "
-        f"bf16 where exact. One run of `{data['command']}` on {data['device']}, {data['date']}.",
+        f"bf16 where exact. One run of `{data['command']}` on {data['device']}, {data['date']}"
+        + (f", {data['seconds']:.0f} s." if data.get("seconds") else "."),
         "",
         "![distortion and cosine](report.png)",
         "",

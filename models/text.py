@@ -4,7 +4,7 @@ import itertools
 import pathlib
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from gsrq_jax.models.tokenizer import Tokenizer
 
 PYTHON_TOPICS = "python"  # names of the two texts that every Python carries
 PYTHON_SOURCE = "python-source"
+SAMPLED = "sampled"  # what a model writes itself, where that is offered
 
 
 def read(name: str) -> Iterator[str]:
@@ -144,3 +145,9 @@ def sequences(
             "give more text or shorter sequences"
         )
     return cut(ids, tokenizer, length=length)
+
+
+def interleaved(parts: Sequence[Int32[np.ndarray, "_ length"]]) -> Int32[np.ndarray, "rows length"]:
+    """All rows of ``parts``, each part's in their order and spread evenly over the whole."""
+    place = np.concatenate([(np.arange(len(rows)) + 0.5) / len(rows) for rows in parts])
+    return np.concatenate(parts)[np.argsort(place, kind="stable")]

@@ -12,6 +12,7 @@ import hashlib
 import math
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -52,7 +53,7 @@ from gsrq_jax.models import (
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.distillation import DistillConfig
 from gsrq_jax.models.runfolder import WORK, claim, plain, writing
-from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS
+from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS, SAMPLED
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
@@ -72,6 +73,8 @@ class TrainConfig:
         dataset: data set instead: hub id or folder, ``name`` or ``name:config``.
         column: text column of the data set.
         split: split of the data set.
+        mix: further texts, of which as many tokens are taken: files, ``python``, or ``sampled`` for
+            what the model writes itself. Codebooks serve best what is like what they saw.
         bits: nominal bits a number, if ``stages`` is not given.
         stages: residual stages, instead of ``bits``.
         codewords: codewords of a stage, a power of two up to 65536.
@@ -82,10 +85,11 @@ class TrainConfig:
         sinks: first tokens that stay exact.
         beam: partial sums that the encoder keeps, 1 (greedy) to 32, in training and in the cache;
             best together with ``fit.refits``.
+        outliers: coded tokens of a sequence that every layer and KV head also keeps exact.
         allocate: ``uniform`` gives all vectors as many stages; ``sides`` gives keys and values, and
             ``layers`` each layer's keys and values, what measured sensitivities say, at the same
             bits in the mean.
-        tokens: calibration tokens.
+        tokens: calibration tokens, of all texts together.
         length: tokens of a sequence.
         weights: ``gradient`` weighs tokens by the loss's sensitivity (GSRQ), ``none`` all alike.
         fit: how codebooks are learned.
@@ -109,6 +113,7 @@ class TrainConfig:
     dataset: str | None = None
     column: str = "text"
     split: str = "train"
+    mix: tuple[str, ...] = ()
     bits: float = 1.0
     stages: int | None = None
     codewords: int = 256
@@ -118,6 +123,7 @@ class TrainConfig:
     window: int = 128
     sinks: int = 4
     beam: int = 1
+    outliers: int = 0
     allocate: Allocation = "uniform"
     tokens: int = 8_192
     length: int = 1024
@@ -154,6 +160,7 @@ class TrainConfig:
             window=self.window,
             sinks=self.sinks,
             beam=self.beam,
+            outliers=self.outliers,
         )
 
 
@@ -177,6 +184,7 @@ def _presets() -> dict[Preset, TrainConfig]:
         balanced,
         preset="best",
         beam=8,
+        fit=dataclasses.replace(metrics, refits=2),
         distill=DistillConfig(steps=300, batch=2),
     )
     return {"demo": TrainConfig(), "fast": fast, "balanced": balanced, "best": best}
@@ -195,8 +203,11 @@ def train(config: TrainConfig) -> pathlib.Path:
     """
     out, books = config.out, config.out / "codebooks"
     processes.check_same(plain(config) | results.versions())
-    if jax.process_count() > 1 and config.distill.steps:
-        raise InputError("several processes cannot distil; give --distill.steps 0, or start one")
+    if jax.process_count() > 1 and (config.distill.steps or SAMPLED in config.mix):
+        raise InputError(
+            "several processes can neither sample nor distil; give --distill.steps 0 and no "
+            f"--mix {SAMPLED}, or start one process"
+        )
 
     def show() -> None:
         found = report.render(out)
@@ -215,6 +226,7 @@ def train(config: TrainConfig) -> pathlib.Path:
 
 def _run(config: TrainConfig) -> None:
     """Everything up to ``report.json``."""
+    began = time.monotonic()
 
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
         mesh = sharding.make_mesh(found.kv_heads, config.mesh)
@@ -224,17 +236,26 @@ def _run(config: TrainConfig) -> None:
     mesh = sharding.make_mesh(model.config.kv_heads, config.mesh)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
-    tokens = texts.calibration
-    share, folder = _share(len(tokens))
-    _fitted_shapes(config, spec, model, len(tokens) * (config.length - spec.sinks))
-    print(f"{model.name}: {spec}; {len(tokens)} × {config.length} tokens", flush=True)
+    count = texts.calibrated(config)
+    share, folder = _share(count)
+    _fitted_shapes(config, spec, model, count * (config.length - spec.sinks))
+    print(f"{model.name}: {spec}; {count} × {config.length} tokens", flush=True)
 
     with writing(config.out):
         inputs = {"model": model.fingerprint["weights"], "text": texts.digest()}
         work = config.out / WORK
+        resumed = work.exists()
         processes.once(lambda: claim(config.out, _KIND, plain(config), inputs=inputs))
         processes.once(lambda: work.mkdir(exist_ok=True))
         processes.check_shared(work)
+        write = functools.partial(
+            distillation.sample, model, length=config.length, seed=config.seed, work=work
+        )
+        tokens, rows = texts.calibration, texts.distillation
+        if texts.written:
+            tokens = text.interleaved([tokens, write(texts.written, name="mix")])
+        if _refines_on_calibration(config):
+            rows, tokens = tokens, tokens[:count]
         store = SampleStore.open(
             work / folder,
             layers=model.config.layers,
@@ -250,11 +271,8 @@ def _run(config: TrainConfig) -> None:
         codebooks = codebook.stored(codebooks)
         refinement = None
         if config.distill.steps:
-            rows = texts.distillation
             if rows is None:
-                rows = distillation.sample(
-                    model, config.distill, length=config.length, seed=config.seed, work=work
-                )
+                rows = write(-(-config.distill.tokens // config.length), name="distil")
             codebooks, refinement = distillation.refine(
                 model, codebooks, rows, config.distill, seed=config.seed, work=work
             )
@@ -274,7 +292,7 @@ def _run(config: TrainConfig) -> None:
                     "check its weights, or use --dtype float32"
                 )
             measured[name] = found
-        write = functools.partial(
+        finish = functools.partial(
             report.write,
             config.out,
             config=plain(config),
@@ -286,8 +304,9 @@ def _run(config: TrainConfig) -> None:
             tokens=tokens.size,
             refinement=refinement,
             allocation=allocated,
+            seconds=None if resumed else time.monotonic() - began,
         )
-        processes.once(write)
+        processes.once(finish)
 
 
 def _share(sequences: int) -> tuple[slice, str]:
@@ -313,15 +332,22 @@ class Texts(NamedTuple):
 
     Attributes:
         calibration: to learn codebooks from, ``[n, T]``.
-        distillation: to refine them on, ``[m, T]``; None where there is no refinement, or the model
-            is to write it.
+        distillation: to refine them on, ``[m, T]``; None where there is no refinement, or it is on
+            the calibration text, or on what the model is to write.
         measured: to measure on, by name: the held-out text first, then the second domain, both
             ``[…, E]``.
+        written: sequences that the model is to write for calibration beside those.
     """
 
     calibration: Int[np.ndarray, "n T"]
     distillation: Int[np.ndarray, "m T"] | None
     measured: dict[str, Int[np.ndarray, "e E"]]
+    written: int
+
+    def calibrated(self, config: TrainConfig) -> int:
+        """Sequences that codebooks are fitted to: not those that a refinement checks itself on."""
+        count = len(self.calibration) + self.written
+        return count - distillation.held_out(count) * _refines_on_calibration(config)
 
     def digest(self) -> str:
         """Changes with every text that codebooks depend on."""
@@ -331,6 +357,10 @@ class Texts(NamedTuple):
         return digest.hexdigest()
 
 
+def _refines_on_calibration(config: TrainConfig) -> bool:
+    return config.distill.steps > 0 and config.distill.text == distillation.CALIBRATION
+
+
 def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> Texts:
     """What there is to read, before anything is begun.
 
@@ -338,10 +368,19 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
         InputError: if a text cannot be read or is too short, or a size is out of range.
     """
     calibration, held_out = _held_out(config, spec, model)
+    share, tokenizer = len(calibration), model.needed_tokenizer()
+    others = [
+        text.sequences(text.read(x), tokenizer, length=config.length, count=share, name=x)
+        for x in config.mix
+        if x != SAMPLED
+    ]
+    calibration = text.interleaved([calibration, *others])
+    written = share * config.mix.count(SAMPLED)
     name = config.eval_text or "held out of the calibration text"
     if config.second_text in (
         config.eval_text,
         config.distill.text,
+        *config.mix,
         config.text if config.dataset is None else None,
     ):
         raise InputError(
@@ -350,17 +389,17 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
         )
     second = text.sequences(
         text.read(config.second_text),
-        model.tokenizer,
+        tokenizer,
         length=held_out.shape[1],
         count=len(held_out),
         name=config.second_text,
     )
     rows = None
     if config.distill.steps:
-        rows = distillation.sequences(config.distill, model.tokenizer, calibration)
-        if rows is calibration:  # what codebooks were fitted to would speak for them
-            calibration = calibration[: -distillation.held_out(len(rows))]
-    return Texts(calibration, rows, {name: held_out, config.second_text: second})
+        rows = distillation.sequences(
+            config.distill, tokenizer, length=config.length, calibrated=len(calibration) + written
+        )
+    return Texts(calibration, rows, {name: held_out, config.second_text: second}, written)
 
 
 def _held_out(
@@ -387,7 +426,7 @@ def _held_out(
         config.text, config.dataset, column=config.column, split=config.split
     )
     room = config.length - start
-    wanted = -(-config.tokens // config.length) * room
+    wanted = -(-config.tokens // (config.length * (1 + len(config.mix)))) * room
     if config.eval_text is not None:
         held_out = text.sequences(
             text.read(config.eval_text),
@@ -597,7 +636,6 @@ def capture(
             bar.update(count * length)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options", "weigh", "mesh"))
 def fit_layer(
     rng: Key[Array, ""],
     samples: LayerSamples,
@@ -609,7 +647,7 @@ def fit_layer(
     weigh: bool,
     mesh: Mesh | None = None,
 ) -> tuple[Codebooks, LayerReport]:
-    """`calibration.fit_layer` of stored samples, compiled; on a mesh `calibration.fit_sharded`."""
+    """`calibration.fit_layer` of stored samples; on a mesh `calibration.fit_sharded`."""
     k, v, k_norms, v_norms, positions, moments = jax.tree.map(jnp.asarray, samples)
 
     def whole(norms: Array) -> Array | None:
@@ -634,6 +672,10 @@ def fit_layer(
         output=output,
         options=options,
     )
+
+
+fit_layer_compiled = jax.jit(fit_layer, static_argnames=("spec", "options", "weigh", "mesh"))
+"""`fit_layer` as one program, in which keys and values are learned side by side."""
 
 
 def layer_rngs(seed: int, layers: int) -> Key[Array, " L"]:
@@ -712,6 +754,9 @@ def _fit(
     if mesh is not None:
         outputs = np.asarray(sharding.replicated(mesh, outputs))
         mesh = sharding.for_tokens(mesh, store.sequences * store.tokens * jax.process_count())
+    # Where stages differ, pairs of keys and values are many, and share programs only as singles.
+    alike = spec.key_stages is None
+    fit = fit_layer_compiled if alike or mesh is not None else fit_layer
     trees: dict[QuantSpec, Any] = {}
     layers = []
     for index in tqdm(range(store.layers), desc="fit", unit="layer"):
@@ -719,7 +764,7 @@ def _fit(
         file = work / f"{kind}-{index:03}.npz"
         if not processes.agreed(file.exists()):
             samples = store.layer(index)
-            fitted = fit_layer(
+            fitted = fit(
                 rngs[index],
                 samples if mesh is None else _spread(mesh, samples),
                 inv_freq,

@@ -28,6 +28,7 @@ def test_best_of_all_for_convex_losses(seed, total):
 def test_all_alike_share_alike():
     loss = np.tile(0.5 ** np.arange(9.0), (6, 1))
     assert allocation.allocate(loss, 24).tolist() == [4] * 6
+    assert allocation.allocate(np.zeros((6, 9)), 25).tolist() == [5, 4, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("total", [2, 25])
@@ -39,3 +40,5 @@ def test_budget_that_cannot_be_given(total):
 def test_slopes_with_a_floor_for_noise():
     got = allocation.slopes(*map(np.asarray, ([3.0, 0.9], [1.0, 1.0], [0.5, 0.5], [0.25, 0.25])))
     np.testing.assert_allclose(got, [8.0, 0.038])  # mean of 8 and −0.4, a hundredth of it
+    nothing = allocation.slopes(*np.zeros((4, 2)))
+    np.testing.assert_array_equal(nothing, 0)

@@ -32,6 +32,10 @@ LAYOUTS = {
     "block 1": QuantSpec.from_bits(1, DIM, codewords=16, block=1, window=3, sinks=2),
     "before rope": QuantSpec.from_bits(1, DIM, codewords=16, frame="pre", block=8, window=8),
     "after rope": QuantSpec.from_bits(1, DIM, codewords=16, frame="post", block=8, window=8),
+    "outliers": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, sinks=4, outliers=3),
+    "many outliers": QuantSpec.from_bits(
+        1, DIM, codewords=16, frame="pre", block=8, window=8, sinks=1, outliers=11
+    ),
 }
 append = jax.jit(append)
 attend = jax.jit(attention.attend, static_argnames="implementation")
@@ -94,7 +98,13 @@ def poison(cache: KVCache) -> KVCache:
             arrays[name][row, min(n, sinks) :] = np.nan
         for name in ("key_codes", "value_codes"):
             arrays[name][row, :, coded:] = 255
-    return cache.replace(**{name: jnp.asarray(a) for name, a in arrays.items()})
+    cache = cache.replace(**{name: jnp.asarray(a) for name, a in arrays.items()})
+    if cache.outliers is None:
+        return cache
+    free = (cache.outliers.error == -jnp.inf)[..., None]
+    key, value = (jnp.where(free, jnp.nan, x) for x in cache.outliers[:2])
+    position = jnp.where(free[..., 0], 10**6, cache.outliers.position)
+    return cache.replace(outliers=cache.outliers._replace(key=key, value=value, position=position))
 
 
 def plain_attention(q, k, v, there):
@@ -116,8 +126,18 @@ def expected_tokens(k, v, length, codebooks):
     old_k, old_v = codebooks.decode(*codebooks.encode(k, v, at), at)
     blocks = jnp.maximum(0, length - spec.sinks - spec.window) // spec.block
     coded_end = spec.sinks + blocks[:, None] * spec.block
-    coded = ((at >= spec.sinks) & (at < coded_end))[..., None, None]
-    return jnp.where(coded, old_k, k), jnp.where(coded, old_v, v)
+    coded = ((at >= spec.sinks) & (at < coded_end))[..., None]
+
+    def relative(x, old, words):
+        first = jnp.sum(jnp.square(words[:, :, 0]), axis=(1, 3)).mean(-1)  # [H]
+        return jnp.sum(jnp.square(x - old), -1) / first
+
+    if spec.outliers:
+        error = relative(k, old_k, codebooks.key) + relative(v, old_v, codebooks.value)
+        error = jnp.where(coded, error, -jnp.inf)  # [B, n, H]
+        larger = jnp.sum(error[:, None] > error[:, :, None], axis=2)
+        coded = coded & (larger >= spec.outliers)
+    return tuple(jnp.where(coded[..., None], old, x) for old, x in ((old_k, k), (old_v, v)))
 
 
 def padded(tokens, start, count, width):
@@ -352,6 +372,23 @@ def test_nothing_is_encoded_twice():
     first = cache.key_codes[:, :, :done]
     cache = append(poison(cache), k[:, 30:], v[:, 30:], books)
     np.testing.assert_array_equal(cache.key_codes[:, :, :done], first)
+
+
+def test_outliers_are_counted_and_no_others_than_the_worst():
+    spec = LAYOUTS["outliers"]
+    rng = np.random.default_rng(13)
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, 60)
+    far = k.at[0, 20, 1].multiply(30)  # in one head of one sequence
+    plain = dataclasses.replace(books, spec=dataclasses.replace(spec, outliers=0))
+    cache = append(empty(spec), far, v, books)
+    without = append(empty(plain.spec), far, v, plain)
+    np.testing.assert_array_equal(cache.key_codes, without.key_codes)
+    assert cache.nbytes - without.nbytes == 2 * 3 * HEADS * (2 * DIM * 4 + 4 + 4)
+    assert cache.outliers.position[0, 0].tolist()[1] == 20
+    assert 20 not in cache.outliers.position[1].tolist()
+    np.testing.assert_array_equal(cache.outliers.key[0, 0, 1], far[0, 20, 1])
+    assert (jnp.diff(cache.outliers.error, axis=1) <= 0).all()
 
 
 @pytest.mark.parametrize(("context", "least"), [(8192, 9), (131072, 15)])

@@ -16,8 +16,9 @@ from orbax.checkpoint import v1 as ocp
 from gsrq_jax import codebook
 from gsrq_jax.baselines.uniform import Uniform, UniformSpec
 from gsrq_jax.codebook import Codebooks, load, read_metadata, save, validate
-from gsrq_jax.codec import respec
+from gsrq_jax.codec import decoded, respec
 from gsrq_jax.errors import InputError
+from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 MODEL = {"family": "llama", "layers": 3, "kv_heads": 2, "head_dim": 8, "weights": "sha256:ab"}
@@ -149,8 +150,10 @@ def test_the_beam_of_the_spec_encodes():
 def test_what_can_change_after_fitting():
     books = respec(make(), window=3, sinks=5, beam=2)
     assert (books.spec.window, books.spec.sinks, books.spec.beam) == (3, 5, 2)
-    with pytest.raises(InputError, match=r"only window, sinks, beam can change .*, not block"):
+    with pytest.raises(InputError, match=r"only window, sinks, beam, outliers can .*, not block"):
         respec(make(), block=8)
+    with pytest.raises(InputError, match="a cache of decoded numbers has no outliers"):
+        decoded(respec(make(), outliers=2))
     with pytest.raises(InputError, match=r"beam must be from 1 \(greedy\) to 32, got 64"):
         respec(make(), beam=64)
     rounded = Uniform(UniformSpec.kivi(2, 32))
@@ -482,6 +485,27 @@ def test_codes_are_the_nearest_in_the_metric():
     np.testing.assert_array_equal(first.T, jnp.sum(moved**2, -1).argmin(-1))
     plain = dataclasses.replace(books, value_metric=None)
     assert (jax.jit(lambda b: b.encode(v, v, at))(plain)[1] != codes).any()
+
+
+def test_errors_are_measured_in_the_metrics():
+    books = jax.tree.map(lambda x: x[2], with_metrics())
+    rng = np.random.default_rng(2)
+    k, v = (jnp.asarray(rng.normal(size=(3, 5, 2, 8)), jnp.float32) for _ in "kv")
+    at = jnp.broadcast_to(130 + jnp.arange(5), (3, 5))
+    old = books.decode(*books.encode(k, v, at), at)
+    got = codebook.errors(books, k, v, *old, at)
+    want = 0
+    for x, y, words, metric in (
+        (k, old[0], books.key, books.key_metric),
+        (v, old[1], books.value, books.value_metric),
+    ):
+        wrong = x - y
+        if x is k:  # metrics are those of the frame: of the offset in the block, not the position
+            wrong = rotate(wrong, -(at[..., None] - (at[..., None] - 4) % 128), books.inv_freq)
+        square = jnp.sum(jnp.einsum("hde,...he->...hd", metric, wrong) ** 2, -1)
+        first = jnp.einsum("hde,hke->hkd", metric, words[:, 0, 0])
+        want += square / jnp.sum(first**2, -1).mean(-1)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ CODE = ResidualSpec(dim=8, group=4, stages=1, codewords=16)
         ({"block": 0}, "block must be at least 1, got 0"),
         ({"window": -1}, "window must be at least 0, got -1"),
         ({"sinks": -1}, "sinks must be at least 0, got -1"),
+        ({"outliers": -1}, "outliers must be at least 0, got -1"),
         ({"beam": 0}, r"beam must be from 1 \(greedy\) to 32, got 0"),
         ({"beam": 33}, "got 33"),
     ],
@@ -165,6 +166,7 @@ def test_from_bits_passes_fields_on_and_prints():
     text = "1 bit, 32 stages × 16 codewords, head 128, frame pre, blocks of 128, window 64, sinks 4"
     assert str(spec) == text
     assert str(dataclasses.replace(spec, beam=8)) == f"{text}, beam 8"
+    assert str(dataclasses.replace(spec, outliers=3)) == f"{text}, 3 outliers exact"
     mixed = str(QuantSpec(CODE, ResidualSpec(dim=8, group=8, stages=2, codewords=16)))
     assert "keys 1 stages × 16 codewords × 2 groups, values 2 stages × 16 codewords" in mixed
 

@@ -91,7 +91,7 @@ def softmax_attention(scores, values):
     return weights @ values / weights.sum(), top + np.log(weights.sum())
 
 
-def expected(query, keys, values, blocks):
+def expected(query, keys, values, blocks, skip=None):
     """Attention of each query by itself over the valid blocks; keys ``[B, H, N, b, d]``."""
     query, keys, values = (np.asarray(x, np.float64) for x in (query, keys, values))
     B, T, H, q = query.shape[:4]
@@ -100,7 +100,8 @@ def expected(query, keys, values, blocks):
         n = blocks[b]
         scores = np.einsum("nd,nbd->nb", query[b, t, h, j, :n], keys[b, h, :n]).reshape(-1)
         flat = values[b, h, :n].reshape(-1, values.shape[-1])
-        out[b, t, h, j], lse[b, t, h, j] = softmax_attention(scores, flat)
+        kept = slice(None) if skip is None else ~skip[b, h, :n].reshape(-1)
+        out[b, t, h, j], lse[b, t, h, j] = softmax_attention(scores[kept], flat[kept])
     return out, lse
 
 
@@ -272,6 +273,16 @@ def test_merged_parts_are_attention_over_the_union(scale):
         np.testing.assert_allclose(np.asarray(a)[some], np.asarray(b)[some], rtol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_tokens_to_skip(share):
+    x = make(SHAPES["groups, ragged"], seed=11)
+    skip = np.random.default_rng(12).random(x["key_codes"].shape[:4]) < share
+    want = expected(x["query"], *written_out(x), x["blocks"], skip)
+    got = attend_codes(**x, skip=skip)
+    check(got, want)
+    assert share < 1 or not np.isfinite(got[1]).any()
+
+
 def test_coded_and_exact_parts_merge():
     x = make(SHAPES["groups, ragged"], seed=9)
     rng = np.random.default_rng(10)
@@ -309,7 +320,7 @@ def fits(function, arguments, result):
     hints = typing.get_type_hints(function, include_extras=True)
     returned = typing.get_args(hints.pop("return"))
     with jaxtyping.jaxtyped("context"):
-        return all(isinstance(arguments[name], hint) for name, hint in hints.items()) and all(
+        return all(isinstance(arguments.get(name), hint) for name, hint in hints.items()) and all(
             isinstance(array, hint) for array, hint in zip(result, returned, strict=True)
         )
 

@@ -85,6 +85,28 @@ def test_what_only_harms_is_not_kept(model, books, tmp_path):
     same(refined, books)
 
 
+def test_windows_in_turn_and_an_encoder_of_its_own(model, books, tmp_path, monkeypatch):
+    seen, real = [], distillation._step
+
+    def step(graphdef, config, mesh, params, begun, state, parts, window):
+        seen.append((int(window), begun.spec.beam))
+        return real(graphdef, config, mesh, params, begun, state, parts, window)
+
+    monkeypatch.setattr(distillation, "_step", step)
+    cached = dataclasses.replace(books, spec=dataclasses.replace(SPEC, beam=4))
+    config = DistillConfig(steps=3, batch=2, rate=0.05, copies=0, beam=2, windows=(8, 0))
+    refined, found = refine(model, cached, tmp_path, config)
+    assert seen == [(8, 2), (0, 2), (8, 2)]
+    assert refined.spec == cached.spec
+    beam = dataclasses.replace(books, spec=dataclasses.replace(SPEC, beam=2))
+    alone = [
+        evaluation.fidelity(model.graphdef, model.params, TOKENS[-2:], beam, window=w).kl
+        for w in (8, 0)
+    ]
+    assert alone[0] < alone[1]
+    np.testing.assert_allclose(found.checks[0].held_out, np.mean(alone), rtol=1e-6)
+
+
 def test_pieces_are_not_cut_from_what_is_held_out(model, books, tmp_path, monkeypatch):
     seen, real = [], distillation._pieces
 
@@ -156,7 +178,7 @@ def test_devices_and_parts_agree_with_one(model, books, tmp_path, monkeypatch):
     devices, real = set(), distillation._step
 
     def step(*arguments):
-        devices.add(len(arguments[-1].sharding.device_set))
+        devices.add(len(arguments[-2].sharding.device_set))
         return real(*arguments)
 
     monkeypatch.setattr(distillation, "_step", step)
@@ -208,8 +230,7 @@ def test_pieces_of_the_text_with_repeated_passages():
 
 def test_the_model_writes_what_it_thinks_likely(model, tmp_path):
     """The mean surprise at what it wrote is the mean entropy of its predictions."""
-    config = DistillConfig(text="sampled", tokens=40 * 40)
-    rows = distillation.sample(model, config, length=40, seed=0, work=tmp_path)
+    rows = distillation.sample(model, 40, length=40, seed=0, work=tmp_path, name="own")
     assert rows.shape == (40, 40)
     assert rows.dtype == np.int32
     assert len(set(rows[:, 0].tolist())) > 16  # first tokens are drawn from all 64
@@ -227,10 +248,9 @@ def test_the_model_writes_what_it_thinks_likely(model, tmp_path):
 
 def test_sampling_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "_TOGETHER", 2)
-    config = DistillConfig(text="sampled", tokens=4 * 12)
 
-    def sample():
-        return distillation.sample(model, config, length=12, seed=3, work=tmp_path)
+    def sample(name="own"):
+        return distillation.sample(model, 4, length=12, seed=3, work=tmp_path, name=name)
 
     whole = sample()
     assert whole.shape == (4, 12)
@@ -240,6 +260,7 @@ def test_sampling_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
     second.unlink()  # as if stopped before it was written
     np.testing.assert_array_equal(sample(), whole)
     assert first.stat().st_mtime_ns == before
+    assert (sample("others") != whole).mean() > 0.5
 
 
 class Letters:
@@ -251,9 +272,10 @@ class Letters:
 
 def test_texts_to_distil_on(tmp_path):
     def found(**options):
-        return distillation.sequences(DistillConfig(steps=1, **options), Letters(), TOKENS)
+        asked = DistillConfig(steps=1, **options)
+        return distillation.sequences(asked, Letters(), length=40, calibrated=3)
 
-    np.testing.assert_array_equal(found(), TOKENS)
+    assert found() is None
     assert found(text="sampled", tokens=41) is None
     file = tmp_path / "text.txt"
     file.write_text("abc" * 200)
@@ -276,18 +298,20 @@ def test_texts_to_distil_on(tmp_path):
         ({"warmup": 3}, r"--distill.warmup must be below --distill.steps \(3\), got 3"),
         ({"accumulate": 3}, r"--distill.accumulate must be a divisor of --distill.batch \(4\)"),
         ({"text": "sampled", "tokens": 40}, "two sequences of 40 .* or --distill.tokens"),
+        ({"windows": (8, -1)}, r"--distill.windows must be at least 0 each, got \(8, -1\)"),
+        ({"beam": 33}, "beam must be from 1 .* to 32, got 33"),
         ({"text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
     ],
 )
 def test_what_cannot_be(options, words):
     config = DistillConfig(**{"steps": 3} | options)
     with pytest.raises(InputError, match=words):
-        distillation.sequences(config, Letters(), TOKENS)
+        distillation.sequences(config, Letters(), length=40, calibrated=3)
 
 
 def test_one_sequence_is_too_few():
     with pytest.raises(InputError, match=r"two sequences of 40 tokens or more.* or --tokens"):
-        distillation.sequences(DistillConfig(steps=1), Letters(), TOKENS[:1])
+        distillation.sequences(DistillConfig(steps=1), Letters(), length=40, calibrated=1)
 
 
 def test_the_first_of_equals_is_kept():

@@ -511,6 +511,25 @@ def test_stages_by_layer_are_the_padded_ones_in_fewer_bytes():
     assert ours.value_codes.shape == (1 + 2, *shape)
     assert 8 * ours.key_codes.size == 32 / 2 * 2 * np.prod(shape)
 
+    rng = np.random.default_rng(0)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, 2, 40, 2, 8)), jnp.float32)
+    count = jnp.array([40, 21])
+    made = generation.refilled(k, v, books, count, max_length=LENGTH, dtype=jnp.float32)
+    fresh = init_cache(
+        books.spec,
+        batch=2,
+        kv_heads=2,
+        head_dim=8,
+        max_length=LENGTH,
+        layers=2,
+        dtype=jnp.float32,
+    )
+    grown = append(fresh, k, v, books, count)
+    done = (count - 2 - 8) // 8
+    for x, y in ((made.key_codes, grown.key_codes), (made.value_codes, grown.value_codes)):
+        for row in range(2):
+            np.testing.assert_array_equal(x[:, row, :, : done[row]], y[:, row, :, : done[row]])
+
     views, view = layer_views(ours)
     held = [
         jax.vmap(lambda x, b: materialize(view(x), b))(views, books),

@@ -202,7 +202,11 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
     beam = methods.resolve([f"{name}+beam4"], model)[f"{name}+beam4"]
     assert beam.spec == dataclasses.replace(codecs["gsrq@0.5"].spec, beam=4)
     assert methods.title(f"{name}+beam4") == "books, beam 4"
-    with pytest.raises(InputError, match=r"no option \+k16; there are \+beamN$"):
+    outliers = methods.resolve([f"{name}+beam2+outliers5"], model)
+    spec = dataclasses.replace(codecs["gsrq@0.5"].spec, beam=2, outliers=5)
+    assert outliers[f"{name}+beam2+outliers5"].spec == spec
+    assert methods.title("gsrq@1+outliers5") == "GSRQ, outliers 5"
+    with pytest.raises(InputError, match=r"no option \+k16; there are \+beamN, \+outliersN$"):
         methods.resolve([f"{name}+k16"], model)
     (tmp_path / "run+1" / "codebooks").parent.mkdir()
     codebook.save(tmp_path / "run+1" / "codebooks", codecs["gsrq@0.5"], model=model.fingerprint)
@@ -223,7 +227,7 @@ def test_a_folder_of_codebooks(codecs, model, tmp_path):
         ("kivi2@3", "kivi2 has 2 bits"),
         ("gsrq@0.3", "0.3 bits cannot be had"),
         ("cq@4", "take at most 2 bits"),
-        ("gsrq@1+beam", r"has no option \+beam; there are \+beamN, \+refitsN, \+kN, .*\+pre,"),
+        ("gsrq@1+beam", r"has no option \+beam; there are \+beamN, \+outliersN, .*\+kN, .*\+pre,"),
         ("gsrq@1+pre2", r"has no option \+pre2; there are"),
         ("gsrq@1+k1.5", r"\+k1.5 in the method 'gsrq@1\+k1.5' needs a whole number"),
         ("gsrq@1+power3", "metric_power must be from 0 to 1, got 3"),

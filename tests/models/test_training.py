@@ -184,17 +184,64 @@ def test_second_domain(model, tmp_path):
 
 
 def test_what_distillation_checks_on_is_not_calibrated_on(model):
-    def found(**options):
+    def calibrated(**options):
         asked = config(distill=DistillConfig(**options), tokens=1024)
-        return training._texts(asked, asked.spec(8), model)
+        found = training._texts(asked, asked.spec(8), model)
+        assert found.distillation is None
+        return found.calibrated(asked)
 
-    plain, distilled = found(), found(steps=1)
-    assert plain.distillation is None
-    np.testing.assert_array_equal(distilled.distillation, plain.calibration)
-    np.testing.assert_array_equal(distilled.calibration, plain.calibration[:14])  # of 16
-    sampled = found(steps=1, text="sampled")
-    assert sampled.distillation is None
-    np.testing.assert_array_equal(sampled.calibration, plain.calibration)
+    assert calibrated() == 16
+    assert calibrated(steps=1) == 14
+    assert calibrated(steps=1, text="sampled") == 16
+
+
+def test_mixed_texts(model, tmp_path):
+    for letter in "xyz":
+        (tmp_path / letter).write_text(letter * 2000)
+    x, y, z = (str(tmp_path / letter) for letter in "xyz")
+
+    def found(*mix, **changes):
+        asked = config(text=x, mix=mix, eval_text=z, tokens=12 * 64, **changes)
+        return training._texts(asked, asked.spec(8), model), asked
+
+    mixed, _ = found(y)
+    letters = "".join(model.tokenizer.decode([row[1]]) for row in mixed.calibration.tolist())
+    assert letters == "xyxyxyxyxyxy"
+    with_own, asked = found(y, "sampled", distill=DistillConfig(steps=1))
+    assert (len(with_own.calibration), with_own.written) == (8, 4)
+    assert with_own.calibrated(asked) == 12 - 1
+    with pytest.raises(InputError, match="is to be another text than the others"):
+        found(y, second_text=y)
+    parts = [np.full((n, 2), n) for n in (1, 2, 4)]
+    assert text.interleaved(parts)[:, 0].tolist() == [4, 2, 4, 1, 4, 2, 4]
+
+
+def test_codebooks_from_what_the_model_writes(tiny_model, tmp_path, monkeypatch):
+    """Written sequences are fitted to and refined on beside the others, and found again."""
+    seen, real = {}, training.capture
+
+    def capture(model, tokens, *arguments, **options):
+        seen["fitted"] = tokens
+        return real(model, tokens, *arguments, **options)
+
+    def refine(model, codebooks, rows, *arguments, **options):
+        seen["refined"] = rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "capture", capture)
+    monkeypatch.setattr(distillation, "refine", refine)
+    flags = ["--model", str(tiny_model), "--out", str(tmp_path / "run"), *tiny.FLAGS]
+    with pytest.raises(SystemExit):
+        commands.train([*flags, "--mix", "sampled", "--distill.steps", "1"])
+    fitted, refined = seen["fitted"], seen["refined"]
+    np.testing.assert_array_equal(fitted, refined[:-1])
+    given = text.tokens(text.read("python"), loading.load(tiny_model).tokenizer, count=4 * 63)
+    np.testing.assert_array_equal(refined[::2, 1:].reshape(-1), given)
+    written = refined[1::2]
+    assert len({row.tobytes() for row in written}) == 4
+    with pytest.raises(SystemExit):
+        commands.train([*flags, "--mix", "sampled", "--distill.steps", "1"])
+    np.testing.assert_array_equal(seen["refined"], refined)
 
 
 def test_data_set_to_calibrate_on(model, tmp_path):
@@ -387,6 +434,8 @@ def test_stopped_anywhere_and_resumed(tiny_run, tiny_model, tmp_path, counted, c
     ours, other = (json.loads((x / "report.json").read_text()) for x in (out, tiny_run))
     assert ours["rows"] == other["rows"]
     assert ours["fit"] == other["fit"]
+    assert ours["seconds"] is None
+    assert other["seconds"] > 0
     assert {x.name for x in out.iterdir()} == {x.name for x in tiny_run.iterdir()}
 
 

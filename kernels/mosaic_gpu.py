@@ -1,0 +1,850 @@
+"""Decode attention over codes, fused, on Hopper GPUs: Pallas Mosaic GPU (ours).
+
+One thread block takes four query rows of one KV head and one part of its blocks of tokens. Eight
+warps *score*: each goes through blocks of its own, makes the block's table in shared memory, looks
+up 256 tokens at a time, and puts their probabilities, as bit planes, into its slots of a ring.
+Eight warps *count*: all of them go through the slots and add up, by binary products, how much
+probability falls on each value code. Histogram × codebook, once the parts are put together, is the
+output.
+docs/kernels.md explains it with a picture; `gsrq_jax.kernels.pieces` has the steps.
+
+What goes in is `gsrq_jax.kernels.reference.attend_tiles`'s: B sequences, T query tokens, H KV
+heads, q query heads each, N blocks of b tokens. A *pair* is (KV head, sequence, four rows).
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from gsrq_jax.kernels import pieces
+from gsrq_jax.kernels.errors import InputError
+from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
+from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
+
+SHARED_BYTES = 227 * 1024 - 2048
+"""Shared memory of a thread block on sm_90, less what Mosaic takes."""
+PROCESSORS = 132
+"""Multiprocessors to be filled."""
+TABLE_TIME, START_TIME = 0.3, 1.5
+"""Estimates, in chunks that all scorers take at once: of a table, and of starting and ending."""
+MOST_STAGES = 64
+EMPTY = -(2**30)
+"""Scale of a part without tokens."""
+LN2 = math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a thread block is laid out.
+
+    Attributes:
+        scorers: warps that score, 4 or 8.
+        depth: slots of the ring for each of them.
+        splits: thread blocks that share the blocks of a sequence.
+        span: chunks of one block that a scorer takes one after the other, with one table.
+        wide: whether the mean key's share of the scores is float32 rather than float16, whose 11
+            bits are the largest part of the error where the share is large.
+    """
+
+    scorers: int
+    depth: int
+    splits: int
+    span: int
+    wide: bool = True
+
+    @property
+    def share_bytes(self) -> int:
+        """Of one share of the mean key."""
+        return 4 if self.wide else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The shapes of a call."""
+
+    batch: int
+    tokens: int
+    heads: int  # KV heads
+    group: int  # query heads of each
+    blocks: int  # that a sequence can hold
+    block: int  # tokens of one
+    dim: int
+    key: KeyTable
+    value_stages: int
+    shifted: bool  # whether there is a mean key
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of four query rows of a KV head."""
+        return -(-self.tokens * self.group // ROWS)
+
+    @property
+    def pairs(self) -> int:
+        """(KV head, sequence, group of rows)."""
+        return self.heads * self.batch * self.row_groups
+
+    @property
+    def chunks_of_block(self) -> int:
+        """Chunks of a block, 1 if it is half a chunk."""
+        return max(1, self.block // CHUNK)
+
+    @property
+    def blocks_of_chunk(self) -> int:
+        """2 if a block is half a chunk, else 1."""
+        return max(1, CHUNK // self.block)
+
+    @property
+    def chunk_key_bytes(self) -> int:
+        """Codes of the keys of a chunk."""
+        return 2 * 4 * key_words(self.key.stages, self.key.codewords)
+
+    @property
+    def chunk_value_bytes(self) -> int:
+        """Codes of the values of a chunk."""
+        return 2 * 4 * value_words(self.value_stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Shared memory of a thread block: offsets in bytes from a multiple of 4096.
+
+    Attributes:
+        tables: of the scorers, a multiple of 4096 each.
+        staged: codes and mean key's share of the chunk that a scorer is at.
+        slots: of the ring: planes of probabilities, then codes of values.
+        facts: step and offset of each row, for each scorer.
+        scales: of each slot, four integers.
+        arrived, full, free: barriers of each scorer's staged chunk and of each slot.
+        nbytes: all of it, with what alignment may take.
+    """
+
+    tables: int
+    staged: int
+    slots: int
+    facts: int
+    scales: int
+    arrived: int
+    full: int
+    free: int
+    nbytes: int
+    table_bytes: int
+    staged_bytes: int
+    slot_bytes: int
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config) -> "Memory":
+        """Laid out one after the other."""
+        scorers, ring = config.scorers, config.scorers * config.depth
+        table = problem.key.nbytes if problem.key.shared else 0
+        staged = problem.chunk_key_bytes + problem.shifted * ROWS * CHUNK * config.share_bytes
+        slot = pieces.plane_bytes() + problem.chunk_value_bytes
+        sizes = {
+            "tables": scorers * table,
+            "staged": scorers * staged,
+            "slots": ring * slot,
+            "facts": scorers * 2 * ROWS * 4,
+            "scales": ring * ROWS * 4,
+            "arrived": scorers * 8,
+            "full": ring * 8,
+            "free": ring * 8,
+        }
+        starts = {}
+        end = 0
+        for name, size in sizes.items():
+            starts[name] = end
+            end += size
+        return cls(
+            **starts,
+            nbytes=end + 4096,
+            table_bytes=table,
+            staged_bytes=staged,
+            slot_bytes=slot,
+        )
+
+
+def choose_config(problem: Problem) -> Config:
+    """The quickest split, by estimate, in the first layout that fits shared memory.
+
+    Time is counted in chunks that all scorers take at once: a round of spans takes their chunks and
+    `TABLE_TIME`, a thread block `START_TIME`, and thread blocks run in waves of `PROCESSORS`.
+    Registers need no choice: 16 warps may have 128 each, which is what the compiler takes.
+
+    Raises:
+        InputError: if no layout fits.
+    """
+
+    def time(scorers: int, splits: int, span: int) -> float:
+        spans = problem.blocks * problem.chunks_of_block // (problem.blocks_of_chunk * span)
+        rounds = math.ceil(math.ceil(spans / splits) / scorers)
+        waves = math.ceil(problem.pairs * splits / PROCESSORS)
+        return waves * (rounds * (span + TABLE_TIME) + START_TIME)
+
+    spans = [1 << i for i in range(6) if problem.chunks_of_block % (1 << i) == 0]
+    for scorers, depth in ((8, 2), (8, 1), (4, 2), (4, 1)):
+        choices = [(n, span) for n in range(1, PROCESSORS + 1) for span in spans]
+        splits, span = min(choices, key=lambda c: time(scorers, *c))
+        config = Config(scorers, depth, splits, span)
+        if Memory.of(problem, config).nbytes <= SHARED_BYTES:
+            return config
+    raise InputError(
+        f"{problem.key.stages} stages of {problem.key.codewords} codewords for keys and "
+        f"{problem.value_stages} for values take more shared memory than there is; use fewer stages"
+    )
+
+
+def check_config(problem: Problem, config: Config) -> None:
+    """Refuse a layout that the kernel cannot have.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    nbytes = Memory.of(problem, config).nbytes
+    if nbytes > SHARED_BYTES:
+        raise InputError(
+            f"{config} takes {nbytes} bytes of shared memory, and there are {SHARED_BYTES}; "
+            "use fewer scorers or a depth of 1"
+        )
+    if config.scorers not in (4, 8) or config.depth < 1 or config.splits < 1:
+        raise InputError(f"{config} must have 4 or 8 scorers, a depth and splits of at least 1")
+    if config.span < 1 or problem.chunks_of_block % config.span:
+        chunks = problem.chunks_of_block
+        raise InputError(f"{config} must have a span that divides the {chunks} chunks of a block")
+
+
+# --- what is supported ----------------------------------------------------------------------------
+
+
+def check_device() -> None:
+    """Refuse what the kernel cannot be compiled for: another jax, another device.
+
+    The device is the abstract mesh's if that has one, else jax's first.
+
+    Raises:
+        InputError: naming what there is and what is supported.
+    """
+    version = tuple(int(x) for x in re.findall(r"\d+", jax.__version__)[:2])
+    if version not in ((0, 11), (0, 12)):
+        raise InputError(
+            f"the fused GPU kernel is for jax 0.11 and 0.12, this is {jax.__version__}; install "
+            "one of these or use another implementation"
+        )
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    hopper = str(capability) == "9.0" or (
+        capability is None and re.search(r"\bG?H[12]00\b", device.device_kind) is not None
+    )
+    if not hopper:
+        raise InputError(
+            f"the fused GPU kernel is for GPUs of compute capability 9.0 (H100, H200), this is "
+            f"{device.device_kind}" + (f" of {capability}" if capability else "") + "; use another "
+            "implementation"
+        )
+
+
+def problem_of(
+    query: Array,
+    shift: Array | None,
+    key_tiles: Array,
+    value_tiles: Array,
+    key_codewords: Array,
+    value_codewords: Array,
+    blocks: Array,
+) -> Problem:
+    """The shapes of a call, checked.
+
+    Raises:
+        InputError: naming what was given and what is supported.
+    """
+    batch, tokens, heads, group, n, dim = query.shape
+    block = TILE * key_tiles.shape[3]
+
+    def refuse(what: str, given: Any, supported: str) -> None:
+        raise InputError(
+            f"the fused GPU kernel takes {supported} as {what}, got {given}; use another "
+            "implementation"
+        )
+
+    if dim not in (64, 128):
+        refuse("head_dim", dim, "64 or 128")
+    if not 1 <= group <= 8:
+        refuse("query heads per KV head", group, "1 to 8")
+    if block != TILE and block % CHUNK:
+        refuse("tokens of a block", block, f"{TILE} or a multiple of {CHUNK}")
+    if shift is not None and shift.shape != (heads, 1, block, dim):
+        refuse("shift", shift.shape, f"({heads}, 1, {block}, {dim}), one for all blocks")
+    for name, codewords, sizes in (
+        ("keys", key_codewords, (16, 256)),
+        ("values", value_codewords, (16,)),
+    ):
+        if codewords.shape[:2] != (heads, 1) or codewords.shape[4] != dim:
+            refuse(
+                f"codewords of {name}", codewords.shape, f"whole heads, ({heads}, 1, R, K, {dim})"
+            )
+        if codewords.shape[3] not in sizes:
+            refuse(
+                f"codewords of a stage of {name}",
+                codewords.shape[3],
+                " or ".join(map(str, sizes)),
+            )
+        if not 1 <= codewords.shape[2] <= MOST_STAGES:
+            refuse(f"stages of {name}", codewords.shape[2], f"1 to {MOST_STAGES}")
+        if codewords.dtype not in (jnp.bfloat16, jnp.float32):
+            refuse(f"dtype of the codewords of {name}", codewords.dtype, "bfloat16 or float32")
+    key = KeyTable(key_codewords.shape[2], key_codewords.shape[3])
+    value_stages = value_codewords.shape[2]
+    for name, array, words in (
+        ("key tiles", key_tiles, key_words(key.stages, key.codewords)),
+        ("value tiles", value_tiles, value_words(value_stages)),
+    ):
+        expected = (batch, heads, n, block // TILE, words)
+        if array.shape != expected or array.dtype != jnp.uint32:
+            refuse(name, f"{array.dtype} {array.shape}", f"uint32 {expected}")
+    if query.dtype != jnp.float32:
+        refuse("dtype of the query", query.dtype, "float32")
+    if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
+        refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
+    shifted = shift is not None
+    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, shifted)
+    if n:
+        choose_config(problem)
+    return problem
+
+
+def check_supported(*arrays: Any) -> Problem:
+    """The shapes of a call that can be made here.
+
+    Raises:
+        InputError: naming what was given and what is supported.
+    """
+    problem = problem_of(*arrays)
+    check_device()
+    return problem
+
+
+# --- the operation --------------------------------------------------------------------------------
+
+
+def attend_tiles(
+    query: Float[Array, "B T H q N d"],
+    shift: Float[Array, "H 1 b d"] | None,
+    key_tiles: UInt32[Array, "B H N tiles kw"],
+    value_tiles: UInt32[Array, "B H N tiles vw"],
+    key_codewords: Float[Array, "H 1 R K d"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
+    blocks: Int[Array, " B"],
+    *,
+    config: Config | None = None,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
+
+    Products with the key codebooks, one fused kernel, and a product with the value codebooks; call
+    it under jit.
+
+    Args:
+        query: scaled queries in each block's frame, float32.
+        shift: what the mean key adds to the keys of every block; None for nothing, which saves as
+            many bytes as one bit of codes has.
+        key_tiles: see `gsrq_jax.kernels.tiles.keys_to_tiles`.
+        value_tiles: see `gsrq_jax.kernels.tiles.values_to_tiles`.
+        key_codewords: of this layer, float32 or bfloat16, 16 or 256 a stage.
+        value_codewords: of this layer, 16 a stage.
+        blocks: valid blocks of each sequence; the others are not read.
+        config: instead of the one chosen.
+
+    Returns:
+        The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
+        (-inf there), NaN where a query is not finite.
+
+    Raises:
+        InputError: if the shapes, dtypes, the device or the version of jax are not supported.
+    """
+    problem = check_supported(
+        query, shift, key_tiles, value_tiles, key_codewords, value_codewords, blocks
+    )
+    if not problem.blocks:
+        out = jnp.zeros(query.shape[:4] + query.shape[5:], jnp.float32)
+        return out, jnp.full(query.shape[:4], -jnp.inf)
+    config = config or choose_config(problem)
+    check_config(problem, config)
+    rows = query_rows(problem, query)
+    blocks = jnp.clip(blocks.astype(jnp.int32), 0, problem.blocks)
+    inputs = score_inputs(problem, config, rows, shift, key_codewords)
+    histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
+    out, lse = put_together(problem, histogram, scale, value_codewords)
+    finite = finite_rows(problem, inputs, blocks)
+    return jnp.where(finite[..., None], out, jnp.nan), jnp.where(finite, lse, jnp.nan)
+
+
+def query_rows(
+    problem: Problem, query: Float[Array, "B T H q N d"]
+) -> Float[Array, "H B rows N 4 d"]:
+    """Rows of four, zeros where there are not so many, for scores in powers of 2."""
+    p = problem
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4, 5)).reshape(p.heads, p.batch, -1, p.blocks, p.dim)
+    spare = p.row_groups * ROWS - p.tokens * p.group
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0), (0, 0))) / LN2
+    rows = rows.reshape(p.heads, p.batch, p.row_groups, ROWS, p.blocks, p.dim)
+    return jnp.swapaxes(rows, 3, 4)
+
+
+def score_inputs(
+    problem: Problem,
+    config: Config,
+    rows: Float[Array, "H B rows N 4 d"],
+    shift: Float[Array, "H 1 b d"] | None,
+    key_codewords: Float[Array, "H 1 R K d"],
+) -> tuple[Array, Array, Array]:
+    """What the scores are made of: products of queries with codewords and with the mean key.
+
+    Two GEMMs, [blocks × rows, d] × [d, R·K] and × [d, b], in float16 with a second term for what
+    float16 does not hold. For each block and row R·K + b numbers are written and read once. In
+    float16 the mean key's share is written less its own mean over the block, which is an offset.
+
+    Returns:
+        ``[…, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
+        ``[…, N, 4, b]`` shares of the mean key (float32 or float16), if it has any; and float32
+        ``[…, N, 4]`` offsets, or ``[…, N, 8]`` steps and offsets of the finished tables.
+    """
+    key = problem.key
+    columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
+    share, middle = jnp.zeros((1,)), jnp.zeros(rows.shape[:-1])
+    if shift is not None and config.wide:
+        share = _product(rows, shift[:, 0], jnp.float32)
+    elif shift is not None:
+        mean = shift[:, 0].mean(axis=1)
+        middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
+        share = _product(rows, shift[:, 0] - mean[:, None], jnp.float16)
+    if key.shared:
+        return _product(rows, columns, jnp.float16), share, middle
+    table, steps, offsets = finished_table(key, _product(rows, columns, jnp.float32))
+    return table, share, jnp.concatenate([steps, middle + offsets], axis=-1)
+
+
+def _product(
+    rows: Float[Array, "H *n d"], columns: Float[Array, "H c d"], dtype: Any
+) -> Float[Array, "H *n c"]:
+    """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts.
+
+    They are added up in float32 and rounded to ``dtype``. What float16 does not hold of the columns
+    is left out where they are bfloat16, of which there is none, or the result is float16.
+    """
+    high, low = _parts(rows)
+    upper, lower = _parts(columns)
+    left, right = [high, low], [upper, upper]
+    if columns.dtype != jnp.bfloat16 and dtype != jnp.float16:
+        left, right = [*left, high], [*right, lower]
+    return jnp.einsum(
+        "h...d,hcd->h...c",
+        jnp.concatenate(left, axis=-1),
+        jnp.concatenate(right, axis=-1),
+        preferred_element_type=dtype,
+    )
+
+
+def _parts(x: Array) -> tuple[Array, Array]:
+    """The float16 next to each number, and what is left over, as float16."""
+    # Not two conversions: XLA would take one for the inverse of the other, and the rest for 0.
+    high = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=5, mantissa_bits=10)
+    return high.astype(jnp.float16), (x - high).astype(jnp.float16)
+
+
+def finished_table(
+    key: KeyTable, products: Float[Array, "*n 4 c"]
+) -> tuple[Array, Float[Array, "*n 4"], Float[Array, "*n 4"]]:
+    """`gsrq_jax.kernels.pieces.table` in jnp: entries as `KeyTable` has them, steps and offsets."""
+    lead = products.shape[:-1]
+    products = products.reshape(*lead, key.stages, key.codewords)
+    low = products.min(axis=-1)
+    spread = products.max(axis=-1) - low
+    octets = [
+        spread[..., first + i : first + min(i + pieces.OCTET, w)].sum(axis=-1)
+        for first, w in strips(key.stages)
+        for i in range(0, w, pieces.OCTET)
+    ]
+    widest = jnp.maximum(jnp.stack(octets).max(axis=0), 1e-30)
+    scale = pieces.ENTRY_MOST / widest
+    entries = jnp.round((products - low[..., None]) * scale[..., None, None]).astype(jnp.uint16)
+    order = [first + place % w for first, w in strips(key.stages) for place in range(pieces.STRIP)]
+    placed = entries[..., jnp.array(order), :]  # [..., 4, places, K]
+    return jnp.moveaxis(placed, (-1, -3), (-3, -1)), 1 / scale, low.sum(axis=-1)
+
+
+def finite_rows(
+    problem: Problem, inputs: tuple[Array, Array, Array], blocks: Int[Array, " B"]
+) -> Bool[Array, "B T H q"]:
+    """Queries without NaN or infinity in valid blocks: what the kernel makes of those are numbers.
+
+    Any product with a query that is not finite is not either; one of `score_inputs`'s is seen.
+    """
+    products, _, facts = inputs
+    seen = products[..., 0] if problem.key.shared else facts[..., ROWS:]  # [H, B, rows, N, 4]
+    valid = jnp.arange(problem.blocks) < blocks[:, None, None]  # [B, 1, N]
+    finite = (jnp.isfinite(seen) | ~valid[..., None]).all(axis=3)
+    return _rows_to_heads(problem, finite.reshape(-1, ROWS))
+
+
+def _rows_to_heads(problem: Problem, x: Array) -> Array:
+    """``[pairs, 4, …]`` to ``[B, T, H, q, …]``."""
+    p = problem
+    x = x.reshape(p.heads, p.batch, -1, *x.shape[2:])[:, :, : p.tokens * p.group]
+    x = x.reshape(p.heads, p.batch, p.tokens, p.group, *x.shape[3:])
+    return jnp.moveaxis(x, 0, 2)
+
+
+def put_together(
+    problem: Problem,
+    histogram: Float[Array, "pairs splits S 16 4"],
+    scale: Int[Array, "pairs splits 4"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """The output and log-sum-exp of all parts: one sum over them, one product with the codebooks.
+
+    The histogram of any stage adds up to all probability, so that rounding it cancels.
+    """
+    p = problem
+    top = scale.max(axis=1, keepdims=True)
+    weight = jnp.exp2((scale - top).astype(jnp.float32))  # [pairs, splits, 4]
+    mass = jnp.einsum("psvkr,psr->pvkr", histogram, weight)
+    total = mass[:, 0].sum(axis=1)  # [pairs, 4]
+    some = total > 0
+    per_head = mass.reshape(p.heads, -1, p.value_stages, 16, ROWS)
+    out = jnp.einsum(
+        "hpvkr,hvkd->hprd",
+        per_head,
+        value_codewords[:, 0].astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    ).reshape(-1, ROWS, p.dim)
+    safe = jnp.where(some, total, 1)
+    out = jnp.where(some[..., None], out, 0) / safe[..., None]
+    lse = (top[:, 0] + jnp.log2(safe) + (pieces.HEADROOM - pieces.PROBABILITY_BITS)) * LN2
+    lse = jnp.where(some, lse, -jnp.inf)
+    return _rows_to_heads(p, out), _rows_to_heads(p, lse)
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+def fused_kernel(problem: Problem, config: Config) -> Any:
+    """The kernel as a function of key tiles, value tiles, `score_inputs` and blocks."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from gsrq_jax.kernels.warp import Warp, global_address, shared_address
+
+    memory = Memory.of(problem, config)
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_: Any, *refs: Any) -> None:
+            *arrays, shared = refs
+            warp = Warp()
+            places = [global_address(a) for a in arrays] + [shared_address(warp, shared)]
+            FusedKernel(problem, config, warp, Addresses(*places)).run()
+
+        emit(*refs)
+
+    parts = problem.pairs, config.splits
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((*parts, problem.value_stages, 16, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, ROWS), jnp.int32),
+        ],
+        scratch_types=[plgpu.SMEM((memory.nbytes,), jnp.uint8)],
+        grid=(math.prod(parts),),
+        grid_names=("part",),
+        num_threads=(COUNTERS + config.scorers) // 4,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Addresses:
+    """Where the arrays lie, in the order of the kernel's arguments, and its shared memory."""
+
+    keys: Any
+    values: Any
+    products: Any
+    share: Any
+    facts: Any
+    blocks: Any
+    histogram: Any
+    scale: Any
+    shared: Any
+
+
+class FusedKernel:
+    """What one warp of one thread block does, said to that warp."""
+
+    def __init__(self, problem: Problem, config: Config, warp: Any, at: Addresses):
+        self.problem, self.config, self.warp, self.at = problem, config, warp, at
+        self.memory = Memory.of(problem, config)
+        self.base = (at.shared + 4095) & 0xFFFFF000
+        self.first_lane = warp.equal(warp.lane, 0)
+
+        p = problem
+        self.pair = warp.block // config.splits
+        head_and_sequence = self.pair // p.row_groups
+        head, sequence = head_and_sequence // p.batch, head_and_sequence % p.batch
+        # Blocks of codes before this head's, and of tables before this pair's.
+        self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
+        self.table_block = warp.wide(self.pair) * p.blocks
+        (self.valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
+        self.product_bytes = ROWS * p.key.stages * p.key.codewords * 2
+        # A span is what a scorer takes at a time: chunks of one block, or one chunk of two blocks.
+        self.spans_of_block = p.chunks_of_block // config.span
+        spans = (self.valid + (p.blocks_of_chunk - 1)) // p.blocks_of_chunk * self.spans_of_block
+        each = (spans + (config.splits - 1)) // config.splits
+        self.first = (warp.block % config.splits) * each
+        end = warp.select(warp.less(self.first + each, spans), self.first + each, spans)
+        self.spans = warp.select(warp.less(self.first, end), end - self.first, 0)
+
+    def run(self) -> None:
+        """Barriers, then the two kinds of warps."""
+        warp, memory = self.warp, self.memory
+        ring = self.config.scorers * self.config.depth
+        busy = pieces.share_of_codes(self.problem.value_stages)[1]
+
+        def barriers() -> None:
+            for i in range(self.config.scorers):
+                warp.barrier_init(self.base + (memory.arrived + 8 * i), 1)
+            for i in range(ring):
+                warp.barrier_init(self.base + (memory.full + 8 * i), 2)
+                warp.barrier_init(self.base + (memory.free + 8 * i), busy)
+            warp.barrier_fence()
+
+        warp.when(warp.equal(warp.index, 0) & self.first_lane, barriers)
+        warp.sync_block()
+        warp.either(
+            warp.less(warp.index, COUNTERS),
+            lambda: warp.when(warp.less(warp.index, busy), self.count),
+            self.score,
+        )
+
+    def _slot(self, round_: Any, scorer: Any) -> tuple[Any, Any]:
+        """A scorer's slot in its round, and the parity of the slot's use."""
+        depth = self.config.depth
+        return (round_ % depth) * self.config.scorers + scorer, (round_ // depth) & 1
+
+    # Scoring warps.
+
+    def score(self) -> None:
+        """Chunk after chunk of this warp's spans: scores, probabilities, planes."""
+        warp, p, memory = self.warp, self.problem, self.memory
+        scorers = self.config.scorers
+        scorer = warp.index - COUNTERS
+        rounds = (self.spans + (scorers - 1) - scorer) // scorers * self.config.span
+        arrived = self.base + memory.arrived + scorer * 8
+        staged = self.base + memory.staged + scorer * memory.staged_bytes
+        facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
+        table = self.base + memory.tables + scorer * memory.table_bytes
+        places = pieces.places(warp, p.key, table)
+        swaps = pieces.swaps(warp)
+
+        def block_and_chunk(k: Any) -> tuple[Any, Any]:
+            span = self.first + k // self.config.span * scorers + scorer
+            chunk = span % self.spans_of_block * self.config.span + k % self.config.span
+            return span // self.spans_of_block * p.blocks_of_chunk, chunk
+
+        def fetch(k: Any) -> None:
+            block, chunk = block_and_chunk(k)
+            self._fetch(block, chunk, staged, arrived)
+            if p.key.shared:
+                nbytes = self._present(block, p.blocks_of_chunk * self.product_bytes)
+                source = (
+                    self.at.products + (self.table_block + warp.wide(block)) * self.product_bytes
+                )
+                first = warp.equal(k % self.config.span, 0)
+                warp.when(first, lambda: warp.prefetch(source, nbytes))
+
+        warp.when(
+            self.first_lane & warp.less(warp.integer(0), rounds), lambda: fetch(warp.integer(0))
+        )
+
+        def round_(k: Any, _: list) -> list:
+            block, chunk = block_and_chunk(k)
+            slot, parity = self._slot(k, scorer)
+            full = self.base + memory.full + slot * 8
+            slot_at = self.base + memory.slots + slot * memory.slot_bytes
+            warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
+            warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
+            warp.barrier_wait(arrived, k & 1)
+            groups = []
+            for tile in range(2):
+                here = block
+                if p.blocks_of_chunk == 2:
+                    here = warp.unsigned_min(block + tile, self.valid - 1)
+                    self._make_table(here, table, facts)
+                elif tile == 0:
+                    first = warp.equal(k % self.config.span, 0)
+                    warp.when(first, lambda: self._make_table(block, table, facts))
+                groups += self._scores(here, tile, staged, facts, places)
+            if p.blocks_of_chunk == 2:  # the second block may not be there
+                there = warp.less(block + 1, self.valid)
+                groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
+            warp.sync()
+            warp.when(self.first_lane & warp.less(k + 1, rounds), lambda: fetch(k + 1))
+            scale = pieces.chunk_scale(warp, groups)
+            words = pieces.planes(warp, swaps, pieces.probabilities(warp, groups, scale))
+            pieces.store_planes(warp, words, slot_at)
+            at = self.base + memory.scales + slot * (ROWS * 4)
+            warp.store_shared(at, scale, where=self.first_lane)
+            warp.sync()
+            warp.when(self.first_lane, lambda: warp.barrier_arrive(full))
+            return []
+
+        warp.loop(rounds, [], round_)
+
+    def _present(self, block: Any, nbytes: int) -> Any:
+        """Bytes of a chunk that are there: half of them if its second block is not."""
+        warp = self.warp
+        if self.problem.blocks_of_chunk == 1:
+            return warp.integer(nbytes)
+        there = warp.less(block + 1, self.valid)
+        return warp.select(there, warp.integer(nbytes), nbytes // 2)
+
+    def _fetch(self, block: Any, chunk: Any, staged: Any, arrived: Any) -> None:
+        """Start to copy the codes and the mean key's shares of a chunk."""
+        warp, p = self.warp, self.problem
+        codes = self._present(block, p.chunk_key_bytes)
+        size = self.config.share_bytes
+        share = self._present(block, ROWS * CHUNK * size)
+        warp.barrier_expect(arrived, codes + share if p.shifted else codes)
+        of_block = p.chunk_key_bytes * p.block // CHUNK
+        source = self.at.keys + (self.code_block + warp.wide(block)) * of_block
+        source = source + warp.wide(chunk * p.chunk_key_bytes)
+        warp.copy_to_shared(staged, source, codes, arrived)
+        if not p.shifted:
+            return
+        source = self.at.share + (self.table_block + warp.wide(block)) * (ROWS * p.block * size)
+        staged = staged + p.chunk_key_bytes
+        if p.blocks_of_chunk == 2:  # [2 blocks, 4 rows, 128 tokens], as they lie
+            warp.copy_to_shared(staged, source, share, arrived)
+            return
+        for row in range(ROWS):  # [4 rows, 256 of the block's tokens]
+            of_row = source + warp.wide(chunk * (CHUNK * size)) + row * p.block * size
+            nbytes = warp.integer(CHUNK * size)
+            warp.copy_to_shared(staged + row * CHUNK * size, of_row, nbytes, arrived)
+
+    def _fetch_values(self, block: Any, chunk: Any, slot_at: Any, full: Any) -> None:
+        """Start to copy the codes of the values of a chunk."""
+        warp, p = self.warp, self.problem
+        nbytes = self._present(block, p.chunk_value_bytes)
+        of_block = p.chunk_value_bytes * p.block // CHUNK
+        source = self.at.values + (self.code_block + warp.wide(block)) * of_block
+        source = source + warp.wide(chunk * p.chunk_value_bytes)
+        warp.barrier_expect(full, nbytes)
+        warp.copy_to_shared(slot_at + pieces.plane_bytes(), source, nbytes, full)
+
+    def _make_table(self, block: Any, table: Any, facts: Any) -> None:
+        """Of one block, by this warp for itself; of 256 codewords it is there already."""
+        warp, key = self.warp, self.problem.key
+        warp.sync()  # no lane still reads the one before
+        index = self.table_block + warp.wide(block)
+        if key.shared:
+            raw = self.at.products + index * self.product_bytes
+            pieces.table(warp, key, raw, self.at.facts + index * (ROWS * 4), table, facts)
+            return
+        lane = warp.lane & (2 * ROWS - 1)
+        read = warp.load_global(self.at.facts + index * (2 * ROWS * 4) + warp.wide(lane * 4))
+        warp.store_shared(facts + lane * 4, read)
+        warp.sync()
+
+    def _scores(self, block: Any, tile: int, staged: Any, facts: Any, places: Any) -> list:
+        """``[4 groups][ROWS]`` scores of a tile."""
+        warp, p = self.warp, self.problem
+        units, width = p.key.units
+        steps = warp.load_shared(facts, 0, ROWS, "f")
+        offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
+        of_unit = TILE * width // 8
+        size = self.config.share_bytes
+        shares = staged + p.chunk_key_bytes + warp.lane * size
+        lanes = staged + warp.lane * (width // 8)
+        load = {
+            32: lambda a, o: warp.load_shared(a, o)[0],
+            16: warp.load_shared_16,
+        }[width]
+        if p.blocks_of_chunk == 2:
+            tile_stride, row_stride = ROWS * TILE * size, TILE * size
+        else:
+            tile_stride, row_stride = TILE * size, CHUNK * size
+        groups = []
+        for group in range(GROUPS // 2):
+            at = tile * units * of_unit + group * 32 * width // 8
+            codes = [load(lanes, at + u * of_unit) for u in range(units)]
+            if p.key.shared:
+                sums = pieces.look_up(warp, p.key, places, codes)
+            else:
+                index = self.table_block + warp.wide(block)
+                base = self.at.products + index * p.key.nbytes
+                sums = pieces.look_up_global(warp, p.key, base, codes)
+            at = tile * tile_stride + group * 32 * size
+            share = [self._share(shares, at + row * row_stride) for row in range(ROWS)]
+            groups.append(pieces.scores(warp, sums, share, steps, offsets))
+        return groups
+
+    def _share(self, address: Any, offset: int) -> Any:
+        if not self.problem.shifted:
+            return self.warp.floating(0.0)
+        if self.config.wide:
+            return self.warp.load_shared(address, offset, kind="f")[0]
+        return self.warp.halves(self.warp.load_shared_16(address, offset))[0]
+
+    # Counting warps.
+
+    def count(self) -> None:
+        """Slot after slot of the ring: counts, added to a histogram that is written at the end."""
+        warp, p, memory = self.warp, self.problem, self.memory
+        scorers = self.config.scorers
+        codes, _ = pieces.share_of_codes(p.value_stages)
+        unit = warp.index * codes
+        share = pieces.Share(unit >> 3, unit & 7, codes)
+        whole = self.spans // scorers * self.config.span  # rounds in which all scorers are there
+        rest = self.spans % scorers
+        row = warp.lane & 3
+
+        def slot(_: Any, carry: list) -> list:
+            round_, scorer, scale, flat = carry[0], carry[1], carry[2], carry[3:]
+            mass = [flat[2 * i : 2 * i + 2] for i in range(codes)]
+            index, parity = self._slot(round_, scorer)
+            at = self.base + memory.slots + index * memory.slot_bytes
+            warp.barrier_wait(self.base + memory.full + index * 8, parity)
+            scales = self.base + memory.scales + index * (ROWS * 4)
+            (of_chunk,) = warp.load_shared(scales + row * 4)
+            tiles = pieces.load_codes(warp, p.value_stages, share, at + pieces.plane_bytes())
+            columns = pieces.load_planes(warp, at)
+            warp.sync()
+            free = self.base + memory.free + index * 8
+            warp.when(self.first_lane, lambda: warp.barrier_arrive(free))
+            chunk = pieces.histogram(warp, share, tiles, columns)
+            mass, scale = pieces.add_chunk(warp, mass, chunk, scale, of_chunk)
+            # The next slot that is filled: of the next scorer, or of the first in the next round.
+            limit = warp.select(warp.less(round_, whole), warp.integer(scorers), rest)
+            wraps = warp.equal(scorer + 1, limit)
+            return [
+                warp.select(wraps, round_ + 1, round_),
+                warp.select(wraps, warp.integer(0), scorer + 1),
+                scale,
+                *[x for pair in mass for x in pair],
+            ]
+
+        zero = warp.integer(0)
+        start = [zero, zero, warp.integer(EMPTY)] + [warp.floating(0.0)] * (2 * codes)
+        done = warp.loop(self.spans * self.config.span, start, slot)
+        stage = (share.octet << 3) + (warp.lane >> 2)
+        real = warp.less(stage, p.value_stages)
+        part = self.at.histogram + warp.wide(warp.block) * (p.value_stages * 16 * ROWS * 4)
+        own = part + warp.wide(((stage << 4) + share.first) * (ROWS * 4) + row * 4)
+        for i, x in enumerate(done[3:]):
+            code = i // 2 + 8 * (i % 2)
+            warp.store_global(own, x, code * ROWS * 4, where=real)
+        first = warp.equal(warp.index, 0) & warp.less(warp.lane, ROWS)
+        own = self.at.scale + warp.wide(warp.block * (ROWS * 4) + row * 4)
+        warp.store_global(own, done[2], where=first)

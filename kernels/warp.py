@@ -1,0 +1,419 @@
+"""What a warp can do, as small named functions: the vocabulary in which the kernel is written.
+
+Mosaic GPU has arithmetic on whole arrays; what the kernel needs is bits, shuffles, look-ups and
+binary products in registers. Each method emits one operation or one line of PTX, and is the only
+place where that line stands. The pieces of the kernel (`gsrq_jax.kernels.pieces`) take the warp as
+an argument, so that the tests can run them on 32 lanes of numpy instead.
+
+Values are one number a lane: 32-bit integers (unsigned where it matters), float32, or 64-bit
+addresses of global memory. Shared memory has 32-bit addresses in bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import scf as _scf
+
+# Their generated types do not know the classes and functions that replace the generated ones.
+arith: Any = _arith
+llvm: Any = _llvm
+scf: Any = _scf
+FULL = 0xFFFFFFFF
+
+
+def _i1() -> Any:
+    return ir.IntegerType.get_signless(1)
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i64() -> Any:
+    return ir.IntegerType.get_signless(64)
+
+
+def _f32() -> Any:
+    return ir.F32Type.get()
+
+
+_TYPES = {"r": _i32, "f": _f32, "l": _i64, "b": _i1}
+
+
+class Value:
+    """An SSA value with operators; Python numbers on the right become constants of its type."""
+
+    __slots__ = ("ssa",)
+
+    def __init__(self, ssa: Any):
+        self.ssa = ssa
+
+    @property
+    def kind(self) -> str:
+        """PTX constraint: r (32 bits), f (float32), l (64 bits), b (a condition)."""
+        return next(k for k, make in _TYPES.items() if self.ssa.type == make())
+
+    def like(self, number: Any) -> Any:
+        """``number`` as an operand of this value's type."""
+        if isinstance(number, Value):
+            return number.ssa
+        return _constant(self.kind, number).ssa
+
+    def _binary(self, other: Any, integer: Any, floating: Any = None) -> "Value":
+        make = floating if self.kind == "f" else integer
+        return Value(make(self.ssa, self.like(other)))
+
+    def __add__(self, other: Any) -> "Value":
+        return self._binary(other, arith.addi, arith.addf)
+
+    def __sub__(self, other: Any) -> "Value":
+        return self._binary(other, arith.subi, arith.subf)
+
+    def __mul__(self, other: Any) -> "Value":
+        return self._binary(other, arith.muli, arith.mulf)
+
+    def __and__(self, other: Any) -> "Value":
+        return self._binary(other, arith.andi)
+
+    def __or__(self, other: Any) -> "Value":
+        return self._binary(other, arith.ori)
+
+    def __xor__(self, other: Any) -> "Value":
+        return self._binary(other, arith.xori)
+
+    def __invert__(self) -> "Value":
+        return self ^ FULL
+
+    def __lshift__(self, other: Any) -> "Value":
+        return self._binary(other, arith.shli)
+
+    def __rshift__(self, other: Any) -> "Value":
+        return self._binary(other, arith.shrui)
+
+    def __floordiv__(self, other: Any) -> "Value":
+        return self._binary(other, arith.divui)
+
+    def __mod__(self, other: Any) -> "Value":
+        return self._binary(other, arith.remui)
+
+
+def _constant(kind: str, number: Any) -> Value:
+    type_ = _TYPES[kind]()
+    if kind == "f":
+        return Value(arith.constant(type_, ir.FloatAttr.get(type_, float(number))))
+    if kind == "r":
+        number = int(np.uint32(number & FULL).view(np.int32))
+    return Value(arith.constant(type_, ir.IntegerAttr.get(type_, int(number))))
+
+
+class Warp:
+    """The warp that runs the code being emitted."""
+
+    def __init__(self) -> None:
+        thread = self._ptx("mov.u32 $0, %tid.x;", "r")
+        self.lane: Value = thread & 31
+        # The same in all lanes, which the compiler sees only through the shuffle.
+        self.index: Value = self._ptx(
+            f"shfl.sync.idx.b32 $0, $1, 0, 0x1f, {FULL};", "r", thread >> 5, effects=True
+        )
+        self.block: Value = self._ptx("mov.u32 $0, %ctaid.x;", "r")
+
+    # --- numbers ------------------------------------------------------------------------------
+
+    def integer(self, number: int) -> Value:
+        """A constant."""
+        return _constant("r", number)
+
+    def floating(self, number: float) -> Value:
+        """A constant."""
+        return _constant("f", number)
+
+    def bits_of(self, x: Value) -> Value:
+        """The bits of a float32 as an integer."""
+        return Value(arith.bitcast(_i32(), x.ssa))
+
+    def from_bits(self, x: Value) -> Value:
+        """The float32 with these bits."""
+        return Value(arith.bitcast(_f32(), x.ssa))
+
+    def to_float(self, x: Value) -> Value:
+        """A signed integer as a float32."""
+        return Value(arith.sitofp(_f32(), x.ssa))
+
+    def wide(self, x: Value) -> Value:
+        """An unsigned integer as 64 bits."""
+        return Value(arith.extui(_i64(), x.ssa))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """``a b + c`` in float32, rounded once."""
+        return self._ptx("fma.rn.f32 $0, $1, $2, $3;", "f", a, b, c)
+
+    def fmax(self, a: Value, b: Value) -> Value:
+        """The larger float32, or the one that is a number."""
+        return self._ptx("max.f32 $0, $1, $2;", "f", a, b)
+
+    def fmin(self, a: Value, b: Value) -> Value:
+        """The smaller float32, or the one that is a number."""
+        return self._ptx("min.f32 $0, $1, $2;", "f", a, b)
+
+    def reciprocal(self, x: Value) -> Value:
+        """``1 / x`` to the last bit but one."""
+        return self._ptx("rcp.approx.ftz.f32 $0, $1;", "f", x)
+
+    def exp2(self, x: Value) -> Value:
+        """``2 ** x`` to two bits in the last place; 0 for very negative x."""
+        return self._ptx("ex2.approx.ftz.f32 $0, $1;", "f", x)
+
+    def floor(self, x: Value) -> Value:
+        """The integer below, saturated."""
+        return self._ptx("cvt.rmi.s32.f32 $0, $1;", "r", x)
+
+    def halves(self, word: Value) -> tuple[Value, Value]:
+        """Two float16 in a word, lower bits first, as float32."""
+        low, high = self._ptx(
+            "{.reg .b16 l,h; mov.b32 {l,h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}", "ff", word
+        )
+        return low, high
+
+    def half_min(self, a: Value, b: Value) -> Value:
+        """The smaller of two float16, pair by pair."""
+        return self._ptx("min.f16x2 $0, $1, $2;", "r", a, b)
+
+    def half_max(self, a: Value, b: Value) -> Value:
+        """The larger of two float16, pair by pair."""
+        return self._ptx("max.f16x2 $0, $1, $2;", "r", a, b)
+
+    def signed_max(self, a: Value, b: Value) -> Value:
+        """The larger signed integer."""
+        return Value(arith.maxsi(a.ssa, b.ssa))
+
+    def unsigned_min(self, a: Value, b: Any) -> Value:
+        """The smaller unsigned integer."""
+        return Value(arith.minui(a.ssa, a.like(b)))
+
+    def choose_bytes(self, a: Value, b: Value, selector: Any) -> Value:
+        """Four of the eight bytes of ``a`` (0 to 3) and ``b`` (4 to 7), lowest nibble first.
+
+        A nibble above 7 stands for eight times the sign bit of byte ``nibble - 8``.
+        """
+        if isinstance(selector, Value):
+            return self._ptx("prmt.b32 $0, $1, $2, $3;", "r", a, b, selector)
+        return self._ptx(f"prmt.b32 $0, $1, $2, {selector};", "r", a, b)
+
+    def rotate_left(self, x: Value, n: Value) -> Value:
+        """The word turned by ``n`` bits."""
+        return self._ptx("shf.l.wrap.b32 $0, $1, $1, $2;", "r", x, n)
+
+    # --- conditions ---------------------------------------------------------------------------
+
+    def less(self, a: Value, b: Any) -> Value:
+        """Whether ``a < b`` as signed integers."""
+        return Value(arith.cmpi(arith.CmpIPredicate.slt, a.ssa, a.like(b)))
+
+    def equal(self, a: Value, b: Any) -> Value:
+        """Whether two integers are the same."""
+        return Value(arith.cmpi(arith.CmpIPredicate.eq, a.ssa, a.like(b)))
+
+    def select(self, condition: Value, a: Value, b: Any) -> Value:
+        """``a`` where the condition holds, else ``b``."""
+        return Value(arith.select(condition.ssa, a.ssa, a.like(b)))
+
+    def when(self, condition: Value, body: Callable[[], None]) -> None:
+        """Run the body in the lanes where the condition holds."""
+        op = scf.IfOp(condition.ssa)
+        with ir.InsertionPoint(op.then_block):
+            body()
+            scf.yield_([])
+
+    def either(self, condition: Value, then: Callable[[], None], other: Callable[[], None]) -> None:
+        """Run one of two bodies."""
+        op = scf.IfOp(condition.ssa, has_else=True)
+        for block, body in ((op.then_block, then), (op.else_block, other)):
+            with ir.InsertionPoint(block):
+                body()
+                scf.yield_([])
+
+    def loop(
+        self, count: Value, carry: list[Value], body: Callable[[Value, list[Value]], list[Value]]
+    ) -> list[Value]:
+        """``carry = body(i, carry)`` for i from 0 below ``count``."""
+        op = scf.ForOp(self.integer(0).ssa, count.ssa, self.integer(1).ssa, [x.ssa for x in carry])
+        with ir.InsertionPoint(op.body):
+            new = body(Value(op.induction_variable), [Value(x) for x in op.inner_iter_args])
+            scf.yield_([x.ssa for x in new])
+        return [Value(x) for x in op.results]
+
+    # --- lanes --------------------------------------------------------------------------------
+
+    def from_lane_xor(self, x: Value, mask: int) -> Value:
+        """The value of the lane whose number differs in the bits of the mask."""
+        code = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, {FULL};"
+        return self._ptx(code, x.kind, x, effects=True)
+
+    def all_max(self, x: Value) -> Value:
+        """The largest signed integer of all lanes, in all lanes."""
+        return self._ptx(f"redux.sync.max.s32 $0, $1, {FULL};", "r", x, effects=True)
+
+    def sync(self) -> None:
+        """Wait for all lanes; what they wrote is then seen by all."""
+        self._ptx(f"bar.warp.sync {FULL};", "", effects=True)
+
+    def sync_block(self) -> None:
+        """Wait for all warps of the thread block."""
+        self._ptx("bar.sync 0;", "", effects=True)
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def load_shared(self, address: Value, offset: int = 0, n: int = 1, kind: str = "r") -> list:
+        """``n`` (1, 2 or 4) words from shared memory, as integers (r) or float32 (f)."""
+        code = f"ld.shared{_vector(n)}.{_SUFFIX[kind]} {_list(0, n)}, [${n}+{offset}];"
+        return self._many(self._ptx(code, kind * n, address, effects=True))
+
+    def load_shared_16(self, address: Value, offset: int = 0) -> Value:
+        """16 bits from shared memory, the upper half of the word 0."""
+        code = f"{{.reg .b16 t; ld.shared.b16 t, [$1+{offset}]; cvt.u32.u16 $0, t;}}"
+        return self._ptx(code, "r", address, effects=True)
+
+    def store_shared(
+        self, address: Value, values: Sequence[Value], offset: int = 0, where: Value | None = None
+    ) -> None:
+        """1, 2 or 4 words to shared memory, in the lanes where the condition holds."""
+        n = len(values)
+        store = f"st.shared{_vector(n)}.{_SUFFIX[values[0].kind]} [$0+{offset}], {_list(1, n)};"
+        self._guarded(store, (address, *values), where)
+
+    def load_global(self, address: Value, offset: int = 0, n: int = 1, kind: str = "r") -> list:
+        """``n`` (1, 2 or 4) words from global memory that nothing writes meanwhile."""
+        code = f"ld.global.nc{_vector(n)}.{_SUFFIX[kind]} {_list(0, n)}, [${n}+{offset}];"
+        return self._many(self._ptx(code, kind * n, address, effects=True))
+
+    def store_global(
+        self, address: Value, value: Value, offset: int = 0, where: Value | None = None
+    ) -> None:
+        """A word to global memory, in the lanes where the condition holds."""
+        store = f"st.global.{_SUFFIX[value.kind]} [$0+{offset}], $1;"
+        self._guarded(store, (address, value), where)
+
+    # --- tensor cores -------------------------------------------------------------------------
+
+    def binary_product(
+        self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value] | None = None
+    ) -> list[Value]:
+        """Counts of common bits, ``[16, 8]`` = ``[16, 256] × [256, 8]`` bits, added to ``c``.
+
+        Operands and result lie in registers as PTX lays out ``m16n8k256``: with ``g = lane // 4``
+        and ``t = lane % 4``, ``a`` holds 32 bits of row g and of row g + 8 at 32 t, then the same
+        at 128 + 32 t; ``b`` 32 bits of column g at 32 t and at 128 + 32 t; the result rows g and
+        g + 8, columns 2 t and 2 t + 1 each.
+        """
+        code = (
+            "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return self._ptx(code, "rrrr", *a, *b, *(c or [self.integer(0)] * 4))
+
+    # --- copies in the background, and barriers -----------------------------------------------
+
+    def barrier_init(self, barrier: Value, arrivals: int) -> None:
+        """A barrier in shared memory whose phase ends after so many arrivals."""
+        self._ptx(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", "", barrier, effects=True)
+
+    def barrier_fence(self) -> None:
+        """Make new barriers known to the copy engine."""
+        self._ptx("fence.mbarrier_init.release.cluster;", "", effects=True)
+
+    def barrier_arrive(self, barrier: Value) -> None:
+        """One arrival."""
+        code = "{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [$0];}"
+        self._ptx(code, "", barrier, effects=True)
+
+    def barrier_expect(self, barrier: Value, nbytes: Value) -> None:
+        """One arrival, and so many bytes to be copied before the phase ends."""
+        code = "{.reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [$0], $1;}"
+        self._ptx(code, "", barrier, nbytes, effects=True)
+
+    def barrier_wait(self, barrier: Value, parity: Value) -> None:
+        """Wait until the phase of this parity has ended."""
+        code = (
+            "{\n.reg .pred p;\nAGAIN_${:uid}:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n"
+            "@!p bra AGAIN_${:uid};\n}"
+        )
+        self._ptx(code, "", barrier, parity, effects=True)
+
+    def shared_window(self, generic: Value) -> Value:
+        """The 32-bit address in shared memory of a 64-bit one that may be anywhere."""
+        code = "{.reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t;}"
+        return self._ptx(code, "r", generic)
+
+    def copy_to_shared(self, to: Value, source: Value, nbytes: Value, barrier: Value) -> None:
+        """Copy in the background, 16 bytes or a multiple; the barrier counts them."""
+        code = (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[$0], [$1], $2, [$3];"
+        )
+        self._ptx(code, "", to, source, nbytes, barrier, effects=True)
+
+    def prefetch(self, source: Value, nbytes: Value) -> None:
+        """Copy from memory to the second-level cache in the background, 16 bytes or a multiple."""
+        self._ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", "", source, nbytes, effects=True)
+
+    # --- how it is said -----------------------------------------------------------------------
+
+    def _ptx(self, code: str, results: str, *operands: Value, effects: bool = False) -> Any:
+        """One inline instruction: ``$0 …`` are the results, then the operands."""
+        constraints = ",".join(["=" + kind for kind in results] + [x.kind for x in operands])
+        types = [_TYPES[kind]() for kind in results]
+        if not types:
+            result = ir.Type.parse("!llvm.void")
+        else:
+            result = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+        done = llvm.inline_asm(
+            result, [x.ssa for x in operands], code, constraints, has_side_effects=effects
+        )
+        if len(types) > 1:
+            return [Value(llvm.extractvalue(t, done, [i])) for i, t in enumerate(types)]
+        return Value(done) if types else None
+
+    def _guarded(self, code: str, operands: tuple[Value, ...], where: Value | None) -> None:
+        if where is None:
+            self._ptx(code, "", *operands, effects=True)
+            return
+        flag = Value(arith.extui(_i32(), where.ssa))
+        code = f"{{.reg .pred p; setp.ne.u32 p, ${len(operands)}, 0; @p {code}}}"
+        self._ptx(code, "", *operands, flag, effects=True)
+
+    @staticmethod
+    def _many(values: Any) -> list:
+        return values if isinstance(values, list) else [values]
+
+
+_SUFFIX = {"r": "b32", "f": "f32"}
+
+
+def _vector(n: int) -> str:
+    return "" if n == 1 else f".v{n}"
+
+
+def _list(first: int, n: int) -> str:
+    names = [f"${i}" for i in range(first, first + n)]
+    return names[0] if n == 1 else "{" + ",".join(names) + "}"
+
+
+def global_address(ref: Any) -> Value:
+    """The address of an array in global memory."""
+    from jax.experimental.mosaic.gpu import utils
+
+    return Value(llvm.ptrtoint(_i64(), utils.memref_ptr(ref)))
+
+
+def shared_address(warp: Warp, ref: Any) -> Value:
+    """The address of an array in shared memory, 32 bits."""
+    from jax.experimental.mosaic.gpu import utils
+
+    pointer = llvm.addrspacecast(llvm.PointerType.get(), utils.memref_ptr(ref))
+    return warp.shared_window(Value(llvm.ptrtoint(_i64(), pointer)))

@@ -1,0 +1,35 @@
+"""The cases of check_decode.py: on a Hopper GPU by the kernel, and without one by the reference."""
+
+import dataclasses
+
+import check_decode
+import pytest
+
+from gsrq_jax.kernels import mosaic_gpu, reference
+from gsrq_jax.kernels.errors import InputError
+
+
+def on_hopper():
+    try:
+        mosaic_gpu.check_device()
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU and jax 0.11 or 0.12")
+def test_the_kernel_against_float64():
+    errors = {str(case): check_decode.check(case, i) for i, case in enumerate(check_decode.CASES)}
+    assert not {case: error for case, error in errors.items() if not error <= check_decode.BOUND}
+
+
+@pytest.mark.parametrize("kind", ["random", "one", "flat", "sink", "mean"])
+def test_the_reference_against_float64(monkeypatch, kind):
+    monkeypatch.setattr(mosaic_gpu, "attend_tiles", reference.attend_tiles)
+    check_decode.fused.clear_cache()
+    small = {"H": 2, "q": 2, "N": 3, "b": 128, "d": 64, "R": 4, "S": 4}
+    lengths = check_decode.ragged(128, 3)
+    case = check_decode.Case(B=len(lengths), kind=kind, lengths=lengths, **small)
+    assert check_decode.check(case, 0) < 1e-5
+    uncentred = dataclasses.replace(case, shifted=False, B=2)
+    assert check_decode.check(uncentred, 1) < 1e-5

@@ -1,0 +1,131 @@
+"""Lowers the fused GPU kernel on a machine without a GPU, and assembles it where ptxas is.
+
+As a program, with a libcuda, fake or not, on the library path:
+``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100.
+"""
+
+import ctypes
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from gsrq_jax.kernels import mosaic_gpu, tiles
+
+
+def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
+    """Arguments of attend_tiles, without numbers."""
+    s = jax.ShapeDtypeStruct
+    return {
+        "query": s((B, T, H, q, N, d), jnp.float32),
+        "shift": s((H, 1, b, d), jnp.float32),
+        "key_tiles": s((B, H, N, b // tiles.TILE, tiles.key_words(R, K)), jnp.uint32),
+        "value_tiles": s((B, H, N, b // tiles.TILE, tiles.value_words(S)), jnp.uint32),
+        "key_codewords": s((H, 1, R, K, d), jnp.bfloat16),
+        "value_codewords": s((H, 1, S, 16, d), jnp.bfloat16),
+        "blocks": s((B,), jnp.int32),
+    }
+
+
+def on_abstract(kind="NVIDIA H100 80GB HBM3"):
+    """A context in which jax believes that there is such a GPU."""
+    from jax.sharding import AbstractDevice
+
+    device = AbstractDevice(kind, 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def mosaic_module(arguments):
+    """The kernel's module, of the only Mosaic call in the lowered operation."""
+    with on_abstract():
+        traced = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).trace(arguments)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
+    found = []
+
+    def walk(operation):
+        for region in operation.regions:
+            for block in region:
+                for child in block:
+                    child = child.operation
+                    if child.name == "stablehlo.custom_call" and "mosaic" in str(
+                        child.attributes["call_target_name"]
+                    ):
+                        config = child.attributes["mhlo.backend_config"]
+                        found.append(config["module"].value_bytes)
+                    walk(child)
+
+    with module.context:
+        walk(module.operation)
+    (only,) = found
+    return only
+
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def assemble(arguments, library):
+    """Make ptxas say what it has to say."""
+    code = mosaic_module(arguments)
+    compile_ = ctypes.CDLL(library).MosaicGpuCompile
+    compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
+
+
+def compiled(arguments, library):
+    """The whole operation after XLA's passes for an H100, as text."""
+    from jax._src import xla_bridge
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    xla_bridge.register_plugin("cuda", priority=-1, library_path=library, options={})
+    with mock.patch.object(xla_bridge, "discover_pjrt_plugins"):
+        device = topologies.get_topology_desc(
+            "h100", platform="cuda", target_config=H100, topology="1x1x1"
+        ).devices[0]
+    everywhere = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
+    arguments = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
+        for name, a in arguments.items()
+    }
+    with mock.patch.object(mosaic_gpu, "check_device"):
+        lowered = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).lower(arguments)
+    return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+
+
+if __name__ == "__main__":
+    import jax_plugins.xla_cuda13 as plugin
+
+    what, *sizes = sys.argv[1:]
+    arguments = shapes(**{name: int(value) for name, value in (a.split("=") for a in sizes)})
+    if what == "assemble":
+        assemble(arguments, str(plugin._get_library_path()))
+    else:
+        print(compiled(arguments, str(plugin._get_library_path())))

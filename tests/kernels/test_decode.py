@@ -1,0 +1,52 @@
+"""Which implementation is taken, and what is said about it."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from lowering import shapes
+from test_mosaic_gpu import Shape, in_float64, make
+from test_reference import check
+
+from gsrq_jax.kernels import decode, mosaic_gpu
+from gsrq_jax.kernels.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    decode._say.cache_clear()
+
+
+def test_without_a_gpu_the_reference_is_taken_and_said_once():
+    shape = Shape(B=2, N=2, b=128, R=4, S=4, blocks=(1, 2))
+    x = make(shape)
+    with pytest.warns(UserWarning, match=r"the fused GPU kernel is for .*the reference is used"):
+        got = jax.jit(lambda x: decode.attend_tiles(**x))(x)
+    check(got, in_float64(shape, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = jax.jit(decode.attend_tiles)(**x)
+        asked = jax.jit(lambda x: decode.attend_tiles(**x, implementation="reference"))(x)
+    for a, b, c in zip(got, again, asked, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, c, atol=1e-5)
+
+
+def test_the_kernel_is_taken_where_it_is_supported(monkeypatch):
+    taken = []
+    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(mosaic_gpu, "attend_tiles", lambda *arrays: taken.append(arrays))
+    decode.attend_tiles(**shapes())
+    decode.attend_tiles(**shapes(d=96), implementation="mosaic_gpu")
+    assert len(taken) == 2
+    with pytest.warns(UserWarning, match="64 or 128 as head_dim, got 96"):
+        jax.eval_shape(lambda x: decode.attend_tiles(**x), shapes(d=96))
+    assert len(taken) == 2
+
+
+def test_what_was_asked_for_is_not_replaced():
+    with pytest.raises(InputError, match="the fused GPU kernel is for"):
+        decode.attend_tiles(**shapes(), implementation="mosaic_gpu")
+    with pytest.raises(InputError, match="unknown implementation 'triton'; choose 'mosaic_gpu' or"):
+        decode.attend_tiles(**shapes(), implementation="triton")

@@ -1,0 +1,458 @@
+"""The GPU kernel without a GPU: run on numpy lanes, refused where it must be, assembled."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lanes import Lanes, Memory, run_block
+from lowering import mosaic_module, on_abstract, shapes
+from test_reference import check, decode, expected
+
+from gsrq_jax.kernels import mosaic_gpu, pieces, reference, tiles
+from gsrq_jax.kernels.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """B sequences, T queries, H KV heads, q query heads each, N blocks of b; R, S stages."""
+
+    B: int = 1
+    T: int = 1
+    H: int = 1
+    q: int = 4
+    N: int = 2
+    b: int = 256
+    d: int = 64
+    R: int = 8
+    K: int = 16
+    S: int = 8
+    blocks: tuple[int, ...] = (2,)
+    shifted: bool = True
+
+
+to_key_tiles = jax.jit(tiles.keys_to_tiles, static_argnums=1)
+to_value_tiles = jax.jit(tiles.values_to_tiles)
+from_key_tiles = jax.jit(tiles.keys_from_tiles, static_argnums=(1, 2))
+from_value_tiles = jax.jit(tiles.values_from_tiles, static_argnums=1)
+
+
+def make(shape, seed=0, scale=1.0):
+    """Arguments of attend_tiles; NaN and any codes in blocks that are not valid."""
+    s, rng = shape, np.random.default_rng(seed)
+
+    def normal(*size):
+        return rng.normal(size=size).astype(np.float32)
+
+    query = normal(s.B, s.T, s.H, s.q, s.N, s.d) * np.float32(scale / np.sqrt(s.d))
+    for row, n in enumerate(s.blocks):
+        query[row, ..., n:, :] = np.nan
+    key_codes = rng.integers(0, s.K, (s.B, s.H, s.N, s.b, s.R)).astype(np.uint8)
+    value_codes = rng.integers(0, 16, (s.B, s.H, s.N, s.b, s.S)).astype(np.uint8)
+    return {
+        "query": query,
+        "shift": normal(s.H, 1, s.b, s.d) if s.shifted else None,
+        "key_tiles": np.asarray(to_key_tiles(key_codes, s.K)),
+        "value_tiles": np.asarray(to_value_tiles(value_codes)),
+        "key_codewords": normal(s.H, 1, s.R, s.K, s.d) * np.float32(s.R**-0.5),
+        "value_codewords": normal(s.H, 1, s.S, 16, s.d),
+        "blocks": np.array(s.blocks, np.int32),
+    }
+
+
+def in_float64(shape, x):
+    s = shape
+    keys = from_key_tiles(x["key_tiles"], s.R, s.K)[..., None, :]
+    values = from_value_tiles(x["value_tiles"], s.S)[..., None, :]
+    keys = decode(np.asarray(keys), x["key_codewords"])
+    keys += 0 if x["shift"] is None else np.float64(x["shift"])
+    return expected(x["query"], keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
+
+
+def on_lanes(x, config=None):
+    """`attend_tiles` with the kernel run by numpy."""
+    problem = mosaic_gpu.problem_of(**x)
+    config = config or mosaic_gpu.choose_config(problem)
+
+    @jax.jit
+    def before(query, shift, words):
+        rows = mosaic_gpu.query_rows(problem, query)
+        return mosaic_gpu.score_inputs(problem, config, rows, shift, words)
+
+    inputs = before(x["query"], x["shift"], x["key_codewords"])
+    memory = Memory()
+    parts = problem.pairs, config.splits
+    histogram = np.full((*parts, problem.value_stages, 16, 4), np.nan, np.float32)
+    scale = np.full((*parts, 4), 2**30, np.int32)
+    arrays = [x["key_tiles"], x["value_tiles"], *inputs, x["blocks"], histogram, scale]
+    places = [memory.put(np.asarray(a)) for a in arrays]
+    layout = mosaic_gpu.Memory.of(problem, config)
+    assert layout.nbytes <= mosaic_gpu.SHARED_BYTES
+    start = 1024
+
+    def program(warp):
+        at = mosaic_gpu.Addresses(*places, shared=warp.integer(start))
+        mosaic_gpu.FusedKernel(problem, config, warp, at).run()
+
+    for block in range(np.prod(parts)):
+        warps = mosaic_gpu.COUNTERS + config.scorers
+        run_block(memory, warps, block, start, layout.nbytes, program)
+    histogram = memory.get(places[-2], histogram.shape, np.float32)
+    scale = memory.get(places[-1], scale.shape, np.int32)
+    after = jax.jit(functools.partial(mosaic_gpu.put_together, problem))
+    return after(histogram, scale, x["value_codewords"])
+
+
+Config = mosaic_gpu.Config
+RUNS = {
+    "one block": (Shape(N=1, blocks=(1,)), None),
+    "no mean key": (Shape(N=2, R=4, S=4, blocks=(2,), shifted=False), None),
+    "no mean key, half chunks": (
+        Shape(b=128, N=3, R=4, K=256, S=4, blocks=(3,), shifted=False),
+        None,
+    ),
+    "a narrow share": (Shape(N=2, R=4, S=4, blocks=(2,)), Config(4, 1, 1, 1, wide=False)),
+    "narrow shares of half chunks": (
+        Shape(b=128, N=3, R=4, S=4, blocks=(3,)),
+        Config(4, 1, 1, 1, wide=False),
+    ),
+    "nothing coded, all coded": (Shape(B=2, N=2, blocks=(0, 2)), Config(8, 2, 2, 1)),
+    "1 bit, head_dim 128": (Shape(d=128, R=32, S=32, N=2, blocks=(2,)), None),
+    "2 bits": (Shape(d=128, R=64, S=64, N=2, blocks=(2,)), None),
+    "quarter of a bit, head_dim 64": (Shape(R=4, S=4, N=1, blocks=(1,)), None),
+    "blocks of half a chunk, an odd one": (Shape(b=128, N=5, blocks=(5,)), Config(4, 1, 1, 1)),
+    "three eighths of a bit": (Shape(d=128, b=128, R=12, S=12, N=3, blocks=(3,)), None),
+    "blocks of two chunks, more than warps": (
+        Shape(b=512, N=6, R=4, blocks=(5,)),
+        Config(4, 1, 1, 2),
+    ),
+    "a chunk at a time": (Shape(b=512, N=3, R=4, S=4, blocks=(3,)), Config(4, 1, 2, 1)),
+    "ring of two": (Shape(N=19, R=4, S=4, blocks=(19,)), Config(4, 2, 1, 1)),
+    "parts, some empty": (Shape(N=5, R=4, S=4, blocks=(5,)), Config(4, 1, 4, 1)),
+    "heads and sequences": (Shape(B=2, H=2, q=3, b=128, N=3, R=4, S=4, blocks=(3, 1)), None),
+    "one query head": (Shape(H=2, q=1, N=1, R=4, S=4, blocks=(1,)), None),
+    "two groups of rows": (Shape(B=2, T=1, q=8, N=1, R=4, S=4, blocks=(1, 1)), None),
+    "three tokens of three heads": (Shape(T=3, q=3, b=128, N=2, R=4, S=4, blocks=(2,)), None),
+    "256 codewords": (Shape(N=2, R=4, K=256, blocks=(2,)), None),
+    "256 codewords, half chunks": (Shape(b=128, N=3, R=6, K=256, S=24, blocks=(3,)), None),
+}
+
+
+@pytest.mark.parametrize(("shape", "config"), RUNS.values(), ids=RUNS.keys())
+def test_on_numpy_lanes(shape, config):
+    x = make(shape)
+    out, lse = on_lanes(x, config)
+    want, want_lse = in_float64(shape, x)
+    error = np.linalg.norm(out - want) / np.linalg.norm(want)
+    print(error)
+    assert error < 1e-3
+    check((lse,), (want_lse,), atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 2.0])
+def test_error_by_the_spread_of_scores(spread):
+    shape = Shape(d=128, R=32, S=4, N=4, blocks=(4,))
+    x = make(shape, seed=3, scale=spread)
+    out, lse = on_lanes(x, Config(4, 2, 1, 1))
+    want, want_lse = in_float64(shape, x)
+    error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    assert error.max() < 1e-3
+    check((lse,), (want_lse,), atol=1e-3)
+
+
+def test_nothing_of_the_invalid_is_read():
+    """Codes with all bits set and NaN queries change no bit of the result."""
+    shape = Shape(B=2, b=128, N=3, R=4, S=4, blocks=(1, 2))
+    x = make(shape)
+    y = {name: a.copy() for name, a in x.items()}
+    for row, n in enumerate(shape.blocks):
+        for name in ("key_tiles", "value_tiles"):
+            y[name][row, :, n:] = 0xFFFFFFFF
+    for a, b in zip(on_lanes(x), on_lanes(y), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("codewords", [16, 256])
+def test_a_query_that_is_not_finite_shows(codewords):
+    shape = Shape(B=2, q=2, N=1, R=4, K=codewords, S=4, blocks=(1, 1))
+    x = make(shape)
+    problem = mosaic_gpu.problem_of(**x)
+    config = mosaic_gpu.choose_config(problem)
+    for bad in (np.nan, np.inf):
+        x["query"][0, 0, 0, 1, 0, 5] = bad
+        rows = mosaic_gpu.query_rows(problem, jnp.asarray(x["query"]))
+        words = jnp.asarray(x["key_codewords"])
+        inputs = mosaic_gpu.score_inputs(problem, config, rows, jnp.asarray(x["shift"]), words)
+        finite = mosaic_gpu.finite_rows(problem, inputs, jnp.asarray(x["blocks"]))
+        assert np.asarray(finite).ravel().tolist() == [True, False, True, True]
+    none = mosaic_gpu.finite_rows(problem, inputs, jnp.zeros(2, jnp.int32))
+    assert none.all()
+
+
+# --- around the kernel ----------------------------------------------------------------------------
+
+
+def test_the_reference_reads_the_same_layout():
+    for shifted in (True, False):
+        shape = Shape(2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), shifted=shifted)
+        x = make(shape)
+        check(jax.jit(reference.attend_tiles)(**x), in_float64(shape, x))
+
+
+@pytest.mark.parametrize("stages", [4, 12, 32, 64])
+def test_a_finished_table_is_what_the_kernel_makes(stages):
+    rng = np.random.default_rng(stages)
+    key = pieces.KeyTable(stages, 16)
+    raw = rng.normal(size=(4, stages, 16)).astype(np.float16).astype(np.float32)
+    table, steps, offsets = mosaic_gpu.finished_table(key, jnp.asarray(raw).reshape(4, -1))
+    warp = Lanes()
+    place, facts = warp.integer(0x3000), warp.integer(0x1000)
+    middle = warp.put(np.zeros(4, np.float32))
+    pieces.table(warp, key, warp.put(raw.astype(np.float16)), middle, place, facts)
+    made = warp.shared[0x1000:0x1020].view(np.float32)
+    np.testing.assert_allclose(made[4:], offsets, rtol=1e-5)
+    if stages % 8 == 0:  # a narrower strip counts its copies here
+        np.testing.assert_allclose(made[:4], steps, rtol=1e-5)
+    for strip in range(len(tiles.strips(stages))):
+        for code in range(16):
+            at = 0x3000 + key.strip_offset(strip) + code * key.code_bytes
+            row = warp.shared[at : at + 128].view(np.uint16).reshape(16, 4)
+            want = np.asarray(table)[code, 16 * strip : 16 * strip + 16] * (steps / made[:4])
+            np.testing.assert_allclose(row, want, atol=1.01)
+
+
+def test_products_are_right_to_20_bits():
+    rng = np.random.default_rng(0)
+    rows, columns = rng.normal(size=(2, 5, 4, 128)) * 30, rng.normal(size=(2, 48, 128))
+    size = (
+        np.linalg.norm(rows, axis=-1)[..., None] * np.linalg.norm(columns, axis=-1)[:, None, None]
+    )
+    for kind in (jnp.float32, jnp.bfloat16):
+        c = jnp.asarray(columns, kind)
+        want = np.einsum("hnrd,hcd->hnrc", np.float64(np.float32(rows)), np.float64(c))
+        got = mosaic_gpu._product(jnp.asarray(rows, jnp.float32), c, jnp.float32)
+        assert (np.abs(got - want) / size).max() < 1e-6
+
+
+def test_put_together_weighs_parts_by_their_scales():
+    problem = mosaic_gpu.problem_of(**make(Shape(H=2, q=2, N=1, S=3, R=4, blocks=(1,))))
+    rng = np.random.default_rng(0)
+    codewords = rng.normal(size=(2, 1, 3, 16, 64)).astype(np.float32)
+    p = rng.integers(1, 2**pieces.PROBABILITY_BITS, (2, 3, 6, 4))  # [pair, part, token, row]
+    codes = rng.integers(0, 16, (2, 3, 6, 3))
+    scale = rng.integers(-3, 3, (2, 3, 4)).astype(np.int32)
+    scale[:, 2] = mosaic_gpu.EMPTY
+    p[:, 2] = 0
+    histogram = np.zeros((2, 3, 3, 16, 4), np.float32)
+    for at in np.ndindex(2, 3, 6, 3):
+        histogram[at[0], at[1], at[3], codes[at]] += p[at[:3]]
+    out, lse = mosaic_gpu.put_together(problem, histogram, scale, codewords)
+    weight = p * 2.0 ** scale[:, :, None].astype(np.float64)  # EMPTY ones are 0
+    values = sum(codewords[np.arange(2)[:, None, None], 0, r, codes[..., r]] for r in range(3))
+    want = np.einsum("hptr,hptd->hrd", weight, values) / weight.sum((1, 2))[..., None]
+    np.testing.assert_allclose(out[0, 0], want[:, :2], rtol=1e-4, atol=1e-5)
+    bits = pieces.PROBABILITY_BITS - pieces.HEADROOM
+    np.testing.assert_allclose(
+        lse[0, 0], np.log(weight.sum((1, 2)) * 2.0**-bits)[:, :2], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"R": 64, "S": 64}, {"R": 32, "K": 256, "S": 64}, {"b": 128, "N": 99, "B": 64}]
+)
+def test_the_layout_fits_and_nothing_overlaps(sizes):
+    problem = mosaic_gpu.problem_of(**shapes(**sizes))
+    config = mosaic_gpu.choose_config(problem)
+    m = mosaic_gpu.Memory.of(problem, config)
+    assert m.nbytes <= mosaic_gpu.SHARED_BYTES
+    starts = [m.tables, m.staged, m.slots, m.facts, m.scales, m.arrived, m.full, m.free]
+    assert starts == sorted(starts)
+    assert m.table_bytes % 4096 == m.staged % 16 == m.slots % 16 == m.slot_bytes % 16 == 0
+    assert m.facts % 16 == m.scales % 16 == m.arrived % 8 == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+BAD = {
+    "head_dim": ({"d": 96}, "64 or 128 as head_dim, got 96"),
+    "group": ({"q": 9}, "1 to 8 as query heads per KV head, got 9"),
+    "block": ({"b": 384}, "128 or a multiple of 256 as tokens of a block, got 384"),
+    "stages": ({"R": 65}, "1 to 64 as stages of keys, got 65"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), BAD.values(), ids=BAD.keys())
+def test_sizes_that_are_not_supported(sizes, message):
+    with pytest.raises(InputError, match=message):
+        mosaic_gpu.attend_tiles(**shapes(**sizes))
+
+
+S = jax.ShapeDtypeStruct
+BAD_ARRAYS = {
+    "keys of 64 codewords": (
+        {"key_codewords": S((8, 1, 32, 64, 128), jnp.bfloat16)},
+        "16 or 256 as codewords of a stage of keys, got 64",
+    ),
+    "values of 256 codewords": (
+        {"value_codewords": S((8, 1, 16, 256, 128), jnp.bfloat16)},
+        "takes 16 as codewords of a stage of values, got 256",
+    ),
+    "split heads": (
+        {"key_codewords": S((8, 2, 16, 16, 64), jnp.bfloat16)},
+        r"whole heads, \(8, 1, R, K, 128\) as codewords of keys",
+    ),
+    "float16 codewords": (
+        {"value_codewords": S((8, 1, 32, 16, 128), jnp.float16)},
+        "bfloat16 or float32 as dtype of the codewords of values, got float16",
+    ),
+    "a shift of each block": (
+        {"shift": S((8, 16, 256, 128), jnp.float32)},
+        r"\(8, 1, 256, 128\), one for all blocks as shift, got \(8, 16, 256, 128\)",
+    ),
+    "bytes": (
+        {"key_tiles": S((2, 8, 16, 2, 2048), jnp.uint8)},
+        r"uint32 \(2, 8, 16, 2, 512\) as key tiles, got uint8 \(2, 8, 16, 2, 2048\)",
+    ),
+    "a cache of other values": (
+        {"value_tiles": S((2, 8, 16, 2, 256), jnp.uint32)},
+        r"uint32 \(2, 8, 16, 2, 512\) as value tiles",
+    ),
+    "a bfloat16 query": (
+        {"query": S((2, 1, 8, 4, 16, 128), jnp.bfloat16)},
+        "float32 as dtype of the query, got bfloat16",
+    ),
+    "blocks of another batch": (
+        {"blocks": S((3,), jnp.int32)},
+        r"integers \(2,\) as blocks, got int32 \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_arrays_that_are_not_supported(arrays, message):
+    with pytest.raises(InputError, match=message):
+        mosaic_gpu.attend_tiles(**(shapes() | arrays))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(8, 8, 1, 1), r"takes \d+ bytes of shared memory, and there are 230400"),
+        (Config(6, 1, 1, 1), "must have 4 or 8 scorers"),
+        (Config(8, 1, 0, 1), "splits of at least 1"),
+        (Config(8, 1, 1, 3), "a span that divides the 4 chunks of a block"),
+    ],
+)
+def test_layouts_that_cannot_be(monkeypatch, config, message):
+    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    with pytest.raises(InputError, match=message):
+        mosaic_gpu.attend_tiles(**shapes(b=1024), config=config)
+
+
+def test_devices_that_are_not_supported(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.3")
+    with pytest.raises(InputError, match=r"compute capability 9.0 \(H100, H200\), this is cpu"):
+        mosaic_gpu.attend_tiles(**shapes())
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.13.0", "1.11.0"])
+def test_versions_of_jax_that_are_not_supported(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version__", version)
+    with pytest.raises(InputError, match=f"for jax 0.11 and 0.12, this is {version}"):
+        mosaic_gpu.attend_tiles(**shapes())
+
+
+# --- for a GPU that is not there ------------------------------------------------------------------
+
+supported = pytest.mark.skipif(
+    not jax.__version__.startswith(("0.11.", "0.12.")),
+    reason=f"the kernel is for jax 0.11 and 0.12, this is {jax.__version__}",
+)
+FORMS = {
+    "1 bit": {},
+    "blocks of 128, 8 heads, 3 tokens": {"b": 128, "q": 8, "T": 3},
+    "blocks of 512, head_dim 64": {"b": 512, "d": 64, "R": 16, "S": 16},
+    "2 bits": {"R": 64, "S": 64},
+    "256 codewords": {"R": 16, "K": 256},
+}
+
+
+@supported
+@pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
+def test_lowers_without_a_gpu(sizes):
+    assert len(mosaic_module(shapes(**sizes))) > 10_000
+
+
+@supported
+def test_other_gpus_are_refused_when_lowered_for():
+    with (
+        on_abstract("NVIDIA A100-SXM4-80GB"),
+        pytest.raises(InputError, match="this is NVIDIA A100"),
+    ):
+        mosaic_gpu.attend_tiles(**shapes())
+
+
+@pytest.fixture(scope="module")
+def without_a_gpu(tmp_path_factory):
+    """``run(what, sizes)``: what lowering.py prints in a process that sees a stand-in of a GPU."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler for the stand-in of the CUDA driver")
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("jax is installed without CUDA 13")
+    cuda = importlib.util.find_spec("nvidia.cu13")
+    places = [Path(p) / "bin" for p in cuda.submodule_search_locations] if cuda else []
+    if not any((p / "ptxas").exists() for p in places) and shutil.which("ptxas") is None:
+        pytest.skip("ptxas is not installed")
+    folder = tmp_path_factory.mktemp("cuda")
+    here = Path(__file__).parent
+    command = [compiler, "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1"]
+    subprocess.run([*command, here / "fake_cuda.c"], check=True)
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(folder),
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+    }
+
+    def run(what, sizes):
+        numbers = [f"{k}={v}" for k, v in sizes.items()]
+        command = [sys.executable, here / "lowering.py", what, *numbers]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        return (done.stdout + done.stderr).decode(errors="replace")
+
+    return run
+
+
+@supported
+@pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
+def test_assembles_without_a_gpu(sizes, without_a_gpu):
+    said = without_a_gpu("assemble", sizes)
+    assert "Compiling entry function" in said, said[-2000:]
+    assert "for 'sm_90a'" in said
+    (registers,) = set(re.findall(r"Used (\d+) registers", said))
+    config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes)))
+    assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
+    assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 32
+
+
+@supported
+@pytest.mark.parametrize("sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}])
+def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
+    """XLA keeps the lower parts of float16 operands, and copies nothing large."""
+    hlo = without_a_gpu("compile", sizes)
+    entry = hlo[hlo.index("\nENTRY") :]
+    assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
+    assert " copy(" not in entry
+    assert " transpose(" not in entry
+    split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
+    assert split
+    assert all(a != b for a, b in split)
