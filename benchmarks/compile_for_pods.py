@@ -1,6 +1,6 @@
 """What the TPU's own compiler makes of training on pods: memory, work and traffic of each chip.
 
-    pip install libtpu
+    pip install 'jax[tpu]'
     JAX_PLATFORMS=cpu python benchmarks/compile_for_pods.py
 
 Compiles the step that captures keys, values and sensitivities, and the one that fits a layer's
@@ -257,7 +257,9 @@ def show(row: dict[str, Any]) -> None:
 def main(config: Config) -> None:
     """Compiles all cases and writes the result file."""
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("libtpu is not installed; pip install libtpu, and set JAX_PLATFORMS=cpu")
+        raise InputError(
+            "libtpu is not installed; pip install 'jax[tpu]', and set JAX_PLATFORMS=cpu"
+        )
     fits: dict[tuple[str, int, int], dict[str, Any]] = {}
     rows = [row for case in config.cases for row in compiled(case, config, fits)]
     write_result(
