@@ -1,0 +1,447 @@
+"""Decode attention over codes, fused, on TPUs: Pallas Mosaic TPU (ours).
+
+One program takes one KV head of one sequence and goes through a chunk of its blocks a grid step:
+
+1. *tables*: ⟨query, codeword⟩ of every block of the chunk, one float32 product on the MXU, and one
+   more for what the mean key adds;
+2. *scores*: 128 lanes hold the tables of eight stages of 16 codewords, and one lane gather looks up
+   one stage of eight sublanes × 128 tokens;
+3. *softmax*: one running maximum a sublane;
+4. *masses*: each probability becomes four signed bytes of one 32-bit word, each code a one-hot
+   column of bytes that a single shift makes, and the MXU multiplies them in int8, tokens
+   contracted, exactly.
+
+What comes out is the probability that falls on each value codeword; multiplied by the codebook once
+it is the output. docs/kernels-tpu.md has the data path and what it costs.
+
+Shapes: those of `gsrq_jax.kernels.reference`, with S = G·R codes a vector in W = ceil(S / 8) words.
+A *tile* is P parts of 128 tokens; its scores are one register of 8 sublanes, row q of part p in
+sublane p·(8 / P) + q. So the parts of a tile are softmaxes of their own, merged like splits.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Int32, UInt8
+
+LANES = 128
+SUBLANES = 8
+CODEWORDS = 16
+PER_WORD = 8
+"""Codes in one 32-bit word."""
+CHUNK_TOKENS = 2048
+"""Tokens of a grid step, about."""
+BYTES = 0x00808080
+"""Added and taken away by exclusive or, it makes the bytes of a word signed digits of base 256."""
+UNIT = 2.0**30
+"""What a probability of 1 is as an integer."""
+EXACT = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one KV head's tokens fall into tiles, words and grid steps.
+
+    Attributes:
+        parts: runs of 128 tokens in a tile; 8 / parts query rows each.
+        tiles: tiles of a block.
+        chunk: blocks of a grid step.
+        steps: grid steps of a split.
+        splits: parts of the sequence with programs of their own.
+    """
+
+    parts: int
+    tiles: int
+    chunk: int
+    steps: int
+    splits: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a part."""
+        return SUBLANES // self.parts
+
+
+def parts_of(rows: int, block: int) -> int:
+    """Runs of 128 tokens that share a tile for ``rows`` query rows.
+
+    Raises:
+        NotImplementedError: if the kernel has no tile for them.
+    """
+    if not 1 <= rows <= SUBLANES:
+        raise NotImplementedError(f"1 to {SUBLANES} query rows a KV head, not {rows}")
+    if block % LANES:
+        raise NotImplementedError(f"blocks of a multiple of {LANES} tokens, not {block}")
+    parts = SUBLANES
+    while parts * rows > SUBLANES or block % (parts * LANES):
+        parts //= 2
+    return parts
+
+
+def tiling_of(rows: int, blocks: int, block: int, splits: int = 1) -> Tiling:
+    """The tiling for ``rows`` query rows over ``blocks`` blocks of ``block`` tokens.
+
+    Raises:
+        NotImplementedError: if the kernel has none.
+    """
+    parts = parts_of(rows, block)
+    tiles = block // (parts * LANES)
+    # A grid step's words fill whole registers, whatever their number a tile.
+    least = -(-SUBLANES // tiles)
+    chunk = max(least, CHUNK_TOKENS // block // least * least)
+    if blocks <= chunk:
+        chunk, splits = blocks, 1
+    chunks = -(-blocks // chunk)
+    steps = -(-chunks // splits)
+    return Tiling(parts, tiles, chunk, steps, -(-chunks // steps))
+
+
+# --- layout of codes ------------------------------------------------------------------------------
+
+
+def to_words(codes: UInt8[Array, "B H N b G R"], parts: int) -> Int32[Array, "B H rows 128"]:
+    """Codes of 4 bits as the kernel reads them: eight stages of a token in one 32-bit word.
+
+    Row ``(tile·W + word)·parts + part`` has the tokens ``tile·parts·128 + part·128 + lane``; code
+    ``8·word + i`` takes bits ``4·i`` to ``4·i + 3``. What a code has above 4 bits is dropped, and
+    codes that fill up the last word are 0. The rows of one block follow each other.
+    """
+    B, H, N, b, G, R = codes.shape
+    words = -(-G * R // PER_WORD)
+    flat = codes.reshape(B, H, N, b, G * R) & 15
+    flat = jnp.pad(flat, (*((0, 0),) * 4, (0, words * PER_WORD - G * R)))
+    flat = flat.reshape(B, H, -1, parts, LANES, words, PER_WORD).astype(jnp.uint32)
+    shifts = 4 * jnp.arange(PER_WORD, dtype=jnp.uint32)
+    packed = jnp.sum(flat << shifts, axis=-1, dtype=jnp.uint32)  # [B, H, tile, part, lane, word]
+    packed = jnp.moveaxis(packed, -1, 3).reshape(B, H, -1, LANES)
+    return jax.lax.bitcast_convert_type(packed, jnp.int32)
+
+
+def from_words(
+    words: Int32[Array, "B H rows 128"], parts: int, shape: tuple[int, ...]
+) -> UInt8[Array, "B H N b G R"]:
+    """The codes of ``shape`` ``[B, H, N, b, G, R]`` that `to_words` wrote."""
+    B, H, _, _, G, R = shape
+    count = -(-G * R // PER_WORD)
+    packed = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    packed = jnp.moveaxis(packed.reshape(B, H, -1, count, parts, LANES), 3, -1)
+    shifts = 4 * jnp.arange(PER_WORD, dtype=jnp.uint32)
+    codes = ((packed[..., None] >> shifts) & 15).astype(jnp.uint8)
+    codes = codes.reshape(B, H, -1, count * PER_WORD)[..., : G * R]
+    return codes.reshape(shape)
+
+
+def _table_rows(codewords: Float[Array, "H G R K g"]) -> Float[Array, "H W·128 d"]:
+    """Codewords in the order of the lanes of tables: 16 a stage, 0 outside their group."""
+    H, G, R, K, g = codewords.shape
+    if K > CODEWORDS:
+        raise NotImplementedError(f"at most {CODEWORDS} codewords a stage, not {K}")
+    spread = jnp.einsum("HGRKg,GF->HGRKFg", codewords.astype(jnp.float32), jnp.eye(G))
+    spread = jnp.pad(spread, (*((0, 0),) * 3, (0, CODEWORDS - K), (0, 0), (0, 0)))
+    rows = spread.reshape(H, G * R * CODEWORDS, G * g)
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % LANES), (0, 0)))
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """``a bᵀ`` in float32."""
+    return jax.lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), precision=EXACT, preferred_element_type=jnp.float32
+    )
+
+
+def _by_part(parts: list[Array]) -> Array:
+    """One register from one a part: part p's sublanes of the p-th."""
+    rows = SUBLANES // len(parts)
+    sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    out = parts[0]
+    for p, x in enumerate(parts[1:], 1):
+        out = jnp.where(sublane >= p * rows, x, out)
+    return out
+
+
+def _kernel(
+    blocks_ref,  # [B] in scalar memory
+    query_ref,  # [chunk·rows, d]
+    shift_ref,  # [b, d]
+    book_ref,  # [W·128, d]
+    key_ref,  # [chunk·tiles·W·parts, 128]
+    value_ref,  # [chunk·tiles·V·parts, 128]
+    mass_ref,  # [8, V·128]
+    total_ref,  # [8, 128], a sum a lane
+    top_ref,  # [8, 128], the same in all lanes
+    table_ref,  # [chunk·8, W·128]
+    shared_ref,  # [chunk·8, b]
+    score_ref,  # [chunk·tiles, 8, 128]
+    count_ref,  # [parts, 32, V·128] int32
+    *,
+    tiling: Tiling,
+):
+    t = tiling
+    step = pl.program_id(3)
+    first = (pl.program_id(2) * t.steps + step) * t.chunk
+    valid = blocks_ref[pl.program_id(0)]
+    words, values = table_ref.shape[1] // LANES, mass_ref.shape[1] // LANES
+
+    @pl.when(step == 0)
+    def _start():
+        mass_ref[...] = jnp.zeros(mass_ref.shape, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+        top_ref[...] = jnp.full(top_ref.shape, -jnp.inf, jnp.float32)
+
+    @pl.when(first < valid)
+    def _chunk():
+        rows = jnp.concatenate(
+            [query_ref[pl.ds(c * t.rows, t.rows), :] for c in range(t.chunk) for _ in range(t.parts)]
+        )
+        table_ref[...] = _dot(rows, book_ref[...])
+        shared_ref[...] = _dot(rows, shift_ref[...])
+
+        def score(c, best):  # one block
+            at = pl.multiple_of(c * SUBLANES, SUBLANES)
+            for tile in range(t.tiles):
+                here = c * t.tiles + tile
+                total = _by_part(
+                    [
+                        shared_ref[pl.ds(at, SUBLANES), pl.ds((tile * t.parts + p) * LANES, LANES)]
+                        for p in range(t.parts)
+                    ]
+                )
+                for w in range(words):
+                    table = table_ref[pl.ds(at, SUBLANES), pl.ds(w * LANES, LANES)]
+                    word = _by_part(
+                        [
+                            jnp.broadcast_to(
+                                key_ref[pl.ds((here * words + w) * t.parts + p, 1), :],
+                                (SUBLANES, LANES),
+                            )
+                            for p in range(t.parts)
+                        ]
+                    )
+                    for i in range(PER_WORD):
+                        code = jax.lax.shift_right_logical(word, 4 * i) & 15 | CODEWORDS * i
+                        total += jnp.take_along_axis(
+                            table, code, axis=1, mode="promise_in_bounds"
+                        )
+                total = jnp.where(first + c < valid, total, -jnp.inf)
+                score_ref[here] = total
+                best = jnp.maximum(best, total)
+            return best
+
+        before = top_ref[...]
+        best = jax.lax.fori_loop(0, t.chunk, score, before)
+        top = jnp.broadcast_to(jnp.max(best, axis=1, keepdims=True), best.shape)
+        top_ref[...] = top
+        shrink = jnp.exp(before - top)
+
+        count_ref[...] = jnp.zeros(count_ref.shape, jnp.int32)
+        sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+        quarter = (sublane & 3) * 0x44444444  # the upper two bits of all eight codes of a word
+
+        def count(here, total):  # one tile
+            weight = jnp.exp(score_ref[here] - top)
+            digits = (weight * UNIT + 0.5).astype(jnp.int32)
+            digits = pltpu.bitcast((digits + BYTES) ^ BYTES, jnp.int8)  # [32, 128]
+            for p in range(t.parts):
+                columns = []
+                for w in range(values):
+                    word = value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]
+                    word = jnp.broadcast_to(word, (SUBLANES, LANES)) ^ quarter
+                    for pair in range(PER_WORD // 2):
+                        # Eight times the code, less than 32 in the sublane of its upper bits; a
+                        # shift by more leaves nothing.
+                        low = 8 * pair - 3 + 4 * (sublane >> 2)
+                        if pair == 0:
+                            eight = jnp.where(
+                                sublane < 4, word << 3, jax.lax.shift_right_logical(word, 1)
+                            )
+                        else:
+                            eight = jax.lax.shift_right_logical(word, low)
+                        one = jax.lax.shift_left(jnp.ones_like(word), eight & 0x78)
+                        columns.append(pltpu.bitcast(one, jnp.int8))
+                count_ref[p] += jax.lax.dot_general(
+                    digits,
+                    jnp.concatenate(columns),
+                    (((1,), (1,)), ((), ())),
+                    preferred_element_type=jnp.int32,
+                )
+            return total + weight
+
+        total_ref[...] = jax.lax.fori_loop(
+            0, t.chunk * t.tiles, count, total_ref[...] * shrink
+        )
+        # Digit i of sublane s is row 4·s + i.
+        row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 4 * SUBLANES), 0)
+        digit = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 4 * SUBLANES), 1)
+        worth = jax.lax.shift_left(jnp.ones_like(digit), 8 * (digit & 3)).astype(jnp.float32) / UNIT
+        mass = mass_ref[...] * shrink[:, :1]
+        for p in range(t.parts):
+            ours = (digit >> 2 == row) & (row >= p * t.rows) & (row < (p + 1) * t.rows)
+            mass += jax.lax.dot_general(
+                jnp.where(ours, worth, 0),
+                count_ref[p].astype(jnp.float32),
+                (((1,), (0,)), ((), ())),
+                precision=EXACT,
+                preferred_element_type=jnp.float32,
+            )
+        mass_ref[...] = mass
+
+
+def attend_words(
+    query: Float[Array, "B H N·rows d"],
+    shift: Float[Array, "H b d"],
+    key_words: Int32[Array, "B H n 128"],
+    value_words: Int32[Array, "B H m 128"],
+    key_rows: Float[Array, "H W·128 d"],
+    blocks: Int[Array, " B"],
+    *,
+    tiling: Tiling,
+    interpret: bool = False,
+) -> tuple[
+    Float[Array, "B H splits 8 V·128"],
+    Float[Array, "B H splits 8"],
+    Float[Array, "B H splits 8"],
+]:
+    """The kernel itself: probability on each value codeword, its sum, and the maximal score.
+
+    Args:
+        query: scaled queries in each block's frame, ``tiling.rows`` rows a block.
+        shift: what the mean key adds to the keys of any block.
+        key_words: of `to_words`.
+        value_words: of `to_words`.
+        key_rows: codewords, 16 a stage.
+        blocks: valid blocks of each sequence.
+        tiling: of `tiling_of`.
+        interpret: whether to run in TPU interpret mode, without a TPU.
+
+    Returns:
+        Unnormalised masses, their sum over any one stage, and the maximum (-inf without tokens) for
+        every split and sublane.
+    """
+    t = tiling
+    B, H, _, d = query.shape
+    b = shift.shape[1]
+    per_block = t.tiles * t.parts
+    N = query.shape[2] // t.rows
+    W, V = key_words.shape[2] // (N * per_block), value_words.shape[2] // (N * per_block)
+
+    def at(i, s, c, blocks):  # the chunk to read; beyond the valid ones the last again
+        last = jax.lax.div(jnp.maximum(blocks[i] - 1, 0), t.chunk)
+        return jnp.minimum(s * t.steps + c, last)
+
+    def chunked(rows, lanes):
+        return pl.BlockSpec(
+            (None, None, t.chunk * rows, lanes),
+            lambda i, h, s, c, blocks: (i, h, at(i, s, c, blocks), 0),
+        )
+
+    def of_head(*shape):
+        return pl.BlockSpec((None, *shape), lambda i, h, s, c, blocks: (h, 0, 0))
+
+    def out(*shape):
+        return pl.BlockSpec(
+            (None, None, None, *shape), lambda i, h, s, c, blocks: (i, h, s, 0, 0)
+        )
+
+    mass, total, top = pl.pallas_call(
+        functools.partial(_kernel, tiling=t),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, H, t.splits, t.steps),
+            in_specs=[
+                chunked(t.rows, d),
+                of_head(b, d),
+                of_head(W * LANES, d),
+                chunked(per_block * W, LANES),
+                chunked(per_block * V, LANES),
+            ],
+            out_specs=[out(SUBLANES, V * LANES), out(SUBLANES, LANES), out(SUBLANES, LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((t.chunk * SUBLANES, W * LANES), jnp.float32),
+                pltpu.VMEM((t.chunk * SUBLANES, b), jnp.float32),
+                pltpu.VMEM((t.chunk * t.tiles, SUBLANES, LANES), jnp.float32),
+                pltpu.VMEM((t.parts, 4 * SUBLANES, V * LANES), jnp.int32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, H, t.splits, SUBLANES, n * LANES), jnp.float32)
+            for n in (V, 1, 1)
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        interpret=pltpu.InterpretParams() if interpret else False,
+        name="attend_codes",
+    )(blocks.astype(jnp.int32), query, shift, key_rows, key_words, value_words)
+    return mass, total.sum(axis=-1), top[..., 0]
+
+
+def attend_codes(
+    query: Float[Array, "B T H q N d"],
+    shift: Float[Array, "H M b d"],
+    key_codes: UInt8[Array, "B H N b G R"],
+    value_codes: UInt8[Array, "B H N b G R"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+    blocks: Int[Array, " B"],
+    *,
+    splits: int = 1,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`gsrq_jax.kernels.reference.attend_codes` as a TPU kernel, with the same arguments.
+
+    Args:
+        query: scaled queries in each block's frame, float32, at most 8 a KV head (T·q).
+        shift: what the mean key adds to the keys of any block (M = 1).
+        key_codes: codeword indices of the keys.
+        value_codes: codeword indices of the values.
+        key_codewords: of this layer, at most 16 a stage.
+        value_codewords: of this layer, at most 16 a stage.
+        blocks: valid blocks of each sequence; the others are not read.
+        splits: parts of the sequence with programs of their own.
+        interpret: whether to run in TPU interpret mode, without a TPU.
+
+    Raises:
+        NotImplementedError: for shapes that the kernel does not have, saying which.
+    """
+    B, T, H, q, N, d = query.shape
+    b = key_codes.shape[3]
+    if shift.shape[1] != 1:
+        raise NotImplementedError("one shift for all blocks (frame 'block'), not one for each")
+    tiling = tiling_of(T * q, N, b, splits)
+    rows = jnp.transpose(query, (0, 2, 4, 1, 3, 5)).reshape(B, H, N, T * q, d)
+    rows = jnp.pad(rows, (*((0, 0),) * 3, (0, tiling.rows - T * q), (0, 0)))
+    key_rows, value_rows = _table_rows(key_codewords), _table_rows(value_codewords)
+    mass, total, top = attend_words(
+        rows.reshape(B, H, -1, d),
+        shift[:, 0],
+        to_words(key_codes, tiling.parts),
+        to_words(value_codes, tiling.parts),
+        key_rows,
+        blocks,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    # One softmax of all splits and parts, then one product with the codebook.
+    whole = jnp.max(top.reshape(B, H, -1, tiling.rows), axis=2)  # [B, H, rows]
+    whole = jnp.where(jnp.isfinite(whole), whole, 0)
+    share = jnp.exp(top - jnp.tile(whole, tiling.parts)[:, :, None])  # [B, H, splits, 8]
+    mass = (mass * share[..., None]).reshape(B, H, -1, tiling.rows, mass.shape[-1]).sum(axis=2)
+    total = (total * share).reshape(B, H, -1, tiling.rows).sum(axis=2)
+    out = jnp.einsum("BHrk,Hkd->BHrd", mass, value_rows, precision=EXACT)
+    some = total > 0
+    safe = jnp.where(some, total, 1)
+    out = jnp.where(some[..., None], out, 0) / safe[..., None]
+    lse = jnp.where(some, whole + jnp.log(safe), -jnp.inf)
+
+    def by_query(x: Array) -> Array:  # [B, H, rows, ...] -> [B, T, H, q, ...]
+        x = x[:, :, : T * q]
+        return jnp.moveaxis(x.reshape(B, H, T, q, *x.shape[3:]), 2, 1)
+
+    return by_query(out), by_query(lse)
