@@ -35,6 +35,8 @@ PER_WORD = 8
 """Codes in one 32-bit word."""
 CHUNK_TOKENS = 2048
 """Tokens of a grid step, about."""
+import os
+UNROLL = int(os.environ.get("U", "1"))
 BYTES = 0x00808080
 """Added and taken away by exclusive or, it makes the bytes of a word signed digits of base 256."""
 UNIT = 2.0**30
@@ -149,11 +151,31 @@ def _table_rows(codewords: Float[Array, "H G R K g"]) -> Float[Array, "H W·128 
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def _dot(a: Array, b: Array) -> Array:
-    """``a bᵀ`` in float32."""
-    return jax.lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), precision=EXACT, preferred_element_type=jnp.float32
-    )
+def _pieces(x: Float[Array, "..."], count: int) -> list[Array]:
+    """``count`` bfloat16 arrays whose sum is a float32 array to 8 bits each."""
+    out = []
+    for _ in range(count):
+        # Rounded by bits: casts there and back are what XLA may leave out.
+        upper = (jax.lax.bitcast_convert_type(x, jnp.int32) + 0x8000) & -0x10000
+        upper = jax.lax.bitcast_convert_type(upper, jnp.float32)
+        out.append(upper.astype(jnp.bfloat16))
+        x = x - upper
+    return out
+
+
+def _product(a: Float[Array, "m d"], b_ref) -> Float[Array, "m n"]:
+    """``a bᵀ`` for b in `_pieces`, each of which goes through the MXU once."""
+    count, m = b_ref.shape[0], len(a)
+    pieces, terms = _pieces(a, count), []
+    for i in range(count):
+        part = jax.lax.dot_general(
+            jnp.concatenate(pieces[: count - i]),
+            b_ref[i],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        terms += [part[j * m : (j + 1) * m] for j in range(count - i)]
+    return sum(terms[1:], terms[0])
 
 
 def _by_part(parts: list[Array]) -> Array:
@@ -169,8 +191,8 @@ def _by_part(parts: list[Array]) -> Array:
 def _kernel(
     blocks_ref,  # [B] in scalar memory
     query_ref,  # [chunk·rows, d]
-    shift_ref,  # [b, d]
-    book_ref,  # [W·128, d]
+    shift_ref,  # [pieces, b, d]
+    book_ref,  # [pieces, W·128, d]
     key_ref,  # [chunk·tiles·W·parts, 128]
     value_ref,  # [chunk·tiles·V·parts, 128]
     mass_ref,  # [8, V·128]
@@ -179,14 +201,14 @@ def _kernel(
     table_ref,  # [chunk·8, W·128]
     shared_ref,  # [chunk·8, b]
     score_ref,  # [chunk·tiles, 8, 128]
-    count_ref,  # [parts, 32, V·128] int32
+    count_ref,  # [parts, V, 32, 128] int32
     *,
     tiling: Tiling,
 ):
     t = tiling
     step = pl.program_id(3)
     first = (pl.program_id(2) * t.steps + step) * t.chunk
-    valid = blocks_ref[pl.program_id(0)]
+    valid = jnp.minimum(blocks_ref[pl.program_id(0)], first + (t.steps - step) * t.chunk)
     words, values = table_ref.shape[1] // LANES, mass_ref.shape[1] // LANES
 
     @pl.when(step == 0)
@@ -194,103 +216,109 @@ def _kernel(
         mass_ref[...] = jnp.zeros(mass_ref.shape, jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
         top_ref[...] = jnp.full(top_ref.shape, -jnp.inf, jnp.float32)
+        score_ref[...] = jnp.full(score_ref.shape, -jnp.inf, jnp.float32)
 
-    @pl.when(first < valid)
+    # Scores of this step's chunk beside masses of the one before, which do not wait for each other.
+    @pl.when(first - jnp.minimum(step, 1) * t.chunk < valid)
     def _chunk():
-        rows = jnp.concatenate(
-            [query_ref[pl.ds(c * t.rows, t.rows), :] for c in range(t.chunk) for _ in range(t.parts)]
-        )
-        table_ref[...] = _dot(rows, book_ref[...])
-        shared_ref[...] = _dot(rows, shift_ref[...])
-
-        def score(c, best):  # one block
-            at = pl.multiple_of(c * SUBLANES, SUBLANES)
-            for tile in range(t.tiles):
-                here = c * t.tiles + tile
-                total = _by_part(
-                    [
-                        shared_ref[pl.ds(at, SUBLANES), pl.ds((tile * t.parts + p) * LANES, LANES)]
-                        for p in range(t.parts)
+        rows = query_ref[...]
+        for out, book in ((table_ref, book_ref), (shared_ref, shift_ref)):
+            product = _product(rows, book)
+            for c in range(t.chunk):
+                for p in range(t.parts):
+                    out[pl.ds(c * SUBLANES + p * t.rows, t.rows), :] = product[
+                        c * t.rows : (c + 1) * t.rows
                     ]
-                )
-                for w in range(words):
-                    table = table_ref[pl.ds(at, SUBLANES), pl.ds(w * LANES, LANES)]
-                    word = _by_part(
-                        [
-                            jnp.broadcast_to(
-                                key_ref[pl.ds((here * words + w) * t.parts + p, 1), :],
-                                (SUBLANES, LANES),
-                            )
-                            for p in range(t.parts)
-                        ]
-                    )
-                    for i in range(PER_WORD):
-                        code = jax.lax.shift_right_logical(word, 4 * i) & 15 | CODEWORDS * i
-                        total += jnp.take_along_axis(
-                            table, code, axis=1, mode="promise_in_bounds"
-                        )
-                total = jnp.where(first + c < valid, total, -jnp.inf)
-                score_ref[here] = total
-                best = jnp.maximum(best, total)
-            return best
-
-        before = top_ref[...]
-        best = jax.lax.fori_loop(0, t.chunk, score, before)
-        top = jnp.broadcast_to(jnp.max(best, axis=1, keepdims=True), best.shape)
-        top_ref[...] = top
-        shrink = jnp.exp(before - top)
-
         count_ref[...] = jnp.zeros(count_ref.shape, jnp.int32)
         sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
         quarter = (sublane & 3) * 0x44444444  # the upper two bits of all eight codes of a word
+        before = top_ref[...]
+        base = jnp.where(before > -jnp.inf, before, 0)
 
-        def count(here, total):  # one tile
-            weight = jnp.exp(score_ref[here] - top)
+        def block(c, carry):
+            best, total = carry
+            for tile in range(t.tiles):
+                here = c * t.tiles + tile
+                weight = jnp.exp(score_ref[here] - base)
+                total += weight
+                count(here, weight)
+                scores = score(c, tile)
+                score_ref[here] = scores
+                best = jnp.maximum(best, scores)
+            return best, total
+
+        def score(c, tile):
+            at = pl.multiple_of(c * SUBLANES, SUBLANES)
+            here = c * t.tiles + tile
+            total = _by_part(
+                [
+                    shared_ref[pl.ds(at, SUBLANES), pl.ds((tile * t.parts + p) * LANES, LANES)]
+                    for p in range(t.parts)
+                ]
+            )
+            for w in range(words):
+                table = table_ref[pl.ds(at, SUBLANES), pl.ds(w * LANES, LANES)]
+                word = _by_part(
+                    [
+                        jnp.broadcast_to(
+                            key_ref[pl.ds((here * words + w) * t.parts + p, 1), :],
+                            (SUBLANES, LANES),
+                        )
+                        for p in range(t.parts)
+                    ]
+                )
+                for i in range(PER_WORD):
+                    code = jax.lax.shift_right_logical(word, 4 * i) & 15 | CODEWORDS * i
+                    total += jnp.take_along_axis(table, code, axis=1, mode="promise_in_bounds")
+            return jnp.where(first + c < valid, total, -jnp.inf)
+
+        def count(here, weight):
             digits = (weight * UNIT + 0.5).astype(jnp.int32)
             digits = pltpu.bitcast((digits + BYTES) ^ BYTES, jnp.int8)  # [32, 128]
             for p in range(t.parts):
-                columns = []
                 for w in range(values):
+                    columns = []
                     word = value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]
                     word = jnp.broadcast_to(word, (SUBLANES, LANES)) ^ quarter
                     for pair in range(PER_WORD // 2):
                         # Eight times the code, less than 32 in the sublane of its upper bits; a
                         # shift by more leaves nothing.
-                        low = 8 * pair - 3 + 4 * (sublane >> 2)
                         if pair == 0:
                             eight = jnp.where(
                                 sublane < 4, word << 3, jax.lax.shift_right_logical(word, 1)
                             )
                         else:
+                            low = 8 * pair - 3 + 4 * (sublane >> 2)
                             eight = jax.lax.shift_right_logical(word, low)
                         one = jax.lax.shift_left(jnp.ones_like(word), eight & 0x78)
                         columns.append(pltpu.bitcast(one, jnp.int8))
-                count_ref[p] += jax.lax.dot_general(
-                    digits,
-                    jnp.concatenate(columns),
-                    (((1,), (1,)), ((), ())),
-                    preferred_element_type=jnp.int32,
-                )
-            return total + weight
+                    count_ref[p, w] += jax.lax.dot_general(
+                        digits,
+                        jnp.concatenate(columns),
+                        (((1,), (1,)), ((), ())),
+                        preferred_element_type=jnp.int32,
+                    )
 
-        total_ref[...] = jax.lax.fori_loop(
-            0, t.chunk * t.tiles, count, total_ref[...] * shrink
+        best, total = jax.lax.fori_loop(
+            0, t.chunk, block, (before, total_ref[...]), unroll=UNROLL
         )
-        # Digit i of sublane s is row 4·s + i.
-        row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 4 * SUBLANES), 0)
-        digit = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 4 * SUBLANES), 1)
-        worth = jax.lax.shift_left(jnp.ones_like(digit), 8 * (digit & 3)).astype(jnp.float32) / UNIT
-        mass = mass_ref[...] * shrink[:, :1]
-        for p in range(t.parts):
-            ours = (digit >> 2 == row) & (row >= p * t.rows) & (row < (p + 1) * t.rows)
-            mass += jax.lax.dot_general(
-                jnp.where(ours, worth, 0),
-                count_ref[p].astype(jnp.float32),
-                (((1,), (0,)), ((), ())),
-                precision=EXACT,
-                preferred_element_type=jnp.float32,
+        top = jnp.broadcast_to(jnp.max(best, axis=1, keepdims=True), best.shape)
+        shrink = jnp.exp(base - jnp.where(top > -jnp.inf, top, 0))
+        top_ref[...] = top
+        total_ref[...] = total * shrink
+        for w in range(values):
+            at = pl.ds(w * LANES, LANES)
+            counted = _by_part(
+                [
+                    sum(  # digit i of sublane s is row 4·s + i
+                        count_ref[p, w, pl.ds(i, SUBLANES, 4), :].astype(jnp.float32)
+                        * (256.0**i / UNIT)
+                        for i in range(4)
+                    )
+                    for p in range(t.parts)
+                ]
             )
-        mass_ref[...] = mass
+            mass_ref[:, at] = (mass_ref[:, at] + counted) * shrink
 
 
 def attend_words(
@@ -302,6 +330,7 @@ def attend_words(
     blocks: Int[Array, " B"],
     *,
     tiling: Tiling,
+    pieces: int = 2,
     interpret: bool = False,
 ) -> tuple[
     Float[Array, "B H splits 8 V·128"],
@@ -331,18 +360,15 @@ def attend_words(
     N = query.shape[2] // t.rows
     W, V = key_words.shape[2] // (N * per_block), value_words.shape[2] // (N * per_block)
 
-    def at(i, s, c, blocks):  # the chunk to read; beyond the valid ones the last again
-        last = jax.lax.div(jnp.maximum(blocks[i] - 1, 0), t.chunk)
-        return jnp.minimum(s * t.steps + c, last)
+    def chunked(rows, lanes, late=0):
+        def at(i, h, s, c, blocks):  # beyond the valid chunks the last again
+            last = jax.lax.div(jnp.maximum(blocks[i] - 1, 0), t.chunk)
+            return i, h, jnp.minimum(s * t.steps + jnp.maximum(c - late, 0), last), 0
 
-    def chunked(rows, lanes):
-        return pl.BlockSpec(
-            (None, None, t.chunk * rows, lanes),
-            lambda i, h, s, c, blocks: (i, h, at(i, s, c, blocks), 0),
-        )
+        return pl.BlockSpec((None, None, t.chunk * rows, lanes), at)
 
     def of_head(*shape):
-        return pl.BlockSpec((None, *shape), lambda i, h, s, c, blocks: (h, 0, 0))
+        return pl.BlockSpec((None, *shape), lambda i, h, s, c, blocks: (h, 0, 0, 0))
 
     def out(*shape):
         return pl.BlockSpec(
@@ -353,20 +379,20 @@ def attend_words(
         functools.partial(_kernel, tiling=t),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, H, t.splits, t.steps),
+            grid=(B, H, t.splits, t.steps + 1),
             in_specs=[
                 chunked(t.rows, d),
-                of_head(b, d),
-                of_head(W * LANES, d),
+                of_head(pieces, b, d),
+                of_head(pieces, W * LANES, d),
                 chunked(per_block * W, LANES),
-                chunked(per_block * V, LANES),
+                chunked(per_block * V, LANES, late=1),
             ],
             out_specs=[out(SUBLANES, V * LANES), out(SUBLANES, LANES), out(SUBLANES, LANES)],
             scratch_shapes=[
                 pltpu.VMEM((t.chunk * SUBLANES, W * LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * SUBLANES, b), jnp.float32),
                 pltpu.VMEM((t.chunk * t.tiles, SUBLANES, LANES), jnp.float32),
-                pltpu.VMEM((t.parts, 4 * SUBLANES, V * LANES), jnp.int32),
+                pltpu.VMEM((t.parts, V, 4 * SUBLANES, LANES), jnp.int32),
             ],
         ),
         out_shape=[
@@ -378,7 +404,14 @@ def attend_words(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="attend_codes",
-    )(blocks.astype(jnp.int32), query, shift, key_rows, key_words, value_words)
+    )(
+        blocks.astype(jnp.int32),
+        query,
+        jnp.stack(_pieces(shift, pieces), axis=1),
+        jnp.stack(_pieces(key_rows, pieces), axis=1),
+        key_words,
+        value_words,
+    )
     return mass, total.sum(axis=-1), top[..., 0]
 
 
@@ -392,6 +425,7 @@ def attend_codes(
     blocks: Int[Array, " B"],
     *,
     splits: int = 1,
+    pieces: int = 2,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_codes` as a TPU kernel, with the same arguments.
@@ -426,6 +460,7 @@ def attend_codes(
         key_rows,
         blocks,
         tiling=tiling,
+        pieces=pieces,
         interpret=interpret,
     )
     # One softmax of all splits and parts, then one product with the codebook.
