@@ -40,7 +40,9 @@ UNROLL = int(os.environ.get("U", "1"))
 BYTES = 0x00808080
 """Added and taken away by exclusive or, it makes the bytes of a word signed digits of base 256."""
 UNIT = 2.0**30
-"""What a probability of 1 is as an integer."""
+"""What a probability of 1 is as an integer, of four digits."""
+TABLE_UNIT = 127.0 * 2**16
+"""What a table's largest entry is as an integer, of three digits."""
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -188,6 +190,32 @@ def _by_part(parts: list[Array]) -> Array:
     return out
 
 
+def _digits(x: Float[Array, "8 n"]) -> Int[Array, "32 n"]:
+    """Signed int8 digits of base 256 of rounded numbers: digit i of sublane s in row 4·s + i."""
+    x = (x + jnp.where(x < 0, -0.5, 0.5)).astype(jnp.int32)
+    return pltpu.bitcast((x + BYTES) ^ BYTES, jnp.int8)
+
+
+def _one_hot(word: Int32[Array, "1 128"]) -> Int[Array, "128 128"]:
+    """int8, 1 in row 16·i + code i of a token's word, tokens in lanes.
+
+    A register of 8 sublanes × 4 bytes holds two codes: sublane 4·i + j has the codewords 4·j to
+    4·j + 3 of code i. With j taken away by exclusive or, eight times a code is less than 32 in its
+    own sublane only, and 1 shifted left by that is its byte; a shift by 32 or more leaves nothing.
+    """
+    sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    word = jnp.broadcast_to(word, (SUBLANES, LANES)) ^ (sublane & 3) * 0x44444444
+    columns = []
+    for pair in range(PER_WORD // 2):
+        if pair:
+            eight = jax.lax.shift_right_logical(word, 8 * pair - 3 + (sublane & 4))
+        else:
+            eight = jnp.where(sublane < 4, word << 3, jax.lax.shift_right_logical(word, 1))
+        one = jax.lax.shift_left(jnp.ones_like(word), eight & 0x78)
+        columns.append(pltpu.bitcast(one, jnp.int8))
+    return jnp.concatenate(columns)
+
+
 def _kernel(
     blocks_ref,  # [B] in scalar memory
     query_ref,  # [chunk·rows, d]
@@ -198,9 +226,11 @@ def _kernel(
     mass_ref,  # [8, V·128]
     total_ref,  # [8, 128], a sum a lane
     top_ref,  # [8, 128], the same in all lanes
-    table_ref,  # [chunk·8, W·128]
+    table_ref,  # [chunk·32, W·128] int8
+    scale_ref,  # [chunk·8, 128]
     shared_ref,  # [chunk·8, b]
     score_ref,  # [chunk·tiles, 8, 128]
+    digit_ref,  # [parts, 32, 128] int32
     count_ref,  # [parts, V, 32, 128] int32
     *,
     tiling: Tiling,
@@ -222,16 +252,21 @@ def _kernel(
     @pl.when(first - jnp.minimum(step, 1) * t.chunk < valid)
     def _chunk():
         rows = query_ref[...]
-        for out, book in ((table_ref, book_ref), (shared_ref, shift_ref)):
-            product = _product(rows, book)
-            for c in range(t.chunk):
-                for p in range(t.parts):
-                    out[pl.ds(c * SUBLANES + p * t.rows, t.rows), :] = product[
-                        c * t.rows : (c + 1) * t.rows
-                    ]
+        tables = _product(rows, book_ref)
+        shared = _product(rows, shift_ref)
+        scale = jnp.max(jnp.abs(tables), axis=1, keepdims=True) / TABLE_UNIT
+        tables = tables * jnp.where(scale > 0, 1 / scale, 0)
+        for c in range(t.chunk):
+            ours = slice(c * t.rows, (c + 1) * t.rows)
+            of_block = pl.ds(c * SUBLANES, SUBLANES)
+            table_ref[pl.ds(c * 4 * SUBLANES, 4 * SUBLANES), :] = _digits(
+                jnp.concatenate([tables[ours]] * t.parts)
+            )
+            shared_ref[of_block, :] = jnp.concatenate([shared[ours]] * t.parts)
+            scale_ref[of_block, :] = jnp.broadcast_to(
+                jnp.concatenate([scale[ours]] * t.parts), (SUBLANES, LANES)
+            )
         count_ref[...] = jnp.zeros(count_ref.shape, jnp.int32)
-        sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-        quarter = (sublane & 3) * 0x44444444  # the upper two bits of all eight codes of a word
         before = top_ref[...]
         base = jnp.where(before > -jnp.inf, before, 0)
 
@@ -248,53 +283,39 @@ def _kernel(
             return best, total
 
         def score(c, tile):
-            at = pl.multiple_of(c * SUBLANES, SUBLANES)
-            here = c * t.tiles + tile
-            total = _by_part(
-                [
+            at, here = pl.multiple_of(c * SUBLANES, SUBLANES), c * t.tiles + tile
+            table = table_ref[pl.ds(pl.multiple_of(c * 4 * SUBLANES, 4 * SUBLANES), 4 * SUBLANES), :]
+            shared, looked_up = [], []
+            for p in range(t.parts):
+                shared.append(
                     shared_ref[pl.ds(at, SUBLANES), pl.ds((tile * t.parts + p) * LANES, LANES)]
-                    for p in range(t.parts)
-                ]
-            )
-            for w in range(words):
-                table = table_ref[pl.ds(at, SUBLANES), pl.ds(w * LANES, LANES)]
-                word = _by_part(
-                    [
-                        jnp.broadcast_to(
-                            key_ref[pl.ds((here * words + w) * t.parts + p, 1), :],
-                            (SUBLANES, LANES),
-                        )
-                        for p in range(t.parts)
-                    ]
                 )
-                for i in range(PER_WORD):
-                    code = jax.lax.shift_right_logical(word, 4 * i) & 15 | CODEWORDS * i
-                    total += jnp.take_along_axis(table, code, axis=1, mode="promise_in_bounds")
+                columns = [
+                    _one_hot(key_ref[pl.ds((here * words + w) * t.parts + p, 1), :])
+                    for w in range(words)
+                ]
+                digit_ref[p] = jax.lax.dot_general(
+                    table,
+                    jnp.concatenate(columns),
+                    (((1,), (0,)), ((), ())),
+                    preferred_element_type=jnp.int32,
+                )
+                looked_up.append(
+                    sum(
+                        digit_ref[p, pl.ds(i, SUBLANES, 4), :].astype(jnp.float32) * 256.0**i
+                        for i in range(3)
+                    )
+                )
+            total = _by_part(shared) + _by_part(looked_up) * scale_ref[pl.ds(at, SUBLANES), :]
             return jnp.where(first + c < valid, total, -jnp.inf)
 
         def count(here, weight):
-            digits = (weight * UNIT + 0.5).astype(jnp.int32)
-            digits = pltpu.bitcast((digits + BYTES) ^ BYTES, jnp.int8)  # [32, 128]
+            digits = _digits(weight * UNIT)
             for p in range(t.parts):
                 for w in range(values):
-                    columns = []
-                    word = value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]
-                    word = jnp.broadcast_to(word, (SUBLANES, LANES)) ^ quarter
-                    for pair in range(PER_WORD // 2):
-                        # Eight times the code, less than 32 in the sublane of its upper bits; a
-                        # shift by more leaves nothing.
-                        if pair == 0:
-                            eight = jnp.where(
-                                sublane < 4, word << 3, jax.lax.shift_right_logical(word, 1)
-                            )
-                        else:
-                            low = 8 * pair - 3 + 4 * (sublane >> 2)
-                            eight = jax.lax.shift_right_logical(word, low)
-                        one = jax.lax.shift_left(jnp.ones_like(word), eight & 0x78)
-                        columns.append(pltpu.bitcast(one, jnp.int8))
                     count_ref[p, w] += jax.lax.dot_general(
                         digits,
-                        jnp.concatenate(columns),
+                        _one_hot(value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]),
                         (((1,), (1,)), ((), ())),
                         preferred_element_type=jnp.int32,
                     )
@@ -389,9 +410,11 @@ def attend_words(
             ],
             out_specs=[out(SUBLANES, V * LANES), out(SUBLANES, LANES), out(SUBLANES, LANES)],
             scratch_shapes=[
-                pltpu.VMEM((t.chunk * SUBLANES, W * LANES), jnp.float32),
+                pltpu.VMEM((t.chunk * 4 * SUBLANES, W * LANES), jnp.int8),
+                pltpu.VMEM((t.chunk * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * SUBLANES, b), jnp.float32),
                 pltpu.VMEM((t.chunk * t.tiles, SUBLANES, LANES), jnp.float32),
+                pltpu.VMEM((t.parts, 4 * SUBLANES, LANES), jnp.int32),
                 pltpu.VMEM((t.parts, V, 4 * SUBLANES, LANES), jnp.int32),
             ],
         ),
