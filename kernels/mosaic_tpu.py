@@ -33,10 +33,10 @@ SUBLANES = 8
 CODEWORDS = 16
 PER_WORD = 8
 """Codes in one 32-bit word."""
-CHUNK_TOKENS = 2048
-"""Tokens of a grid step, about."""
 import os
-UNROLL = int(os.environ.get("U", "1"))
+GROUP_TILES = int(os.environ.get("U", "1"))
+CHUNK_TOKENS = int(os.environ.get("CT", "2048"))
+"""Tokens of a grid step, about."""
 BYTES = 0x00808080
 """Added and taken away by exclusive or, it makes the bytes of a word signed digits of base 256."""
 UNIT = 2.0**30
@@ -54,6 +54,7 @@ class Tiling:
         parts: runs of 128 tokens in a tile; 8 / parts query rows each.
         tiles: tiles of a block.
         chunk: blocks of a grid step.
+        group: blocks whose instructions are scheduled together.
         steps: grid steps of a split.
         splits: parts of the sequence with programs of their own.
     """
@@ -61,6 +62,7 @@ class Tiling:
     parts: int
     tiles: int
     chunk: int
+    group: int
     steps: int
     splits: int
 
@@ -101,7 +103,8 @@ def tiling_of(rows: int, blocks: int, block: int, splits: int = 1) -> Tiling:
         chunk, splits = blocks, 1
     chunks = -(-blocks // chunk)
     steps = -(-chunks // splits)
-    return Tiling(parts, tiles, chunk, steps, -(-chunks // steps))
+    group = max(n for n in range(1, max(GROUP_TILES // tiles, 1) + 1) if chunk % n == 0)
+    return Tiling(parts, tiles, chunk, group, steps, -(-chunks // steps))
 
 
 # --- layout of codes ------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def _kernel(
     scale_ref,  # [chunk·8, 128]
     shared_ref,  # [chunk·8, b]
     score_ref,  # [chunk·tiles, 8, 128]
-    digit_ref,  # [parts, 32, 128] int32
+    digit_ref,  # [group·tiles·parts, 32, 128] int32
     count_ref,  # [parts, V, 32, 128] int32
     *,
     tiling: Tiling,
@@ -270,21 +273,23 @@ def _kernel(
         before = top_ref[...]
         base = jnp.where(before > -jnp.inf, before, 0)
 
-        def block(c, carry):
+        def blocks(group, carry):
             best, total = carry
-            for tile in range(t.tiles):
-                here = c * t.tiles + tile
-                weight = jnp.exp(score_ref[here] - base)
-                total += weight
-                count(here, weight)
-                scores = score(c, tile)
-                score_ref[here] = scores
-                best = jnp.maximum(best, scores)
-            return best, total
+            tiles = [(group * t.group + c, tile) for c in range(t.group) for tile in range(t.tiles)]
+            before = [score_ref[c * t.tiles + tile] for c, tile in tiles]
+            after = [score(i, c, tile) for i, (c, tile) in enumerate(tiles)]
+            weights = [jnp.exp(x - base) for x in before]
+            count([c * t.tiles + tile for c, tile in tiles], weights)
+            for (c, tile), x in zip(tiles, after, strict=True):
+                score_ref[c * t.tiles + tile] = x
+                best = jnp.maximum(best, x)
+            return best, sum(weights, total)
 
-        def score(c, tile):
+        def score(i, c, tile):
             at, here = pl.multiple_of(c * SUBLANES, SUBLANES), c * t.tiles + tile
-            table = table_ref[pl.ds(pl.multiple_of(c * 4 * SUBLANES, 4 * SUBLANES), 4 * SUBLANES), :]
+            table = table_ref[
+                pl.ds(pl.multiple_of(c * 4 * SUBLANES, 4 * SUBLANES), 4 * SUBLANES), :
+            ]
             shared, looked_up = [], []
             for p in range(t.parts):
                 shared.append(
@@ -294,7 +299,7 @@ def _kernel(
                     _one_hot(key_ref[pl.ds((here * words + w) * t.parts + p, 1), :])
                     for w in range(words)
                 ]
-                digit_ref[p] = jax.lax.dot_general(
+                digit_ref[i * t.parts + p] = jax.lax.dot_general(
                     table,
                     jnp.concatenate(columns),
                     (((1,), (0,)), ((), ())),
@@ -302,26 +307,30 @@ def _kernel(
                 )
                 looked_up.append(
                     sum(
-                        digit_ref[p, pl.ds(i, SUBLANES, 4), :].astype(jnp.float32) * 256.0**i
-                        for i in range(3)
+                        digit_ref[i * t.parts + p, pl.ds(k, SUBLANES, 4), :].astype(jnp.float32)
+                        * 256.0**k
+                        for k in range(3)
                     )
                 )
             total = _by_part(shared) + _by_part(looked_up) * scale_ref[pl.ds(at, SUBLANES), :]
             return jnp.where(first + c < valid, total, -jnp.inf)
 
-        def count(here, weight):
-            digits = _digits(weight * UNIT)
+        def count(tiles, weights):
+            digits = [_digits(weight * UNIT) for weight in weights]
             for p in range(t.parts):
                 for w in range(values):
-                    count_ref[p, w] += jax.lax.dot_general(
-                        digits,
-                        _one_hot(value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]),
-                        (((1,), (1,)), ((), ())),
-                        preferred_element_type=jnp.int32,
+                    count_ref[p, w] += sum(
+                        jax.lax.dot_general(
+                            x,
+                            _one_hot(value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]),
+                            (((1,), (1,)), ((), ())),
+                            preferred_element_type=jnp.int32,
+                        )
+                        for here, x in zip(tiles, digits, strict=True)
                     )
 
         best, total = jax.lax.fori_loop(
-            0, t.chunk, block, (before, total_ref[...]), unroll=UNROLL
+            0, t.chunk // t.group, blocks, (before, total_ref[...])
         )
         top = jnp.broadcast_to(jnp.max(best, axis=1, keepdims=True), best.shape)
         shrink = jnp.exp(base - jnp.where(top > -jnp.inf, top, 0))
@@ -414,7 +423,7 @@ def attend_words(
                 pltpu.VMEM((t.chunk * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * SUBLANES, b), jnp.float32),
                 pltpu.VMEM((t.chunk * t.tiles, SUBLANES, LANES), jnp.float32),
-                pltpu.VMEM((t.parts, 4 * SUBLANES, LANES), jnp.int32),
+                pltpu.VMEM((t.group * t.tiles * t.parts, 4 * SUBLANES, LANES), jnp.int32),
                 pltpu.VMEM((t.parts, V, 4 * SUBLANES, LANES), jnp.int32),
             ],
         ),
