@@ -33,10 +33,10 @@ SUBLANES = 8
 CODEWORDS = 16
 PER_WORD = 8
 """Codes in one 32-bit word."""
-import os
-GROUP_TILES = int(os.environ.get("U", "1"))
-CHUNK_TOKENS = int(os.environ.get("CT", "2048"))
+CHUNK_TOKENS = 4096
 """Tokens of a grid step, about."""
+GROUP_TILES = 8
+"""Tiles whose instructions are scheduled together, at most."""
 BYTES = 0x00808080
 """Added and taken away by exclusive or, it makes the bytes of a word signed digits of base 256."""
 UNIT = 2.0**30
@@ -210,10 +210,8 @@ def _one_hot(word: Int32[Array, "1 128"]) -> Int[Array, "128 128"]:
     word = jnp.broadcast_to(word, (SUBLANES, LANES)) ^ (sublane & 3) * 0x44444444
     columns = []
     for pair in range(PER_WORD // 2):
-        if pair:
-            eight = jax.lax.shift_right_logical(word, 8 * pair - 3 + (sublane & 4))
-        else:
-            eight = jnp.where(sublane < 4, word << 3, jax.lax.shift_right_logical(word, 1))
+        up, down = (word << 3, 0) if pair == 0 else (word, 8 * pair - 3)
+        eight = jax.lax.shift_right_logical(up, down + (sublane & 4))
         one = jax.lax.shift_left(jnp.ones_like(word), eight & 0x78)
         columns.append(pltpu.bitcast(one, jnp.int8))
     return jnp.concatenate(columns)
@@ -233,7 +231,7 @@ def _kernel(
     scale_ref,  # [chunk·8, 128]
     shared_ref,  # [chunk·8, b]
     score_ref,  # [chunk·tiles, 8, 128]
-    digit_ref,  # [group·tiles·parts, 32, 128] int32
+    digit_ref,  # [group, tiles·parts, 32, 128] int32
     count_ref,  # [parts, V, 32, 128] int32
     *,
     tiling: Tiling,
@@ -275,59 +273,67 @@ def _kernel(
 
         def blocks(group, carry):
             best, total = carry
-            tiles = [(group * t.group + c, tile) for c in range(t.group) for tile in range(t.tiles)]
-            before = [score_ref[c * t.tiles + tile] for c, tile in tiles]
-            after = [score(i, c, tile) for i, (c, tile) in enumerate(tiles)]
+            at = [group * t.group + c for c in range(t.group)]
+            tiles = [c * t.tiles + tile for c in at for tile in range(t.tiles)]
+            before = [score_ref[tile] for tile in tiles]
+            after = [x for i, c in enumerate(at) for x in score(i, c)]
             weights = [jnp.exp(x - base) for x in before]
-            count([c * t.tiles + tile for c, tile in tiles], weights)
-            for (c, tile), x in zip(tiles, after, strict=True):
-                score_ref[c * t.tiles + tile] = x
+            count(tiles, weights)
+            for tile, x in zip(tiles, after, strict=True):
+                score_ref[tile] = x
                 best = jnp.maximum(best, x)
             return best, sum(weights, total)
 
-        def score(i, c, tile):
-            at, here = pl.multiple_of(c * SUBLANES, SUBLANES), c * t.tiles + tile
-            table = table_ref[
-                pl.ds(pl.multiple_of(c * 4 * SUBLANES, 4 * SUBLANES), 4 * SUBLANES), :
-            ]
-            shared, looked_up = [], []
-            for p in range(t.parts):
-                shared.append(
-                    shared_ref[pl.ds(at, SUBLANES), pl.ds((tile * t.parts + p) * LANES, LANES)]
-                )
-                columns = [
-                    _one_hot(key_ref[pl.ds((here * words + w) * t.parts + p, 1), :])
-                    for w in range(words)
-                ]
-                digit_ref[i * t.parts + p] = jax.lax.dot_general(
-                    table,
-                    jnp.concatenate(columns),
-                    (((1,), (0,)), ((), ())),
-                    preferred_element_type=jnp.int32,
-                )
-                looked_up.append(
-                    sum(
-                        digit_ref[i * t.parts + p, pl.ds(k, SUBLANES, 4), :].astype(jnp.float32)
-                        * 256.0**k
-                        for k in range(3)
+        def one_hots(ref, count, tiles, parts):  # [count·128, tiles·parts·128] int8
+            return jnp.concatenate(
+                [
+                    jnp.concatenate(
+                        [
+                            _one_hot(ref[pl.ds((tile * count + w) * t.parts + p, 1), :])
+                            for w in range(count)
+                        ]
                     )
+                    for tile in tiles
+                    for p in parts
+                ],
+                axis=1,
+            )
+
+        def score(i, c):
+            of_block = pl.ds(pl.multiple_of(c * SUBLANES, SUBLANES), SUBLANES)
+            digits = pl.ds(pl.multiple_of(c * 4 * SUBLANES, 4 * SUBLANES), 4 * SUBLANES)
+            tiles = [c * t.tiles + tile for tile in range(t.tiles)]
+            products = jax.lax.dot_general(
+                table_ref[digits, :],
+                one_hots(key_ref, words, tiles, range(t.parts)),
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.int32,
+            )
+            scores = []
+            for run in range(t.tiles * t.parts):
+                lanes = pl.ds(run * LANES, LANES)
+                digit_ref[i, run] = products[:, run * LANES : (run + 1) * LANES]
+                looked_up = sum(
+                    digit_ref[i, run, pl.ds(k, SUBLANES, 4), :].astype(jnp.float32) * 256.0**k
+                    for k in range(3)
                 )
-            total = _by_part(shared) + _by_part(looked_up) * scale_ref[pl.ds(at, SUBLANES), :]
-            return jnp.where(first + c < valid, total, -jnp.inf)
+                scores.append(shared_ref[of_block, lanes] + looked_up * scale_ref[of_block, :])
+            return [
+                jnp.where(first + c < valid, _by_part(scores[k : k + t.parts]), -jnp.inf)
+                for k in range(0, len(scores), t.parts)
+            ]
 
         def count(tiles, weights):
-            digits = [_digits(weight * UNIT) for weight in weights]
+            digits = jnp.concatenate([_digits(weight * UNIT) for weight in weights], axis=1)
             for p in range(t.parts):
+                products = jax.lax.dot_general(
+                    digits,
+                    one_hots(value_ref, values, tiles, [p]),
+                    (((1,), (1,)), ((), ())),
+                    preferred_element_type=jnp.int32,
+                )
                 for w in range(values):
-                    count_ref[p, w] += sum(
-                        jax.lax.dot_general(
-                            x,
-                            _one_hot(value_ref[pl.ds((here * values + w) * t.parts + p, 1), :]),
-                            (((1,), (1,)), ((), ())),
-                            preferred_element_type=jnp.int32,
-                        )
-                        for here, x in zip(tiles, digits, strict=True)
-                    )
+                    count_ref[p, w] += products[:, w * LANES : (w + 1) * LANES]
 
         best, total = jax.lax.fori_loop(
             0, t.chunk // t.group, blocks, (before, total_ref[...])
@@ -423,7 +429,7 @@ def attend_words(
                 pltpu.VMEM((t.chunk * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * SUBLANES, b), jnp.float32),
                 pltpu.VMEM((t.chunk * t.tiles, SUBLANES, LANES), jnp.float32),
-                pltpu.VMEM((t.group * t.tiles * t.parts, 4 * SUBLANES, LANES), jnp.int32),
+                pltpu.VMEM((t.group, t.tiles * t.parts, 4 * SUBLANES, LANES), jnp.int32),
                 pltpu.VMEM((t.parts, V, 4 * SUBLANES, LANES), jnp.int32),
             ],
         ),
