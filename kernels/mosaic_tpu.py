@@ -41,8 +41,10 @@ BYTES = 0x00808080
 """Added and taken away by exclusive or, it makes the bytes of a word signed digits of base 256."""
 UNIT = 2.0**30
 """What a probability of 1 is as an integer, of four digits."""
-TABLE_UNIT = 127.0 * 2**16
+TABLE_UNIT = 2.0**22
 """What a table's largest entry is as an integer, of three digits."""
+MANTISSA, MANTISSA_BITS = 1.5 * 2**23, 0x4B400000
+"""A float32 number in whose neighbourhood the integers are the bits, and its bits."""
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -193,9 +195,8 @@ def _by_part(parts: list[Array]) -> Array:
     return out
 
 
-def _digits(x: Float[Array, "8 n"]) -> Int[Array, "32 n"]:
-    """Signed int8 digits of base 256 of rounded numbers: digit i of sublane s in row 4·s + i."""
-    x = (x + jnp.where(x < 0, -0.5, 0.5)).astype(jnp.int32)
+def _digits(x: Int32[Array, "8 n"]) -> Int[Array, "32 n"]:
+    """Signed int8 digits of base 256: digit i of sublane s in row 4·s + i."""
     return pltpu.bitcast((x + BYTES) ^ BYTES, jnp.int8)
 
 
@@ -256,7 +257,9 @@ def _kernel(
         tables = _product(rows, book_ref)
         shared = _product(rows, shift_ref)
         scale = jnp.max(jnp.abs(tables), axis=1, keepdims=True) / TABLE_UNIT
-        tables = tables * jnp.where(scale > 0, 1 / scale, 0)
+        # Rounded by an addition that leaves an integer in the mantissa.
+        tables = tables * jnp.where(scale > 0, 1 / scale, 0) + MANTISSA
+        tables = jax.lax.bitcast_convert_type(tables, jnp.int32) - MANTISSA_BITS
         for c in range(t.chunk):
             ours = slice(c * t.rows, (c + 1) * t.rows)
             of_block = pl.ds(c * SUBLANES, SUBLANES)
@@ -324,7 +327,8 @@ def _kernel(
             ]
 
         def count(tiles, weights):
-            digits = jnp.concatenate([_digits(weight * UNIT) for weight in weights], axis=1)
+            integers = [(weight * UNIT + 0.5).astype(jnp.int32) for weight in weights]
+            digits = jnp.concatenate([_digits(x) for x in integers], axis=1)
             for p in range(t.parts):
                 products = jax.lax.dot_general(
                     digits,
@@ -335,9 +339,7 @@ def _kernel(
                 for w in range(values):
                     count_ref[p, w] += products[:, w * LANES : (w + 1) * LANES]
 
-        best, total = jax.lax.fori_loop(
-            0, t.chunk // t.group, blocks, (before, total_ref[...])
-        )
+        best, total = jax.lax.fori_loop(0, t.chunk // t.group, blocks, (before, total_ref[...]))
         top = jnp.broadcast_to(jnp.max(best, axis=1, keepdims=True), best.shape)
         shrink = jnp.exp(base - jnp.where(top > -jnp.inf, top, 0))
         top_ref[...] = top
@@ -383,6 +385,7 @@ def attend_words(
         key_rows: codewords, 16 a stage.
         blocks: valid blocks of each sequence.
         tiling: of `tiling_of`.
+        pieces: bfloat16 pieces that stand for a float32 number where tables are made, 2 or 3.
         interpret: whether to run in TPU interpret mode, without a TPU.
 
     Returns:
@@ -407,9 +410,7 @@ def attend_words(
         return pl.BlockSpec((None, *shape), lambda i, h, s, c, blocks: (h, 0, 0, 0))
 
     def out(*shape):
-        return pl.BlockSpec(
-            (None, None, None, *shape), lambda i, h, s, c, blocks: (i, h, s, 0, 0)
-        )
+        return pl.BlockSpec((None, None, None, *shape), lambda i, h, s, c, blocks: (i, h, s, 0, 0))
 
     mass, total, top = pl.pallas_call(
         functools.partial(_kernel, tiling=t),
@@ -462,7 +463,7 @@ def attend_codes(
     value_codewords: Float[Array, "H G R K g"],
     blocks: Int[Array, " B"],
     *,
-    splits: int = 1,
+    tiling: Tiling | None = None,
     pieces: int = 2,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
@@ -476,8 +477,13 @@ def attend_codes(
         key_codewords: of this layer, at most 16 a stage.
         value_codewords: of this layer, at most 16 a stage.
         blocks: valid blocks of each sequence; the others are not read.
-        splits: parts of the sequence with programs of their own.
+        tiling: of `tiling_of`, or None for that of one split.
+        pieces: bfloat16 pieces of queries, codewords and shift, whose products make the tables: 3
+            for the precision of float32, 2 for scores to about 1e-5 of their terms.
         interpret: whether to run in TPU interpret mode, without a TPU.
+
+    Returns:
+        What the reference returns.
 
     Raises:
         NotImplementedError: for shapes that the kernel does not have, saying which.
@@ -486,7 +492,7 @@ def attend_codes(
     b = key_codes.shape[3]
     if shift.shape[1] != 1:
         raise NotImplementedError("one shift for all blocks (frame 'block'), not one for each")
-    tiling = tiling_of(T * q, N, b, splits)
+    tiling = tiling or tiling_of(T * q, N, b)
     rows = jnp.transpose(query, (0, 2, 4, 1, 3, 5)).reshape(B, H, N, T * q, d)
     rows = jnp.pad(rows, (*((0, 0),) * 3, (0, tiling.rows - T * q), (0, 0)))
     key_rows, value_rows = _table_rows(key_codewords), _table_rows(value_codewords)
