@@ -21,6 +21,7 @@ sublane p·(8 / P) + q. So the parts of a tile are softmaxes of their own, merge
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -98,14 +99,16 @@ def tiling_of(rows: int, blocks: int, block: int, splits: int = 1) -> Tiling:
     """
     parts = parts_of(rows, block)
     tiles = block // (parts * LANES)
-    # A grid step's words fill whole registers, whatever their number a tile.
-    least = -(-SUBLANES // tiles)
-    chunk = max(least, CHUNK_TOKENS // block // least * least)
-    if blocks <= chunk:
-        chunk, splits = blocks, 1
+    if tiles > GROUP_TILES:
+        most = GROUP_TILES * parts * LANES
+        raise NotImplementedError(f"blocks of at most {most} tokens for {rows} rows, not {block}")
+    # What a grid step reads, queries and words, fills whole registers.
+    least = max(parts, SUBLANES // math.gcd(SUBLANES, tiles * parts))
+    chunk = min(max(CHUNK_TOKENS // block, 1), blocks) // least * least
+    chunk = chunk or min(least, blocks)
+    group = max(n for n in range(1, GROUP_TILES // tiles + 1) if chunk % n == 0)
     chunks = -(-blocks // chunk)
     steps = -(-chunks // splits)
-    group = max(n for n in range(1, max(GROUP_TILES // tiles, 1) + 1) if chunk % n == 0)
     return Tiling(parts, tiles, chunk, group, steps, -(-chunks // steps))
 
 

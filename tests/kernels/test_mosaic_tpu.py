@@ -126,11 +126,14 @@ def test_tilings():
     assert (eight_b.parts, eight_b.tiles, eight_b.rows) == (2, 1, 4)
     assert eight_b.chunk * eight_b.steps == 512
     assert mosaic_tpu.tiling_of(8, 10, 128).parts == 1
-    for rows, blocks, block, splits in [(1, 33, 512, 3), (3, 100, 384, 7), (8, 1, 128, 4)]:
+    cases = [(1, 33, 512, 3), (3, 100, 384, 7), (8, 1, 128, 4), (8, 11, 384, 1), (1, 9, 1024, 2)]
+    for rows, blocks, block, splits in cases:
         t = mosaic_tpu.tiling_of(rows, blocks, block, splits)
         assert t.parts * t.tiles * 128 == block
         assert t.rows >= rows
         assert t.chunk % t.group == 0
+        whole = t.chunk == blocks
+        assert whole or (t.chunk * t.rows % 8, t.chunk * t.tiles * t.parts % 8) == (0, 0)
         assert t.splits <= splits
         assert (t.splits - 1) * t.steps * t.chunk < blocks <= t.splits * t.steps * t.chunk
 
@@ -141,6 +144,8 @@ def test_says_what_it_does_not_have():
         mosaic_tpu.tiling_of(9, 1, 128)
     with pytest.raises(NotImplementedError, match="multiple of 128 tokens, not 64"):
         mosaic_tpu.tiling_of(4, 1, 64)
+    with pytest.raises(NotImplementedError, match="at most 2048 tokens for 4 rows, not 4096"):
+        mosaic_tpu.tiling_of(4, 1, 4096)
     with pytest.raises(NotImplementedError, match="at most 16 codewords a stage, not 256"):
         mosaic_tpu.attend_codes(**x | {"value_codewords": np.zeros((1, 1, 2, 256, 16), "f")})
     with pytest.raises(NotImplementedError, match="one shift for all blocks"):
