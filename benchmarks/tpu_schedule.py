@@ -10,6 +10,7 @@ memory takes is the column beside them, bytes by bandwidth. Nothing here ran on 
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -214,6 +215,7 @@ def main(config: Config) -> None:
         config.out / "results" / "tpu-schedule.json",
         rows,
         command="python benchmarks/tpu_schedule.py",
+        compiler=f"libtpu {importlib.metadata.version('libtpu')}",
         estimate="bundles of the compiler's static schedule, one a cycle; nothing ran on a TPU",
         model="LLaMA-3-8B: 8 KV heads, 32 query heads, head_dim 128",
         context=config.context,
