@@ -1,0 +1,227 @@
+"""What TPU's own compiler says that decode attention over codes costs, without a TPU.
+
+    python benchmarks/tpu_schedule.py
+
+Needs `libtpu`. Compiles the kernel for LLaMA-3-8B's shapes, and JAX's own paged attention in
+bfloat16 beside it, counts the instruction bundles of the compiler's static schedule, one a cycle,
+and writes `results/tpu-schedule.json`. These are estimates: waiting for memory is not in them; what
+memory takes is the column beside them, bytes by bandwidth. Nothing here ran on a TPU.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.experimental import topologies
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+from jax.sharding import SingleDeviceSharding
+
+from gsrq_jax.kernels import mosaic_tpu
+from gsrq_jax.results import write_result
+
+ROOT = pathlib.Path(__file__).parent.parent
+HEADS, GROUP, DIM = 8, 4, 128
+"""KV heads, query heads of each, channels: LLaMA-3-8B."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is not in the compiler's report.
+
+    Attributes:
+        topology: its smallest slice by the compiler's name.
+        cores: that share a chip's KV heads; a schedule is one core's.
+        ghz: clock. v5e and v5p: peak bfloat16 rate over four MXUs of 128 × 128. v6e: assumed, the
+            peak over four of 256 × 256.
+        gbps: memory bandwidth of a chip, as Google publishes it.
+    """
+
+    topology: str
+    cores: int
+    ghz: float
+    gbps: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 1, 1.5, 819),
+    "v5p": Chip("v5p:2x2x1", 2, 1.75, 2765),
+    "v6e": Chip("v6e:2x2", 1, 1.75, 1640),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shapes to compile.
+
+    Attributes:
+        chips: names of `CHIPS`.
+        blocks: tokens of a block.
+        stages: of keys and of values, with 16 codewords each; 32 are one bit.
+        context: tokens of a sequence.
+        page: tokens of a page of the bfloat16 baseline.
+        span: tokens that the baseline takes at a time.
+        out: folder under which ``results`` lies.
+    """
+
+    chips: tuple[str, ...] = tuple(CHIPS)
+    blocks: tuple[int, ...] = (256, 512)
+    stages: tuple[int, ...] = (32, 16)
+    context: int = 131_072
+    page: int = 512
+    span: int = 2048
+    out: pathlib.Path = ROOT
+
+
+def bundles(text: str) -> dict[int, int]:
+    """Bundles of a schedule by the number of loops that they are in.
+
+    Each counts once, also those of branches that are seldom taken.
+    """
+    count: dict[int, int] = {}
+    for line in text.splitlines():
+        if found := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:\s*([> ]*)\{", line):
+            depth = found.group(1).count(">")
+            count[depth] = count.get(depth, 0) + 1
+    return count
+
+
+def schedule(
+    dump: pathlib.Path, kernel: str, function: Callable, shapes: tuple, chip: Chip
+) -> dict[int, int]:
+    """Bundles of the kernel whose name begins with ``kernel``, once compiled for ``chip``."""
+    shutil.rmtree(dump, ignore_errors=True)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    jax.jit(function).lower(*shapes).compile()
+    (file,) = (
+        path
+        for path in dump.rglob(f"*-{kernel}*final_bundles.txt")
+        if "schedule-analysis" not in path.name
+    )
+    return bundles(file.read_text())
+
+
+def ours(dump: pathlib.Path, chip: Chip, config: Config, block: int, stages: int) -> dict[str, Any]:
+    """One row: the kernel over codes."""
+    of, blocks = jax.ShapeDtypeStruct, config.context // block
+    tiling = mosaic_tpu.tiling_of(GROUP, blocks, block)
+    words = -(-stages // mosaic_tpu.PER_WORD)
+    codes = of((1, HEADS, config.context * words // 128, 128), jnp.int32)
+    found = schedule(
+        dump,
+        "attend_codes",
+        functools.partial(mosaic_tpu.attend_words, tiling=tiling),
+        (
+            of((1, HEADS, blocks * tiling.rows, DIM), jnp.float32),
+            of((HEADS, block, DIM), jnp.float32),
+            codes,
+            codes,
+            of((HEADS, words * 128, DIM), jnp.float32),
+            of((1,), jnp.int32),
+        ),
+        chip,
+    )
+    step = found[1] + found.get(2, 0) * (tiling.chunk // tiling.group)
+    query_bytes = 4 * tiling.rows * DIM / block
+    return {
+        "implementation": "kernels/mosaic_tpu.py",
+        "bits": 4 * stages / DIM,
+        "block": block,
+        **{"bundles_a_step": step, "tokens_a_step": tiling.chunk * block},
+        **times(chip, step / (tiling.chunk * block), 2 * 4 * words + query_bytes),
+    }
+
+
+def bfloat16(dump: pathlib.Path, chip: Chip, config: Config) -> dict[str, Any]:
+    """One row: JAX's paged attention."""
+    of, pages = jax.ShapeDtypeStruct, config.context // config.page
+    cache = of((HEADS, pages, config.page, DIM), jnp.bfloat16)
+    found = schedule(
+        dump,
+        "paged_attention",
+        functools.partial(paged_attention, pages_per_compute_block=config.span // config.page),
+        (
+            of((1, HEADS * GROUP, DIM), jnp.bfloat16),
+            cache,
+            cache,
+            of((1,), jnp.int32),
+            of((1, pages), jnp.int32),
+        ),
+        chip,
+    )
+    return {
+        "implementation": "jax.experimental.pallas.ops.tpu.paged_attention",
+        "bits": 16,
+        "block": config.page,
+        **{"bundles_a_step": found[2], "tokens_a_step": config.span},
+        **times(chip, found[2] / config.span, 2 * 2 * DIM),
+    }
+
+
+def times(chip: Chip, cycles: float, nbytes: float) -> Mapping[str, float]:
+    """Cycles of the schedule and of memory, a token and layer, from those of one KV head."""
+    cycles, nbytes = cycles * HEADS / chip.cores, nbytes * HEADS
+    return {
+        "cycles": round(cycles, 2),
+        "nanoseconds": round(cycles / chip.ghz, 3),
+        "bytes": nbytes,
+        "hbm_cycles": round(nbytes / chip.gbps * chip.ghz, 2),
+        "hbm_nanoseconds": round(nbytes / chip.gbps, 3),
+    }
+
+
+def main(config: Config) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        print("error: libtpu, TPU's compiler, is missing; install jax[tpu]", file=sys.stderr)
+        sys.exit(2)
+    jax.config.update("jax_platforms", "cpu")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        dump = pathlib.Path(folder) / "dump"
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+        for name in config.chips:
+            chip = CHIPS[name]
+            found = [bfloat16(dump, chip, config)]
+            found += [
+                ours(dump, chip, config, block, stages)
+                for stages in config.stages
+                for block in config.blocks
+            ]
+            for row in found:
+                rows.append({"what": "decode attention, a token and layer", "chip": name} | row)
+                print(
+                    f"{name}  {row['bits']:>5g} bits  {row['block']} tokens a block  "
+                    f"{row['cycles']:5.2f} cycles  {row['hbm_cycles']:5.2f} of memory  "
+                    f"{row['implementation']}",
+                    flush=True,
+                )
+    write_result(
+        config.out / "results" / "tpu-schedule.json",
+        rows,
+        command="python benchmarks/tpu_schedule.py",
+        compiler=f"libtpu {importlib.metadata.version('libtpu')}",
+        estimate="bundles of the compiler's static schedule, one a cycle; nothing ran on a TPU",
+        model="LLaMA-3-8B: 8 KV heads, 32 query heads, head_dim 128",
+        context=config.context,
+        chips={name: dataclasses.asdict(CHIPS[name]) for name in config.chips},
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
