@@ -141,7 +141,7 @@ def test_a_lower_rate_is_the_same_alone(codecs, model, high, low):
 
 
 def test_a_beam_is_another_encoder_for_the_same_codebooks(codecs, model, work, monkeypatch):
-    monkeypatch.setattr(methods.training, "key_value_samples", None)  # nothing is fitted anew
+    monkeypatch.setattr(methods.training, "key_value_samples", pytest.fail)  # nothing is fitted anew
     names = ["gsrq@0.25+beam8", "gsrq@0.5", "kmeans@0.25+beam2"]
     found = methods.resolve(names, model, CALIBRATION, work, window=8, sinks=2)
     assert tuple(found) == tuple(names)
@@ -181,7 +181,7 @@ def test_options(model, work):
 
 
 def test_fits_are_kept(codecs, model, work, monkeypatch):
-    monkeypatch.setattr(methods.training, "key_value_samples", None)
+    monkeypatch.setattr(methods.training, "key_value_samples", pytest.fail)
     again = methods.resolve(["gsrq@0.5"], model, CALIBRATION, work, window=8, sinks=2)
     for got, want in zip(
         jax.tree.leaves(again["gsrq@0.5"]), jax.tree.leaves(codecs["gsrq@0.5"]), strict=True
