@@ -2,14 +2,13 @@
 
 One program takes one KV head of one sequence and goes through a chunk of its blocks a grid step:
 
-1. *tables*: ⟨query, codeword⟩ of every block of the chunk, one float32 product on the MXU, and one
-   more for what the mean key adds;
-2. *scores*: 128 lanes hold the tables of eight stages of 16 codewords, and one lane gather looks up
-   one stage of eight sublanes × 128 tokens;
+1. *tables*: ⟨query, codeword⟩ of every block of the chunk, and what the mean key adds, from
+   products of bfloat16 pieces on the MXU; then integers of three signed bytes with one scale a row;
+2. *scores*: each code becomes a one-hot column of bytes, which a single shift makes, and the MXU
+   multiplies table and one-hots in int8, exactly;
 3. *softmax*: one running maximum a sublane;
-4. *masses*: each probability becomes four signed bytes of one 32-bit word, each code a one-hot
-   column of bytes that a single shift makes, and the MXU multiplies them in int8, tokens
-   contracted, exactly.
+4. *masses*: each probability becomes four signed bytes, and the MXU multiplies them with the
+   one-hots of the values' codes in int8, tokens contracted, exactly.
 
 What comes out is the probability that falls on each value codeword; multiplied by the codebook once
 it is the output. docs/kernels-tpu.md has the data path and what it costs.
