@@ -401,15 +401,23 @@ def test_other_gpus_are_refused_when_lowered_for():
         mosaic_gpu.attend_tiles(**shapes())
 
 
+def installed(module):
+    """Its spec, or None if it or a package that it is in is not there."""
+    try:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+
+
 @pytest.fixture(scope="module")
 def without_a_gpu(tmp_path_factory):
     """``run(what, sizes)``: what lowering.py prints in a process that sees a stand-in of a GPU."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler for the stand-in of the CUDA driver")
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if installed("jax_plugins.xla_cuda13") is None:
         pytest.skip("jax is installed without CUDA 13")
-    cuda = importlib.util.find_spec("nvidia.cu13")
+    cuda = installed("nvidia.cu13")
     places = [Path(p) / "bin" for p in cuda.submodule_search_locations] if cuda else []
     if not any((p / "ptxas").exists() for p in places) and shutil.which("ptxas") is None:
         pytest.skip("ptxas is not installed")

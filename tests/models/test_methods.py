@@ -141,7 +141,9 @@ def test_a_lower_rate_is_the_same_alone(codecs, model, high, low):
 
 
 def test_a_beam_is_another_encoder_for_the_same_codebooks(codecs, model, work, monkeypatch):
-    monkeypatch.setattr(methods.training, "key_value_samples", pytest.fail)  # nothing is fitted anew
+    monkeypatch.setattr(
+        methods.training, "key_value_samples", pytest.fail
+    )  # nothing is fitted anew
     names = ["gsrq@0.25+beam8", "gsrq@0.5", "kmeans@0.25+beam2"]
     found = methods.resolve(names, model, CALIBRATION, work, window=8, sinks=2)
     assert tuple(found) == tuple(names)

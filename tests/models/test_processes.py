@@ -64,21 +64,22 @@ def test_lost_resumed_and_equal(tiny_model, tiny_run, tmp_path):
 
     found, one = (codebook.load(x / "codebooks") for x in (out, tiny_run))
     assert found.spec == one.spec
-    for name in ("key", "key_mean", "value"):
-        a, b = (np.asarray(getattr(books, name), np.float32) for books in (found, one))
-        np.testing.assert_allclose(a[1], b[1], rtol=0.01, atol=1e-3)  # stored in bfloat16
     # Many vectors of the first layer are equal, as they depend on the token alone, and so become
-    # codewords; rounding decides which of two equal ones goes. There only errors are alike.
-    for layer, tolerance in ((0, 0.1), (1, 1e-3)):
-        of_found, of_one = (
-            [
-                row["distortion"]
-                for row in json.loads((folder / "report.json").read_text())["fit"]
-                if row["layer"] == layer
-            ]
-            for folder in (out, tiny_run)
-        )
-        np.testing.assert_allclose(of_found, of_one, rtol=tolerance)
+    # codewords; rounding decides which of two equal ones goes. Its means are left to compare, and
+    # all of the second layer. (tests/gsrq_jax/test_sharded.py has vectors without equals.)
+    np.testing.assert_allclose(found.key_mean, one.key_mean, rtol=1e-4, atol=1e-5)
+    for name in ("key", "value"):
+        a, b = (np.asarray(getattr(books, name)[1], np.float32) for books in (found, one))
+        np.testing.assert_allclose(a, b, rtol=0.01, atol=1e-3)  # stored in bfloat16
+    of_found, of_one = (
+        [
+            row["distortion"]
+            for row in json.loads((folder / "report.json").read_text())["fit"]
+            if row["layer"] == 1
+        ]
+        for folder in (out, tiny_run)
+    )
+    np.testing.assert_allclose(of_found, of_one, rtol=1e-3)
 
     refused = [json.loads((tmp_path / f"refused-{i}.json").read_text()) for i in range(2)]
     for same, shared, share, once in refused:
