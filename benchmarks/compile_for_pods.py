@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from gsrq_jax.calibration import DATA, MODEL, FitOptions, LayerSamples
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama, sharding, training
-from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.results import repeated, write_result
 from gsrq_jax.spec import QuantSpec
 
@@ -40,22 +40,10 @@ GIB = 2**30
 MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32}
 """GiB of a chip, by the first part of a topology's name."""
 
-_8B = LlamaConfig(
-    family="llama",
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    max_length=8192,
-    rope_theta=500_000.0,
-)
 MODELS = {
-    "llama-3-8b": _8B,
+    "llama-3-8b": LLAMA_3_8B,
     "llama-3-70b": dataclasses.replace(
-        _8B, hidden_size=8192, intermediate_size=28_672, layers=80, heads=64
+        LLAMA_3_8B, hidden_size=8192, intermediate_size=28_672, layers=80, heads=64
     ),
 }
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")

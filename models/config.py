@@ -109,3 +109,18 @@ def inverse_frequencies(
     span = np.float32(scaling.high_factor - scaling.low_factor)
     smooth = np.clip((turns - np.float32(scaling.low_factor)) / span, 0, 1)
     return (1 - smooth) * slowed + smooth * plain
+
+
+LLAMA_3_8B = LlamaConfig(
+    family="llama",
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    max_length=8192,
+    rope_theta=500_000.0,
+)
+"""The sizes of a model whose weights may not be at hand, to trace and compile for."""

@@ -262,13 +262,16 @@ def resolve(
     parts = {name: _split(name) for name in names}
     fields = {k: v for k, v in (("window", window), ("sinks", sinks)) if v is not None}
     found: dict[str, Codec | None] = {}
+    folders: dict[str, Codec] = {}
     wanted: dict[_Fit, dict[float, Any]] = {}  # what is fitted: bits to spec
     for name, (base, options) in parts.items():
         if base == FULL:
             found[name] = None
         elif _is_folder(base):
-            books = codebook.load(pathlib.Path(base), model=model.fingerprint)
-            found[name] = codec.respec(books, **fields)
+            if base not in folders:
+                books = codebook.load(pathlib.Path(base), model=model.fingerprint)
+                folders[base] = codec.respec(books, **fields)
+            found[name] = folders[base]
         else:
             family, bits = parse(base)
             spec = FAMILIES[family].spec(bits, model.config, **fields, **dict(options.spec))

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from known_configs import LLAMA_3_8B
 
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
-from gsrq_jax.models.config import LlamaConfig, RopeScaling, inverse_frequencies
+from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig, RopeScaling, inverse_frequencies
 
 TINY = LlamaConfig(
     family="llama",

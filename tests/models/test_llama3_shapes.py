@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from known_configs import LLAMA_3_8B
 
 from gsrq_jax import Codebooks, QuantSpec, init_cache
 from gsrq_jax.models import generation, llama
+from gsrq_jax.models.config import LLAMA_3_8B
 
 CONFIG = LLAMA_3_8B
 LENGTH = 8192
