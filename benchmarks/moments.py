@@ -142,8 +142,9 @@ def markdown(data: Mapping[str, Any]) -> str:
         lines.append(f"| {meaning} | {shown.format(keys)} | {shown.format(values)} |")
     lines += [
         "",
-        "With a metric equal to the moment the weighted error of a code halves while perplexity "
-        "rises. This is what one sees in the moment itself: few tokens decide what it is (and have "
+        "In a prototype, of which no result file is kept, a metric equal to the moment halved the "
+        "weighted error of codes while perplexity rose. "
+        "That fits what one sees in the moment itself: few tokens decide what it is (and have "
         "weights of their own already), one or two directions of keys outweigh all others, so that "
         "most stages go to them, and that of values is hardly the same in the next text. Half its "
         "power, the default of `--fit.metric-power`, keeps the order of the directions and "

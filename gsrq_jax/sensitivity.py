@@ -70,9 +70,9 @@ def metric(moment: Float[Array, "*lead d d"], power: float = 0.5) -> Float[Array
 
     ``AᵀA`` is ``moment`` to the power ``power``, scaled to a mean eigenvalue of 1, and mixed with
     2 % of the identity so that ``A`` can be inverted. The moment itself, power 1, would be right
-    if errors were small and codes free to follow it; measured, a few directions then take all
-    stages and perplexity rises although the weighted error halves. Half the power is the best of
-    0, ½ and 1 on SmolLM2 (ours).
+    if errors were small and codes free to follow it; but few tokens and directions make it up
+    (docs/moments.md) and then take all stages. Half the power was chosen over 0 and 1 by the
+    divergence of SmolLM2, in an exploration of which no result file is kept (ours).
 
     Args:
         moment: ``E[g gᵀ]``, symmetric, of gradients, queries or an output projection.
