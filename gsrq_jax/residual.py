@@ -510,13 +510,21 @@ def _expand(residuals: Array, error: Array, words: Array) -> tuple[Array, Array,
 def _top_of_rows(x: Array, k: int) -> tuple[Array, Array]:
     """``lax.top_k`` of ``[rows, n]``, with two axes under any ``vmap``.
 
-    For more of them XLA has no kernel of its own on a GPU (TopkSpecializer), and sorts.
+    For more of them XLA has no kernel of its own on a GPU (TopkSpecializer), and sorts. Long rows
+    are first cut down to the k parts of the largest maxima, in which the k largest entries are.
     """
 
     @jax.custom_batching.custom_vmap
     def top(x: Array) -> tuple[Array, Array]:
-        values, index = lax.top_k(x, k)
-        return values, index
+        rows, n = x.shape
+        if n % _PART or n < 4 * k * _PART:
+            values, index = lax.top_k(x, k)
+            return values, index
+        parts = x.reshape(rows, -1, _PART)
+        which = jnp.sort(lax.top_k(jnp.max(parts, axis=-1), k)[1], axis=-1)
+        chosen = jnp.take_along_axis(parts, which[..., None], axis=1)
+        values, at = lax.top_k(chosen.reshape(rows, -1), k)
+        return values, jnp.take_along_axis(which, at // _PART, axis=1) * _PART + at % _PART
 
     @top.def_vmap
     def of_all(
@@ -527,6 +535,9 @@ def _top_of_rows(x: Array, k: int) -> tuple[Array, Array]:
         return (values.reshape(shape), index.reshape(shape)), (True, True)
 
     return top(x)
+
+
+_PART = 32  # neighbours of which first only the largest is looked at
 
 
 def _chunked(x: Array, chunk: int) -> Array:

@@ -52,9 +52,10 @@ class DistillConfig:
         windows: numbers of recent exact tokens that steps take in turn, and checks all of; by
             default the cache's alone.
         check_every: steps from one check on held-out sequences to the next.
-        text: ``calibration``, the end of which is then not calibrated on but checked on;
-            ``sampled`` for text that the model writes itself; or a text file.
-        tokens: to sample, or to read from the file.
+        text: ``calibration``, the end of which is then not calibrated on but checked on; or texts
+            that share ``tokens`` evenly: files, ``python``, and ``sampled`` for what the model
+            writes itself.
+        tokens: to read, and to sample.
     """
 
     steps: int = 0
@@ -68,8 +69,13 @@ class DistillConfig:
     beam: int = 1
     windows: tuple[int, ...] = ()
     check_every: int = 20
-    text: str = CALIBRATION
+    text: tuple[str, ...] = (CALIBRATION,)
     tokens: int = 65_536
+
+    @property
+    def on_calibration(self) -> bool:
+        """Whether it is to be on the text that codebooks are fitted to."""
+        return self.steps > 0 and CALIBRATION in self.text
 
 
 class Check(NamedTuple):
@@ -99,27 +105,33 @@ class Refinement:
 
 def sequences(
     config: DistillConfig, tokenizer: Tokenizer, *, length: int, calibrated: int
-) -> Int[np.ndarray, "m T"] | None:
-    """Sequences to distil on; None if they are the ``calibrated`` ones or `sample` makes them.
+) -> tuple[Int[np.ndarray, "m T"], int]:
+    """What there is to read, and how many sequences `sample` is to write beside it.
+
+    None of either if the ``calibrated`` ones are to be distilled on.
 
     Raises:
-        InputError: if there are fewer than two, or a number in ``config`` cannot be.
+        InputError: if there are fewer than two, or ``config`` cannot be.
     """
     _validate(config)
-    rows, count = None, -(-config.tokens // length)
-    if config.text == CALIBRATION:
-        count = calibrated
-    elif config.text != SAMPLED:
-        pieces = text.read(config.text)
-        rows = text.sequences(pieces, tokenizer, length=length, count=count, name=config.text)
-        count = len(rows)
+    rows, written, count = np.zeros((0, length), np.int32), 0, calibrated
+    if not config.on_calibration:
+        share = -(-config.tokens // (length * len(config.text)))
+        written = share * config.text.count(SAMPLED)
+        parts = [
+            text.sequences(text.read(x), tokenizer, length=length, count=share, name=x)
+            for x in config.text
+            if x != SAMPLED
+        ]
+        rows = text.interleaved([rows, *parts])
+        count = len(rows) + written
     if count < 2:
-        more = "--tokens" if config.text == CALIBRATION else "--distill.tokens"
+        more = "--tokens" if config.on_calibration else "--distill.tokens"
         raise InputError(
             f"distillation needs two sequences of {length} tokens or more, one to check on; "
             f"give more text or {more}, or a smaller --length"
         )
-    return rows
+    return rows, written
 
 
 def held_out(sequences: int) -> int:
@@ -139,6 +151,11 @@ def _validate(config: DistillConfig) -> None:
         if getattr(config, name) < 0:
             refuse(name, "at least 0")
     check_beam(config.beam)
+    if not config.text or (CALIBRATION in config.text and len(config.text) > 1):
+        raise InputError(
+            f"--distill.text must be {CALIBRATION} or texts other than that, got "
+            f"{' '.join(config.text) or 'none'}"
+        )
     if min(config.windows, default=0) < 0:
         refuse("windows", "at least 0 each")
     for name in ("b2", "ema"):
@@ -197,7 +214,7 @@ def sample(
     return np.concatenate(rows)
 
 
-_TOGETHER = 16  # sequences sampled at a time
+_TOGETHER = 64  # sequences sampled at a time
 _STRIDE = 64  # tokens between looks at the device
 
 

@@ -254,7 +254,7 @@ def _run(config: TrainConfig) -> None:
         tokens, rows = texts.calibration, texts.distillation
         if texts.written:
             tokens = text.interleaved([tokens, write(texts.written, name="mix")])
-        if _refines_on_calibration(config):
+        if config.distill.on_calibration:
             rows, tokens = tokens, tokens[:count]
         store = SampleStore.open(
             work / folder,
@@ -271,8 +271,8 @@ def _run(config: TrainConfig) -> None:
         codebooks = codebook.stored(codebooks)
         refinement = None
         if config.distill.steps:
-            if rows is None:
-                rows = write(-(-config.distill.tokens // config.length), name="distil")
+            if texts.to_distil:
+                rows = text.interleaved([rows, write(texts.to_distil, name="distil")])
             codebooks, refinement = distillation.refine(
                 model, codebooks, rows, config.distill, seed=config.seed, work=work
             )
@@ -332,33 +332,30 @@ class Texts(NamedTuple):
 
     Attributes:
         calibration: to learn codebooks from, ``[n, T]``.
-        distillation: to refine them on, ``[m, T]``; None where there is no refinement, or it is on
-            the calibration text, or on what the model is to write.
+        distillation: to refine them on, ``[m, T]``; none where there is no refinement, or it is on
+            the calibration text.
         measured: to measure on, by name: the held-out text first, then the second domain, both
             ``[…, E]``.
         written: sequences that the model is to write for calibration beside those.
+        to_distil: sequences that it is to write for the refinement beside those.
     """
 
     calibration: Int[np.ndarray, "n T"]
-    distillation: Int[np.ndarray, "m T"] | None
+    distillation: Int[np.ndarray, "m T"]
     measured: dict[str, Int[np.ndarray, "e E"]]
     written: int
+    to_distil: int
 
     def calibrated(self, config: TrainConfig) -> int:
         """Sequences that codebooks are fitted to: not those that a refinement checks itself on."""
         count = len(self.calibration) + self.written
-        return count - distillation.held_out(count) * _refines_on_calibration(config)
+        return count - distillation.held_out(count) * config.distill.on_calibration
 
     def digest(self) -> str:
         """Changes with every text that codebooks depend on."""
         digest = hashlib.sha256(self.calibration.tobytes())
-        if self.distillation is not None:
-            digest.update(self.distillation.tobytes())
+        digest.update(self.distillation.tobytes())
         return digest.hexdigest()
-
-
-def _refines_on_calibration(config: TrainConfig) -> bool:
-    return config.distill.steps > 0 and config.distill.text == distillation.CALIBRATION
 
 
 def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> Texts:
@@ -379,7 +376,7 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
     name = config.eval_text or "held out of the calibration text"
     if config.second_text in (
         config.eval_text,
-        config.distill.text,
+        *config.distill.text,
         *config.mix,
         config.text if config.dataset is None else None,
     ):
@@ -394,12 +391,14 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
         count=len(held_out),
         name=config.second_text,
     )
-    rows = None
+    rows, to_distil = calibration[:0], 0
     if config.distill.steps:
-        rows = distillation.sequences(
+        rows, to_distil = distillation.sequences(
             config.distill, tokenizer, length=config.length, calibrated=len(calibration) + written
         )
-    return Texts(calibration, rows, {name: held_out, config.second_text: second}, written)
+    return Texts(
+        calibration, rows, {name: held_out, config.second_text: second}, written, to_distil
+    )
 
 
 def _held_out(

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from test_residual import KEY, SMALL, greedy, normal, quick, random_codewords
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.residual import decode, encode, fit, refit
+from gsrq_jax.residual import _top_of_rows, decode, encode, fit, refit
 from gsrq_jax.spec import ResidualSpec
 
 
@@ -85,6 +85,16 @@ def test_ties_go_to_the_better_sum_and_the_lower_codeword():
         np.testing.assert_array_equal(codes[0, 0], [0, 1])
     same = jnp.zeros((1, 3, 16, 2))
     np.testing.assert_array_equal(encode(normal(5, 2), same, beam=8), np.zeros((5, 1, 3)))
+
+
+def test_the_top_of_long_rows_is_that_of_all_of_them():
+    x = jnp.round(4 * normal(3, 5, 2048)).at[:, :, 7].set(-jnp.inf)  # few values, so many ties
+    x = x.at[0, 1].set(-jnp.inf).at[2, 4, 100:].set(-jnp.inf)
+    for k in (1, 8, 16):
+        want = jax.lax.top_k(x, k)
+        for got in (jax.vmap(lambda x: _top_of_rows(x, k))(x), _top_of_rows(x.reshape(15, -1), k)):  # noqa: B023
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a.reshape(b.shape), b)
 
 
 def test_chunks_do_not_change_beams():

@@ -275,14 +275,23 @@ def test_texts_to_distil_on(tmp_path):
         asked = DistillConfig(steps=1, **options)
         return distillation.sequences(asked, Letters(), length=40, calibrated=3)
 
-    assert found() is None
-    assert found(text="sampled", tokens=41) is None
-    file = tmp_path / "text.txt"
+    def read(pieces, count):
+        return text.sequences(pieces, Letters(), length=40, count=count, name="")
+
+    rows, written = found()
+    assert (rows.shape, written) == ((0, 40), 0)
+    rows, written = found(text=("sampled",), tokens=81)
+    assert (rows.shape, written) == ((0, 40), 3)
+    file, other = tmp_path / "text.txt", tmp_path / "other.txt"
     file.write_text("abc" * 200)
-    rows = found(text=str(file), tokens=100)
-    np.testing.assert_array_equal(
-        rows, text.sequences(["abc" * 200], Letters(), length=40, count=3, name="")
-    )
+    other.write_text("de" * 200)
+    rows, written = found(text=(str(file),), tokens=100)
+    np.testing.assert_array_equal(rows, read(["abc" * 200], 3))
+    assert not written
+    rows, written = found(text=(str(file), "sampled", str(other)), tokens=240)
+    np.testing.assert_array_equal(rows[::2], read(["abc" * 200], 2))
+    np.testing.assert_array_equal(rows[1::2], read(["de" * 200], 2))
+    assert written == 2
 
 
 @pytest.mark.parametrize(
@@ -297,10 +306,12 @@ def test_texts_to_distil_on(tmp_path):
         ({"rate": math.nan}, "--distill.rate must be a number above 0, got nan"),
         ({"warmup": 3}, r"--distill.warmup must be below --distill.steps \(3\), got 3"),
         ({"accumulate": 3}, r"--distill.accumulate must be a divisor of --distill.batch \(4\)"),
-        ({"text": "sampled", "tokens": 40}, "two sequences of 40 .* or --distill.tokens"),
+        ({"text": ("sampled",), "tokens": 40}, "two sequences of 40 .* or --distill.tokens"),
         ({"windows": (8, -1)}, r"--distill.windows must be at least 0 each, got \(8, -1\)"),
         ({"beam": 33}, "beam must be from 1 .* to 32, got 33"),
-        ({"text": "/no/such.txt"}, r"there is no file /no/such\.txt"),
+        ({"text": ("sampled", "/no/such.txt")}, r"there is no file /no/such\.txt"),
+        ({"text": ()}, "--distill.text must be calibration or texts .* got none"),
+        ({"text": ("sampled", "calibration")}, "other than that, got sampled calibration"),
     ],
 )
 def test_what_cannot_be(options, words):

@@ -178,7 +178,8 @@ def test_second_domain(model, tmp_path):
     both = measured(eval_text=own, second_text=other)
     assert list(both) == [own, other]
     assert (both[own][:, 1:] != both[other][:, 1:]).all()
-    for same in ({"eval_text": own}, {"text": own}, {"distill": DistillConfig(text=own)}):
+    distilled = DistillConfig(text=("sampled", own))
+    for same in ({"eval_text": own}, {"text": own}, {"distill": distilled}):
         with pytest.raises(InputError, match=r"own\.txt is to be another text than the others"):
             measured(second_text=own, **same)
 
@@ -187,12 +188,13 @@ def test_what_distillation_checks_on_is_not_calibrated_on(model):
     def calibrated(**options):
         asked = config(distill=DistillConfig(**options), tokens=1024)
         found = training._texts(asked, asked.spec(8), model)
-        assert found.distillation is None
+        assert not len(found.distillation)
+        assert found.to_distil == (32 if "text" in options else 0)
         return found.calibrated(asked)
 
     assert calibrated() == 16
     assert calibrated(steps=1) == 14
-    assert calibrated(steps=1, text="sampled") == 16
+    assert calibrated(steps=1, text=("sampled",), tokens=2048) == 16
 
 
 def test_mixed_texts(model, tmp_path):
