@@ -25,7 +25,6 @@ ShapeUpdate = Literal["unit", "raw"]
 AxisName = str | tuple[str, ...] | None
 Totals = dict[str, Array]
 
-CHUNK = 2048
 LEAST_GAIN = 1e-4
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _exact_dot = functools.partial(
@@ -67,7 +66,7 @@ def kmeans(
     *,
     init: Float[Array, "k d"] | None = None,
     iterations: int = 15,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> KMeansResult:
     """Weighted k-means: a centroid is the weighted mean of its cell.
@@ -80,7 +79,7 @@ def kmeans(
         weights: ``[n]``, not negative; None means all equal.
         init: ``[K, d]`` centroids to start from; by default random points, drawn by weight.
         iterations: passes over the points, each judging an iterate and computing the next.
-        chunk: points handled at a time.
+        chunk: points handled at a time; None leaves it to `default_chunk`.
         axis_name: mapped axis or axes over which the points are spread.
 
     Returns:
@@ -105,7 +104,7 @@ def spherical(
     *,
     init: Float[Array, "k d"] | None = None,
     iterations: int = 15,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> KMeansResult:
     """Weighted k-means of directions ``x/‖x‖`` with unit centroids; zero vectors do not count.
@@ -132,7 +131,7 @@ def gskm(
     shape_update: ShapeUpdate = "unit",
     iterations: int = 10,
     warmup: int = 5,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> KMeansResult:
     """Weighted gain-shape k-means (paper): codewords ``g·u``, one gain for each codeword.
@@ -170,7 +169,7 @@ def cluster(
     shape_update: ShapeUpdate = "unit",
     iterations: int = 10,
     warmup: int = 5,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> KMeansResult:
     """The rule's function on these points, with as many passes whatever the rule.
@@ -198,6 +197,16 @@ def cluster(
     return plain(rng, points, codewords, weights, iterations=warmup + iterations, **options)
 
 
+def default_chunk(codewords: int) -> int:
+    """Points to handle at a time, for so many codewords.
+
+    As many as have 2 MB of scores on a CPU, whose cache then holds them, and 32 MB elsewhere: a GPU
+    that is given less waits for the next kernel most of the time.
+    """
+    floats = 2**19 if jax.default_backend() == "cpu" else 2**23
+    return max(1, floats // codewords)
+
+
 def scores(
     points: Float[Array, "*lead n d"], centroids: Float[Array, "*lead k d"]
 ) -> Float[Array, "*lead n k"]:
@@ -219,14 +228,14 @@ def nearest(
 
 @functools.partial(jax.jit, static_argnames="chunk", inline=True)
 def assign(
-    points: Float[Array, "n d"], centroids: Float[Array, "k d"], chunk: int = CHUNK
+    points: Float[Array, "n d"], centroids: Float[Array, "k d"], chunk: int | None = None
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
     """Nearest centroid of each point, and the squared distance to it.
 
     Args:
         points: ``[n, d]``, any float type.
         centroids: ``[K, d]``.
-        chunk: points handled at a time.
+        chunk: points handled at a time; None leaves it to `default_chunk`.
 
     Returns:
         ``[n]`` int32 codes and ``[n]`` float32 squared errors.
@@ -238,7 +247,7 @@ def assign(
         return code, jnp.maximum(jnp.sum(jnp.square(x), -1) - score, 0)
 
     n = points.shape[0]
-    code, error = lax.map(of_chunk, _chunks(points, chunk))
+    code, error = lax.map(of_chunk, _chunks(points, chunk or default_chunk(len(centroids))))
     return code.reshape(-1)[:n], error.reshape(-1)[:n]
 
 
@@ -290,10 +299,11 @@ def _cluster(
     init: Array | None,
     rule: str,
     iterations: int,
-    chunk: int,
+    chunk: int | None,
     axis_name: AxisName,
 ) -> _Clustering:
     n, d = points.shape
+    chunk = default_chunk(codewords) if chunk is None else chunk
     weights = jnp.ones(n) if weights is None else weights.astype(jnp.float32)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     if codewords > n * devices:
@@ -368,6 +378,7 @@ def _sweep(
     chunks: tuple[Array, Array], centroids: Array, rule: str, axis_name: AxisName
 ) -> tuple[Totals, Array]:
     """Sums over the cells and all devices, and the weighted error of each of this one's points."""
+    k, d = centroids.shape
     length = jnp.sqrt(jnp.sum(jnp.square(centroids), -1))
 
     def add(totals: Totals, chunk: tuple[Array, Array]) -> tuple[Totals, Array]:
@@ -382,12 +393,17 @@ def _sweep(
         error = w * jnp.maximum(size * size - score, 0)
         reach = length[code]
         cosine = (score + reach * reach) / jnp.maximum(2 * size * reach, _TINY)
-        sums = functools.partial(cell_sums, code=code, k=len(length))
+        each = w[:, None] * jnp.concatenate(
+            [x, direction, norm[:, None], jnp.ones_like(x[:, :1])], 1
+        )
+        point, direction, norm, count = jnp.split(
+            cell_sums(each, code, k), (d, 2 * d, 2 * d + 1), axis=1
+        )
         new = {
-            "point": sums(w[:, None] * x),
-            "direction": sums(w[:, None] * direction),
-            "norm": sums((w * norm)[:, None])[:, 0],
-            "count": sums(w[:, None])[:, 0],
+            "point": point,
+            "direction": direction,
+            "norm": norm[:, 0],
+            "count": count[:, 0],
             "error": error.sum(),
             "angle": jnp.sum(w * (1 - cosine)),
         }
@@ -396,7 +412,6 @@ def _sweep(
     x, w = chunks
     # Zeros made from the data vary over the same mesh axes as what is added to them.
     zero = jnp.zeros_like(x[0, 0, 0], jnp.float32) + jnp.zeros_like(w[0, 0])
-    k, d = centroids.shape
     shapes = {"point": (k, d), "direction": (k, d), "norm": (k,), "count": (k,)}
     zeros = {name: jnp.broadcast_to(zero, shape) for name, shape in shapes.items()}
     totals, error = lax.scan(add, zeros | {"error": zero, "angle": zero}, chunks)

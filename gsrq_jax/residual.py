@@ -19,7 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.kmeans import CHUNK, AxisName, Rule, ShapeUpdate, cell_sums, cluster, scores
+from gsrq_jax.kmeans import (
+    AxisName,
+    Rule,
+    ShapeUpdate,
+    cell_sums,
+    cluster,
+    default_chunk,
+    scores,
+)
 from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec, check_beam
 
@@ -78,7 +86,7 @@ def fit(
     beam: int = 1,
     refits: int = 0,
     ridge: float = RIDGE,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     axis_name: AxisName = None,
     problem_axis: AxisName = None,
     batch_size: int | None = None,
@@ -105,7 +113,8 @@ def fit(
             whose codes have the least error are returned, so refits make nothing worse.
         ridge: for `refit`.
         chunk: points handled at a time, for which ``chunk × (beam + 1) × K`` floats are held in
-            each problem, and in refits ``chunk × stages × K``.
+            each problem, and in refits ``chunk × stages × K``. None leaves it to
+            `gsrq_jax.kmeans.default_chunk`, divided by the other factor.
         axis_name: mapped axis or axes over which the points are spread.
         problem_axis: mapped axis or axes over which the first axis of ``lead`` is spread.
         batch_size: problems (of ``lead`` and groups) solved together; None means all. 1 takes the
@@ -182,7 +191,7 @@ def _fit_stages(
     ridge: float,
     axis_name: AxisName,
     cluster: Callable,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Array, FitReport]:
     """One problem: ``[n, g]`` points to ``[R, K, g]`` codewords."""
 
@@ -216,7 +225,8 @@ def _fit_stages(
                 residual = jnp.take_along_axis(residuals, best[..., None], 1)[:, 0]
                 return residual, error, codes, jnp.take_along_axis(code, best, 1)[:, 0]
 
-            residual, error, codes, code = _in_chunks(extend, chunk, points, residual, error, codes)
+            size = chunk or max(1, default_chunk(spec.codewords) // _slots(beam))
+            residual, error, codes, code = _in_chunks(extend, size, points, residual, error, codes)
             words = words.at[number].set(centroids)
             count = cell_sums(weights[:, None], code, spec.codewords)
             report = FitReport(
@@ -265,7 +275,7 @@ def refit(
     weights: Float[Array, "*lead n"] | Float[Array, "*lead n groups"] | None = None,
     *,
     ridge: float = RIDGE,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     axis_name: AxisName = None,
 ) -> Float[Array, "*lead groups stages k g"]:
     """All stages anew for fixed codes, by weighted least squares of each group (ours).
@@ -282,7 +292,7 @@ def refit(
         ridge: pull towards the present codewords, above 0. It is needed: a constant can move from
             one stage to another, so the equations without it are singular.
         chunk: vectors handled at a time, for which ``chunk × stages × K`` floats are held in each
-            problem, beside ``(stages × K)²`` for its equations.
+            problem, beside ``(stages × K)²`` for its equations; None as for `fit`.
         axis_name: mapped axis or axes over which the vectors are spread.
 
     Returns:
@@ -323,11 +333,12 @@ def _refit(
     words: Array,
     weights: Array,
     ridge: float,
-    chunk: int,
+    chunk: int | None,
     axis_name: AxisName,
 ) -> Array:
     """One problem: ``[n, g]`` points of codes ``[n, R]`` and ``[R, K, g]`` words to such words."""
     stages, k, group = words.shape
+    chunk = chunk or default_chunk(stages * k)
     weights = jnp.where(weights > 0, weights, 0).astype(jnp.float32)
 
     def left_by(words: Array) -> Array:
