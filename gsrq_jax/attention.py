@@ -194,29 +194,45 @@ def attend_as_cached(
     heads = k.shape[2]
     position = jnp.arange(tokens)
     old_k, old_v = remembered(k, v, codec)
-    exact_k, exact_v = k.astype(jnp.float32), v.astype(jnp.float32)
     stays = None
     if isinstance(codec, Codebooks) and codec.spec.outliers:
         at = jnp.broadcast_to(position, (batch, tokens))
-        error = errors(codec, exact_k, exact_v, old_k, old_v, at)
+        error = errors(codec, k.astype(jnp.float32), v.astype(jnp.float32), old_k, old_v, at)
         stays = _outlier_until(error, codec.spec)  # [B, H, n]
 
+    def by_head(x: Array) -> Array:  # [B, n, H, d] -> [B, H, n, d]
+        return jnp.swapaxes(x.astype(jnp.float32), 1, 2)
+
+    exact_k, exact_v, old_k, old_v = map(by_head, (k, v, old_k, old_v))
+
+    # Scores are made anew in a backward pass: kept, they would be copied from layout to layout.
+    @jax.checkpoint
     def rows(query: Array, at: Array) -> Array:
-        query = query.astype(jnp.float32) * reference.scale_of(dim)
-        query = query.reshape(batch, -1, heads, query.shape[2] // heads, dim)
+        count = query.shape[1]
+        query = by_head(query) * reference.scale_of(dim)  # [B, Q, T, d]
+        query = query.reshape(batch, heads, -1, dim)
         coded = was_coded(codec.spec, at, position, every=every, window=window)
         if stays is not None:
             # The last coded token tells how far the cache had come.
             last = jnp.max(jnp.where(coded, position, -1), axis=-1)  # [T]
             kept = last[:, None] < stays[:, :, None, None]  # [B, H, 1, T, n]
             coded = coded & ~kept
-        new = jnp.einsum("BTHqd,BnHd->BHqTn", query, exact_k)
-        old = jnp.einsum("BTHqd,BnHd->BHqTn", query, old_k)
+
+        def scores(keys: Array) -> Array:
+            found = jnp.einsum("BHsd,BHnd->BHsn", query, keys)
+            return found.reshape(batch, heads, -1, count, tokens)
+
+        def summed(weights: Array, values: Array) -> Array:
+            weights = weights.reshape(batch, heads, -1, tokens)
+            return jnp.einsum("BHsn,BHnd->BHsd", weights, values)
+
         seen = at[:, None] >= position
-        weights = jax.nn.softmax(jnp.where(seen, jnp.where(coded, old, new), -jnp.inf), axis=-1)
-        out = jnp.einsum("BHqTn,BnHd->BTHqd", jnp.where(coded, 0, weights), exact_v)
-        out += jnp.einsum("BHqTn,BnHd->BTHqd", jnp.where(coded, weights, 0), old_v)
-        return out.reshape(batch, -1, heads * query.shape[3], dim).astype(q.dtype)
+        found = jnp.where(coded, scores(old_k), scores(exact_k))
+        weights = jax.nn.softmax(jnp.where(seen, found, -jnp.inf), axis=-1)
+        out = summed(jnp.where(coded, 0, weights), exact_v)
+        out += summed(jnp.where(coded, weights, 0), old_v)
+        out = out.reshape(batch, -1, count, dim)
+        return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
     return _by_query_chunks(rows, q)
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
@@ -25,6 +26,9 @@ Attention = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 Queries and keys arrive rotated. The function scales scores by ``1/sqrt(d)``, masks them, and lets
 query head ``j`` see KV head ``j // (Q/H)``.
 """
+
+
+_ATTENDED = "attended"  # name by which a rematerialisation policy can save what attention returns
 
 
 class SelfAttention(nnx.Module):
@@ -55,7 +59,8 @@ class SelfAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(x, positions[..., None], c.inv_freq) for x in (q, k))
         out, y_layer = attention(q, k, v, x_layer)
-        return self.o_proj(out.reshape(*h.shape[:-1], -1).astype(h.dtype)), y_layer
+        out = checkpoint_name(out.reshape(*h.shape[:-1], -1).astype(h.dtype), _ATTENDED)
+        return self.o_proj(out), y_layer
 
 
 class MLP(nnx.Module):
@@ -141,7 +146,7 @@ class Llama(nnx.Module):
             per_layer: pytree with a leading axis of layers, whose slices are ``attention``'s
                 ``x_layer``.
             remat: recompute each layer in the backward pass instead of keeping its activations;
-                codes alone are kept.
+                codes and what attention returns are kept.
             place: constrains where hidden states between layers live, on many devices.
 
         Returns:
@@ -155,7 +160,7 @@ class Llama(nnx.Module):
             return place(h), y_layer
 
         if remat:
-            policy = jax.checkpoint_policies.save_only_these_names(residual.CODES)
+            policy = jax.checkpoint_policies.save_only_these_names(residual.CODES, _ATTENDED)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         h, y = jax.lax.scan(body, place(self.embed_tokens(tokens)), (state, per_layer))
         return self.norm(h), y
