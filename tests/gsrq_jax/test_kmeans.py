@@ -5,7 +5,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.kmeans import assign, check_finite, cluster, gskm, kmeans, spherical
+from gsrq_jax.kmeans import (
+    assign,
+    cell_sums,
+    check_finite,
+    cluster,
+    gskm,
+    kmeans,
+    spherical,
+)
 
 RULES = ("kmeans", "spherical", "unit", "raw")
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -323,3 +331,17 @@ def test_check_finite():
     for value in (-1, jnp.inf, jnp.nan):
         with pytest.raises(InputError, match=r"not negative, .* first at \[0, 1\]"):
             check_finite(x, weights.at[0, 1].set(value))
+
+
+def test_sums_by_products_are_those_of_rows(monkeypatch):
+    values = jax.random.normal(jax.random.key(0), (500, 7)) * jnp.array(
+        [1e-20, 1e-3, 1, 1, 7, 1e9, 1e30]
+    )
+    code = jax.random.randint(jax.random.key(1), (500,), 0, 16)
+    want = np.zeros((16, 7))
+    np.add.at(want, np.asarray(code), np.asarray(values, np.float64))
+    size = np.zeros((16, 7))
+    np.add.at(size, np.asarray(code), np.abs(np.asarray(values, np.float64)))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    product = cell_sums(values, code, 16)
+    assert (np.abs(product - want) <= 1e-6 * size).all()
