@@ -4,6 +4,7 @@ All of it takes rotated queries and keys. Shapes: B sequences, T new tokens, Q q
 heads (Q = H·q), d head_dim.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.cache import (
     KVCache,
+    Turn,
+    block_positions,
     blocks_after,
     check_spec,
     coded_tokens,
@@ -39,6 +42,7 @@ def attend(
     count: Int[Array, " B"] | None = None,
     *,
     implementation: Implementation | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "B T Q d"]:
     """Attention of new tokens over the cached past and, causally, over themselves.
 
@@ -56,6 +60,8 @@ def attend(
         implementation: ``codes`` scores through tables and sums values through histograms;
             ``decoded`` writes keys and values out, for every codec. None chooses: ``codes`` for one
             new token and codebooks whose frame shares its tables between the tokens of a block.
+        axis_name: mapped axis over which the cache's blocks are spread: each of its devices
+            attends to its own, and the softmax is one over all.
 
     Returns:
         In the dtype of q.
@@ -85,27 +91,33 @@ def attend(
         shared = isinstance(codec, Codebooks) and codec.spec.frame != "pre"
         if implementation is None:
             implementation = "codes" if tokens == 1 and shared else "decoded"
+        turn = Turn.of(axis_name)
         match implementation:
             case "codes" if isinstance(codec, Codebooks) and shared:
-                parts += _attend_codes(query, cache, codec)
+                coded, *exact = _attend_codes(query, cache, codec, turn)
+                parts += exact
             case "codes":
                 raise InputError(
                     "implementation 'codes' is for codebooks in frame 'block' or 'post' (in frame "
                     "'pre' every token has a table of its own); use 'decoded'"
                 )
             case "decoded":
-                parts.append(_attend_decoded(query, cache, codec))
+                coded = _attend_decoded(query, cache, codec, turn)
             case _:
                 raise InputError(
                     f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'"
                 )
+        # What is exact is on all devices, so it joins what they have together, and counts once.
+        parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tuple[Array, Array]]:
+def _attend_codes(
+    query: Array, cache: KVCache, codebooks: Codebooks, turn: Turn
+) -> list[tuple[Array, Array]]:
     spec = codebooks.spec
-    position = spec.sinks + jnp.arange(cache.blocks * spec.block).reshape(-1, spec.block)
+    position = block_positions(spec, turn.blocks(cache.blocks))
     start = origin(spec, position[:, 0])
     framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
     ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
@@ -114,7 +126,7 @@ def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tu
     if cache.outliers is not None:
         batch, tokens, heads = query.shape[:3]
         shape = (batch, cache.blocks, spec.block, heads)
-        at, there = outlier_slots(cache, shape)
+        at, there = outlier_slots(cache, shape, turn)
         skip = jnp.moveaxis(jnp.zeros(shape, bool).at[at].set(True, mode="drop"), 3, 1)
         # Every head has as many.
         seen = jnp.broadcast_to(there[:, None, :, 0], (batch, tokens, there.shape[1]))
@@ -126,21 +138,43 @@ def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tu
         unpack(cache.value_codes, spec.value),
         codebooks.key,
         codebooks.value,
-        blocks_after(spec, cache.length),
+        turn.filled(blocks_after(spec, cache.length)),
         skip,
     )
     return [coded, *exact]
 
 
-def _attend_decoded(query: Array, cache: KVCache, codec: Codec) -> tuple[Array, Array]:
-    keys, values = coded_tokens(cache, codec)
-    query = query[..., None, :]
-    return reference.attend_decoded(
-        jnp.broadcast_to(query, (*query.shape[:-2], cache.blocks, query.shape[-1])),
-        jnp.moveaxis(keys, 3, 1),
-        jnp.moveaxis(values, 3, 1),
-        blocks_after(codec.spec, cache.length),
+def _attend_decoded(query: Array, cache: KVCache, codec: Codec, turn: Turn) -> tuple[Array, Array]:
+    """Some blocks at a time, as many as `_SCORES` allows and only so far as any sequence goes."""
+    spec, slots = codec.spec, cache.blocks
+    filled = turn.filled(blocks_after(spec, cache.length))
+    few = max(1, _SCORES // (math.prod(query.shape[:-1]) * spec.block))
+    few = -(-slots // -(-slots // few))
+    codes = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, -slots % few if i == 2 else 0) for i in range(x.ndim)]),
+        (cache.key_codes, cache.value_codes),
     )
+
+    def attend_from(first: Array | int) -> tuple[Array, Array]:
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, 2), codes)
+        keys, values = coded_tokens(
+            cache.replace(key_codes=part[0], value_codes=part[1]),
+            codec,
+            Turn(turn.first + first * turn.step, turn.step),
+        )
+        return reference.attend_decoded(
+            jnp.broadcast_to(query[..., None, :], (*query.shape[:-1], few, query.shape[-1])),
+            jnp.moveaxis(keys, 3, 1),
+            jnp.moveaxis(values, 3, 1),
+            filled - first,
+        )
+
+    def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
+        return reference.merge([sofar, attend_from(i * few)])
+
+    if few == slots:
+        return attend_from(0)
+    return jax.lax.fori_loop(1, -(-filled.max() // few), further, attend_from(0))
 
 
 def causal(
@@ -258,6 +292,7 @@ def _outlier_until(error: Float[Array, "B T H"], spec: QuantSpec) -> Int[Array, 
 
 
 _OUTLIER_CHUNK = 128  # tokens whose errors are compared with all others at a time
+_SCORES = 2**26  # that exist at a time of new tokens over decoded blocks
 _QUERY_CHUNK = 512  # rows of scores that exist at a time
 
 
