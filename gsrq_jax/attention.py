@@ -91,64 +91,46 @@ def attend(
         shared = isinstance(codec, Codebooks) and codec.spec.frame != "pre"
         if implementation is None:
             implementation = "codes" if tokens == 1 and shared else "decoded"
-        turn = Turn.of(axis_name)
+        rows = math.prod(query.shape[:-1])
+        part: Callable[..., tuple[Array, Array]]
         match implementation:
             case "codes" if isinstance(codec, Codebooks) and shared:
-                coded, *exact = _attend_codes(query, cache, codec, turn)
-                parts += exact
+                part, floats = _attend_codes, rows * _floats_of_codes(codec.spec)
+                if cache.outliers is not None:
+                    parts.append(_attend_outliers(query, cache))
             case "codes":
                 raise InputError(
                     "implementation 'codes' is for codebooks in frame 'block' or 'post' (in frame "
                     "'pre' every token has a table of its own); use 'decoded'"
                 )
             case "decoded":
-                coded = _attend_decoded(query, cache, codec, turn)
+                part, floats = _attend_decoded, rows * codec.spec.block
             case _:
                 raise InputError(
                     f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'"
                 )
+        few = max(1, _FLOATS // floats)
+        coded = _by_blocks(part, query, cache, codec, Turn.of(axis_name), few)
         # What is exact is on all devices, so it joins what they have together, and counts once.
         parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _attend_codes(
-    query: Array, cache: KVCache, codebooks: Codebooks, turn: Turn
-) -> list[tuple[Array, Array]]:
-    spec = codebooks.spec
-    position = block_positions(spec, turn.blocks(cache.blocks))
-    start = origin(spec, position[:, 0])
-    framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
-    ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
-    shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
-    skip, exact = None, []
-    if cache.outliers is not None:
-        batch, tokens, heads = query.shape[:3]
-        shape = (batch, cache.blocks, spec.block, heads)
-        at, there = outlier_slots(cache, shape, turn)
-        skip = jnp.moveaxis(jnp.zeros(shape, bool).at[at].set(True, mode="drop"), 3, 1)
-        # Every head has as many.
-        seen = jnp.broadcast_to(there[:, None, :, 0], (batch, tokens, there.shape[1]))
-        exact = [reference.attend_exact(query, cache.outliers.key, cache.outliers.value, seen)]
-    coded = reference.attend_codes(
-        framed,
-        shift,
-        unpack(cache.key_codes, spec.key),
-        unpack(cache.value_codes, spec.value),
-        codebooks.key,
-        codebooks.value,
-        turn.filled(blocks_after(spec, cache.length)),
-        skip,
-    )
-    return [coded, *exact]
-
-
-def _attend_decoded(query: Array, cache: KVCache, codec: Codec, turn: Turn) -> tuple[Array, Array]:
-    """Some blocks at a time, as many as `_SCORES` allows and only so far as any sequence goes."""
-    spec, slots = codec.spec, cache.blocks
-    filled = turn.filled(blocks_after(spec, cache.length))
-    few = max(1, _SCORES // (math.prod(query.shape[:-1]) * spec.block))
+def _by_blocks(
+    part: Callable[..., tuple[Array, Array]],
+    query: Array,
+    cache: KVCache,
+    codec: Codec,
+    turn: Turn,
+    few: int,
+) -> tuple[Array, Array]:
+    """``part(query, cache, codec, turn, filled)`` over at most ``few`` blocks at a time, and only
+    as far as any sequence goes."""
+    slots = cache.blocks
+    filled = turn.filled(blocks_after(codec.spec, cache.length))
+    if few >= slots:
+        return part(query, cache, codec, turn, filled)
     few = -(-slots // -(-slots // few))
     codes = jax.tree.map(
         lambda x: jnp.pad(x, [(0, -slots % few if i == 2 else 0) for i in range(x.ndim)]),
@@ -156,25 +138,68 @@ def _attend_decoded(query: Array, cache: KVCache, codec: Codec, turn: Turn) -> t
     )
 
     def attend_from(first: Array | int) -> tuple[Array, Array]:
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, 2), codes)
-        keys, values = coded_tokens(
-            cache.replace(key_codes=part[0], value_codes=part[1]),
-            codec,
-            Turn(turn.first + first * turn.step, turn.step),
+        keys, values = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, axis=2), codes
         )
-        return reference.attend_decoded(
-            jnp.broadcast_to(query[..., None, :], (*query.shape[:-1], few, query.shape[-1])),
-            jnp.moveaxis(keys, 3, 1),
-            jnp.moveaxis(values, 3, 1),
-            filled - first,
-        )
+        some = cache.replace(key_codes=keys, value_codes=values)
+        start = Turn(turn.first + first * turn.step, turn.step)
+        return part(query, some, codec, start, filled - first)
 
     def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
         return reference.merge([sofar, attend_from(i * few)])
 
-    if few == slots:
-        return attend_from(0)
     return jax.lax.fori_loop(1, -(-filled.max() // few), further, attend_from(0))
+
+
+def _floats_of_codes(spec: QuantSpec) -> int:
+    """What `_attend_codes` holds of a block for each query: tables, and what is looked up."""
+    return max(c.codes * (spec.block + c.codewords) for c in (spec.key, spec.value))
+
+
+def _attend_codes(
+    query: Array, cache: KVCache, codebooks: Codebooks, turn: Turn, filled: Array
+) -> tuple[Array, Array]:
+    spec = codebooks.spec
+    position = block_positions(spec, turn.blocks(cache.blocks))
+    start = origin(spec, position[:, 0])
+    framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
+    ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
+    shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
+    skip = None
+    if cache.outliers is not None:
+        shape = (len(query), cache.blocks, spec.block, query.shape[2])
+        at = outlier_slots(cache, shape, turn)
+        skip = jnp.moveaxis(jnp.zeros(shape, bool).at[at].set(True, mode="drop"), 3, 1)
+    return reference.attend_codes(
+        framed,
+        shift,
+        unpack(cache.key_codes, spec.key),
+        unpack(cache.value_codes, spec.value),
+        codebooks.key,
+        codebooks.value,
+        filled,
+        skip,
+    )
+
+
+def _attend_outliers(query: Array, cache: KVCache) -> tuple[Array, Array]:
+    assert cache.outliers is not None
+    there = cache.outliers.error[:, None, :, 0] > -jnp.inf  # every head has as many
+    seen = jnp.broadcast_to(there, (*query.shape[:2], there.shape[2]))
+    return reference.attend_exact(query, cache.outliers.key, cache.outliers.value, seen)
+
+
+def _attend_decoded(
+    query: Array, cache: KVCache, codec: Codec, turn: Turn, filled: Array
+) -> tuple[Array, Array]:
+    keys, values = coded_tokens(cache, codec, turn)
+    query = query[..., None, :]
+    return reference.attend_decoded(
+        jnp.broadcast_to(query, (*query.shape[:-2], cache.blocks, query.shape[-1])),
+        jnp.moveaxis(keys, 3, 1),
+        jnp.moveaxis(values, 3, 1),
+        filled,
+    )
 
 
 def causal(
@@ -292,7 +317,7 @@ def _outlier_until(error: Float[Array, "B T H"], spec: QuantSpec) -> Int[Array, 
 
 
 _OUTLIER_CHUNK = 128  # tokens whose errors are compared with all others at a time
-_SCORES = 2**26  # that exist at a time of new tokens over decoded blocks
+_FLOATS = 2**26  # that attention over coded blocks holds at a time
 _QUERY_CHUNK = 512  # rows of scores that exist at a time
 
 

@@ -521,18 +521,16 @@ def exact_tokens(
     return keys, join(cache.sink_value, cache.window_value), there
 
 
-def outlier_slots(
-    cache: KVCache, shape: tuple[int, ...], turn: Turn
-) -> tuple[tuple[Array, ...], Bool[Array, "B E H"]]:
+def outlier_slots(cache: KVCache, shape: tuple[int, ...], turn: Turn) -> tuple[Array, ...]:
     """One layer's indices of the outliers in arrays ``[B, N, b, H]`` of the blocks that ``turn``
-    says, out of bounds for tokens of others and where no outlier is, and where one is."""
+    says; out of bounds for those of other blocks and for slots that are not filled."""
     assert cache.spec is not None
     assert cache.outliers is not None
     there = cache.outliers.error > -jnp.inf
     offset = cache.outliers.position - cache.spec.sinks
     block = jnp.where(there, turn.slot(offset // cache.spec.block, shape[1]), shape[1])
     row, head = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[3])
-    return (row, block, offset % cache.spec.block, head), there
+    return row, block, offset % cache.spec.block, head
 
 
 def coded_tokens(
@@ -548,7 +546,7 @@ def coded_tokens(
     )
     keys, values = codec.decode(keys, values, position)
     if cache.outliers is not None:
-        at, _ = outlier_slots(cache, keys.shape, turn)
+        at = outlier_slots(cache, keys.shape, turn)
         keys = keys.at[at].set(cache.outliers.key.astype(jnp.float32), mode="drop")
         values = values.at[at].set(cache.outliers.value.astype(jnp.float32), mode="drop")
     return keys, values

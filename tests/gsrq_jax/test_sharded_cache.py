@@ -122,15 +122,16 @@ def test_is_the_cache_of_one_device(name, shape):
     agree(run(codebooks(SPECS[name]), SPECS[name], mesh), one(name), mesh)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("name", ["codes", "outliers"])
-def test_several_tokens_over_some_decoded_blocks_at_a_time(name, monkeypatch):
-    want, mesh = one(name, 3), make_mesh(4, 2)
-    agree(run(codebooks(SPECS[name]), SPECS[name], mesh, 3), want, mesh)
-    # Of 12 blocks (3 a device) 5 (2) at a time.
-    for on, few in ((None, 5), (mesh, 2)):
-        rows = len(LENGTHS) * 3 * GROUP * HEADS // (1 if on is None else 2)
-        monkeypatch.setattr(attention, "_SCORES", few * rows * BLOCK + 1)
-        got = run(codebooks(SPECS[name]), SPECS[name], on, 3)
+def test_some_blocks_at_a_time(name, tokens, monkeypatch):
+    """Of 12 blocks, 3 a device, 5 and 2 at a time: as codes, or decoded for several tokens."""
+    spec, want = SPECS[name], one(name, tokens)
+    block = BLOCK if tokens > 1 else attention._floats_of_codes(spec)
+    for mesh, few, heads in ((None, 5, HEADS), (make_mesh(4, 2), 2, HEADS // 2)):
+        floats = few * len(LENGTHS) * tokens * GROUP * heads * block
+        monkeypatch.setattr(attention, "_FLOATS", floats)
+        got = run(codebooks(spec), spec, mesh, tokens)
         np.testing.assert_allclose(got[0], want[0], atol=1e-5)
 
 
