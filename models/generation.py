@@ -356,6 +356,7 @@ class Generator:
         dtype: of the exact parts of the cache.
         mesh: of `gsrq_jax.models.sharding.make_mesh`, over which parameters, codec and cache are
             spread; None for one device. Every process of several makes the same calls.
+        chunk: tokens of prompts that are read at a time (`read`); None reads them at once.
     """
 
     graphdef: nnx.GraphDef
@@ -365,6 +366,7 @@ class Generator:
     eos: tuple[int, ...] = ()
     dtype: jax.typing.DTypeLike = jnp.bfloat16
     mesh: Mesh | None = None
+    chunk: int | None = None
 
     @functools.cached_property
     def _placed(self) -> tuple[nnx.State, Codec | None]:
@@ -381,10 +383,25 @@ class Generator:
 
     @functools.cached_property
     def _prefill(self) -> Callable[..., tuple[Array, KVCache]]:
+        way = prefill if self.chunk is None else functools.partial(read, chunk=self.chunk)
         return jax.jit(
-            functools.partial(prefill, self.graphdef, dtype=self.dtype, mesh=self.mesh),
+            functools.partial(way, self.graphdef, dtype=self.dtype, mesh=self.mesh),
             static_argnames="max_length",
         )
+
+    @functools.cached_property
+    def _start(self) -> Callable[..., DecodeState]:
+        def begin(cache: KVCache, logits: Array, seed: Array, max_new_tokens: int) -> DecodeState:
+            return start(
+                cache,
+                logits,
+                jax.random.key(seed),
+                max_new_tokens=max_new_tokens,
+                sampler=self.sampler,
+                eos=self.eos,
+            )
+
+        return jax.jit(begin, static_argnames="max_new_tokens", donate_argnums=0)
 
     @functools.cached_property
     def _decode(self) -> Callable[..., DecodeState]:
@@ -415,11 +432,14 @@ class Generator:
 
         Raises:
             InputError: if a prompt is empty or does not fit with its new tokens, or if
-                ``max_new_tokens`` or ``stride`` is less than 1. It comes with the first state.
+                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1. It comes with the first
+                state.
         """
         longest = max(map(len, prompts), default=0)
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"chunk must be at least 1, got {self.chunk}")
         stride = max_new_tokens if stride is None else stride
         if max_new_tokens < 1 or stride < 1:
             raise InputError(
@@ -430,24 +450,20 @@ class Generator:
                 f"a prompt of {longest} tokens with {max_new_tokens} new ones does not fit into a "
                 f"cache of {max_length}; shorten it or ask for a longer cache"
             )
-        padded = min(max_length, -(-longest // _BUCKET) * _BUCKET)
+        if self.chunk is None:
+            padded = min(max_length, -(-longest // _BUCKET) * _BUCKET)
+        else:
+            padded = -(-longest // self.chunk) * self.chunk
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        count = jnp.asarray([len(p) for p in prompts], jnp.int32)
+        count = np.asarray([len(p) for p in prompts], np.int32)
         params, codec = self._placed
         logits, cache = self._prefill(params, tokens, count, codec, max_length=max_length)
-        state = start(
-            cache,
-            logits,
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            sampler=self.sampler,
-            eos=self.eos,
-        )
+        state = self._start(cache, logits, np.uint32(seed), max_new_tokens=max_new_tokens)
         while not bool(state.done.all()):
             yield state
-            state = self._decode(params, codec, state, jnp.int32(stride))
+            state = self._decode(params, codec, state, np.int32(stride))
         yield state
 
 

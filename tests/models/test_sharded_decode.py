@@ -11,6 +11,7 @@ import pytest
 import small_model
 
 from gsrq_jax import calibration
+from gsrq_jax.errors import InputError
 from gsrq_jax.models import generation, sharding
 from gsrq_jax.models.generation import Generator
 from gsrq_jax.spec import ResidualSpec
@@ -116,6 +117,23 @@ def test_a_prompt_in_chunks_is_read_as_the_cache_then_was():
         part = np.full((1, CHUNK), 7, np.int32)
         logits, _ = step(params, part, jnp.array([1]), books, cache)
         np.testing.assert_allclose(then[row], logits[0], atol=1e-4)
+
+
+def test_a_generator_reads_in_chunks():
+    tokens, lengths, (first, _, _) = chunks()
+    prompts = [row[:n].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]
+    running = generator(small_model.codebooks(config=CONFIG))
+    running = dataclasses.replace(running, chunk=CHUNK)
+    state = next(running(prompts, max_new_tokens=1, max_length=LENGTH))
+    np.testing.assert_array_equal(state.token, np.argmax(first, axis=-1))
+    with pytest.raises(InputError, match="chunk must be at least 1, got 0"):
+        next(dataclasses.replace(running, chunk=0)([[1]], max_new_tokens=1, max_length=LENGTH))
+    with pytest.raises(InputError, match="17 tokens are not a number of chunks of 16; pad them"):
+        generation.read(
+            *(*small_model.model(CONFIG), tokens[:, :17], lengths, running.codec),
+            chunk=CHUNK,
+            max_length=LENGTH,
+        )
 
 
 @meshes
