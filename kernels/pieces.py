@@ -37,8 +37,10 @@ COUNTERS = 8
 """Warps that count; up to 64 stages, 8 times 8 codes twice."""
 DIGITS = PROBABILITY_BITS // 2
 """Digits of a probability in base 4, of which two make the columns of a binary product."""
-PLANE_STRIDE = 36
-"""Words from one operand of the product to the next: 32, and 4 so that banks differ."""
+PLANE_STRIDE = 4 * 32 + 16
+"""Words from four operands of the product to the next four: 128, and 16 so that banks differ."""
+KNOT_BYTES = (CHUNK // 16 + 1) * ROWS * 4
+"""Room for the knots of a chunk, of which there is one every 16 tokens at most."""
 MAGIC = 0x4B000000
 """The bits of 2.0**23: float32 with an integer below 2**23 in its lowest bits."""
 
@@ -90,7 +92,7 @@ class KeyTable:
 # --- table ----------------------------------------------------------------------------------------
 
 
-def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: Any) -> None:
+def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
     """Products of one block's queries with the codewords to a table of 16-bit integers.
 
     Entry = (product − smallest of its stage) / step, with one step a row, such that no octet of
@@ -103,7 +105,6 @@ def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: A
         warp: who does it.
         form: of the table, with 16 codewords.
         raw: address of ``[ROWS, stages, 16]`` float16 in global memory.
-        middle: address of ``[ROWS]`` float32 there, to which scores are relative.
         place: address of the table in shared memory.
         facts: address of ``[2, ROWS]`` float32 there; gets each row's step and offset.
     """
@@ -138,14 +139,14 @@ def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: A
     scale = []
     steps = []
     offsets = []
-    for row, start in enumerate(warp.load_global(middle, 0, ROWS, "f")):
+    for row in range(ROWS):
         for mask in (1, 2, 4, 8, 16):
             bottom[row] = bottom[row] + warp.from_lane_xor(bottom[row], mask)
         # Positive floats are ordered as their bits are.
         most = warp.fmax(warp.from_bits(warp.all_max(warp.bits_of(widest[row]))), tiny)
         scale.append(warp.reciprocal(most) * float(ENTRY_MOST))
         steps.append(most * (1.0 / ENTRY_MOST))
-        offsets.append(start + bottom[row])
+        offsets.append(bottom[row])
     first = warp.equal(warp.lane, 0)
     warp.store_shared(facts, steps, 0, where=first)
     warp.store_shared(facts, offsets, 16, where=first)
@@ -272,9 +273,48 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
                     words if total is None else [a + b for a, b in zip(total, words, strict=True)]
                 )
             for i, x in enumerate(total):
-                sums[2 * i] = sums[2 * i] + (x & 0xFFFF)
-                sums[2 * i + 1] = sums[2 * i + 1] + (x >> 16)
+                for half in range(2):
+                    sums[2 * i + half] = warp.add_half(x, half, sums[2 * i + half])
     return sums
+
+
+def gather_knots(warp: Any, count: int, stride: int, raw: Any, place: Any) -> None:
+    """The shares of the mean key at a chunk's knots, row by row to knot by knot.
+
+    Cost: 4 LDS, 1 STS.
+
+    Args:
+        warp: who does it.
+        count: knots of a chunk, at most 16; one more, the last, belongs to the next chunk.
+        stride: bytes from row to row.
+        raw: address of ``[ROWS, stride]`` float32 in shared memory.
+        place: address there that gets ``[count + 1, ROWS]`` float32.
+    """
+    there = warp.less(warp.lane, count + 1)
+    own = raw + warp.unsigned_min(warp.lane, count) * 4
+    rows = [warp.load_shared(own, row * stride, kind="f")[0] for row in range(ROWS)]
+    warp.store_shared(place + warp.lane * (ROWS * 4), rows, where=there)
+    warp.sync()
+
+
+def between_knots(warp: Any, every: int, knots: Any, group: int) -> list:
+    """``[ROWS]`` shares of the mean key of a group of 32 tokens, interpolated between knots.
+
+    Cost: 8 × (2 LDS of 16 bytes, 8 FADD or FFMA) = 80.
+
+    Args:
+        warp: who does it.
+        every: tokens from knot to knot, a power of two from 16 up.
+        knots: address of what `gather_knots` wrote.
+        group: of the chunk.
+    """
+    start = group * 32
+    own = knots + warp.lane // every * (ROWS * 4)
+    at = warp.to_float((warp.lane + start % every) % every) * (1.0 / every)
+    before, after = (
+        warp.load_shared(own, (start // every + i) * (ROWS * 4), ROWS, "f") for i in range(2)
+    )
+    return [warp.fma(b - a, at, a) for a, b in zip(before, after, strict=True)]
 
 
 def scores(warp: Any, sums: list, share: list, steps: list, offsets: list) -> list:
@@ -386,32 +426,44 @@ def planes(warp: Any, swap: Swaps, pairs: list) -> list:
 
 def plane_bytes() -> int:
     """Shared memory of a chunk's planes of probabilities."""
-    return 2 * DIGITS * PLANE_STRIDE * 4
+    return 2 * DIGITS // 4 * PLANE_STRIDE * 4
 
 
 def store_planes(warp: Any, words: list, place: Any) -> None:
     """To shared memory as right operands of binary products, columns (row, which of two digits).
 
-    ``[half of the chunk][pair of digits][lower or higher bit][group of 32 tokens][row][digit]``.
-    Cost: 16 STS; no bank twice.
+    ``[half of the chunk][half of the operands][group of 32 tokens][column: row, digit][operand]``,
+    where the eight operands are the lower and the higher bit of each pair of digits: what a lane
+    loads together lies together. The columns of group g stand in the order ``column ^ 2g``, so that
+    eight lanes load from all banks. Cost: 16 STS; no bank twice.
     """
     bit, pair_row = warp.lane & 15, warp.lane >> 4
     operand, digit = (bit >> 2) * 2 + (bit & 1), (bit >> 1) & 1
-    own = place + ((operand * PLANE_STRIDE) + (pair_row << 1) + digit) * 4
+    column = (pair_row << 1) + digit
+    own = [
+        place + ((operand >> 2) * PLANE_STRIDE + (column ^ 2 * odd) * 4 + (operand & 3)) * 4
+        for odd in range(2)
+    ]
     for i, pair in enumerate(words):
         for u, x in enumerate(pair):
-            half, quarter = divmod(u, 4)
-            offset = half * DIGITS * PLANE_STRIDE + quarter * 8 + i * 4
-            warp.store_shared(own, [x], offset * 4)
+            half, group = divmod(u, 4)
+            offset = half * DIGITS // 4 * PLANE_STRIDE + group * 32 + (i ^ group >> 1) * 16
+            warp.store_shared(own[group & 1], [x], offset * 4)
 
 
 def load_planes(warp: Any, place: Any) -> list:
-    """The right operands, lower and higher bit of each pair of digits; 16 LDS a warp."""
-    own = place + ((warp.lane & 3) * 8 + (warp.lane >> 2)) * 4
-    return [
-        [warp.load_shared(own, (half * DIGITS + i) * PLANE_STRIDE * 4)[0] for half in range(2)]
-        for i in range(DIGITS)
-    ]
+    """The right operands, lower and higher bit of each pair of digits; 4 LDS of 16 bytes a warp."""
+    group = warp.lane & 3
+    own = place + ((group << 3) + ((warp.lane >> 2) ^ (group << 1))) * 16
+    first, second = (
+        [
+            x
+            for quad in range(DIGITS // 4)
+            for x in warp.load_shared(own, (half * DIGITS // 4 + quad) * PLANE_STRIDE * 4, 4)
+        ]
+        for half in range(2)
+    )
+    return [list(pair) for pair in zip(first, second, strict=True)]
 
 
 # --- histogram ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
-from gsrq_jax.kernels import tiles
+from gsrq_jax.kernels import rotary, tiles
 
 
 def attend_codes(
@@ -83,27 +83,43 @@ def attend_codes(
 
 
 def attend_tiles(
-    query: Float[Array, "B T H q N d"],
-    shift: Float[Array, "H M b d"] | None,
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
     key_tiles: UInt32[Array, "B H N tiles kw"],
     value_tiles: UInt32[Array, "B H N tiles vw"],
     key_codewords: Float[Array, "H 1 R K d"],
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
+    *,
+    first: int = 0,
+    every: int = 1,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
 
-    No shift is one of zeros. The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this
-    signature.
+    The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this signature.
+
+    Args:
+        query: scaled queries, rotated at their own positions, float32.
+        mean: mean key before RoPE; None is one of zeros.
+        inv_freq: rotary frequencies.
+        key_tiles: codes of the keys, in the frames of their blocks.
+        value_tiles: codes of the values.
+        key_codewords: of this layer.
+        value_codewords: of this layer.
+        blocks: valid blocks of each sequence; the others are not read.
+        first: position of the first coded token; block n starts ``n b`` after it.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
     """
     key_stages, codewords = key_codewords.shape[2:4]
     keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)
     values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])
-    if shift is None:
-        shift = jnp.zeros((keys.shape[1], 1, keys.shape[3], query.shape[-1]))
+    heads, n, b = keys.shape[1:4]
+    if mean is None:
+        mean = jnp.zeros((heads, query.shape[-1]))
     return attend_codes(
-        query,
-        shift,
+        rotary.rotate(query[..., None, :], -(first + b * jnp.arange(n)), inv_freq),
+        rotary.shift(mean[:, None, None], jnp.arange(b), inv_freq, every),
         keys[..., None, :],
         values[..., None, :],
         key_codewords,

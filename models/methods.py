@@ -115,6 +115,7 @@ _OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
     "refits": ("fit", "refits", int),
     "k": ("spec", "codewords", int),
     "block": ("spec", "block", int),
+    "every": ("spec", "mean_every", int),
     "pre": ("spec", "frame", "pre"),
     "post": ("spec", "frame", "post"),
     "uncentred": ("fit", "center", False),

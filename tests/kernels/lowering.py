@@ -20,8 +20,9 @@ def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
     """Arguments of attend_tiles, without numbers."""
     s = jax.ShapeDtypeStruct
     return {
-        "query": s((B, T, H, q, N, d), jnp.float32),
-        "shift": s((H, 1, b, d), jnp.float32),
+        "query": s((B, T, H, q, d), jnp.float32),
+        "mean": s((H, d), jnp.float32),
+        "inv_freq": s((d // 2,), jnp.float32),
         "key_tiles": s((B, H, N, b // tiles.TILE, tiles.key_words(R, K)), jnp.uint32),
         "value_tiles": s((B, H, N, b // tiles.TILE, tiles.value_words(S)), jnp.uint32),
         "key_codewords": s((H, 1, R, K, d), jnp.bfloat16),
@@ -39,10 +40,10 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def mosaic_module(arguments):
+def mosaic_module(arguments, every=1):
     """The kernel's module, of the only Mosaic call in the lowered operation."""
     with on_abstract():
-        traced = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).trace(arguments)
+        traced = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x, every=every)).trace(arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     found = []
 
@@ -91,15 +92,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def assemble(arguments, library):
+def assemble(arguments, library, every):
     """Make ptxas say what it has to say."""
-    code = mosaic_module(arguments)
+    code = mosaic_module(arguments, every)
     compile_ = ctypes.CDLL(library).MosaicGpuCompile
     compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
     compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
 
 
-def compiled(arguments, library):
+def compiled(arguments, library, every):
     """The whole operation after XLA's passes for an H100, as text."""
     from jax._src import xla_bridge
     from jax.experimental import topologies
@@ -116,7 +117,7 @@ def compiled(arguments, library):
         for name, a in arguments.items()
     }
     with mock.patch.object(mosaic_gpu, "check_device"):
-        lowered = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).lower(arguments)
+        lowered = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x, every=every)).lower(arguments)
     return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
 
 
@@ -124,8 +125,10 @@ if __name__ == "__main__":
     import jax_plugins.xla_cuda13 as plugin
 
     what, *sizes = sys.argv[1:]
-    arguments = shapes(**{name: int(value) for name, value in (a.split("=") for a in sizes)})
+    numbers = {name: int(value) for name, value in (a.split("=") for a in sizes)}
+    every = numbers.pop("every", 1)
+    arguments, library = shapes(**numbers), str(plugin._get_library_path())
     if what == "assemble":
-        assemble(arguments, str(plugin._get_library_path()))
+        assemble(arguments, library, every)
     else:
-        print(compiled(arguments, str(plugin._get_library_path())))
+        print(compiled(arguments, library, every))
