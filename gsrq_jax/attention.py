@@ -23,11 +23,13 @@ from gsrq_jax.codebook import Codebooks, errors, unpack
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
-from gsrq_jax.kernels import reference
+from gsrq_jax.kernels import decode, reference, rotary
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import CacheSpec, QuantSpec
 
-Implementation = Literal["codes", "decoded"]
+Implementation = Literal["fused", "codes", "decoded"]
+FEW = 8
+"""New tokens up to which codes in the fused kernel's layout are attended to as codes."""
 
 
 def attend(
@@ -53,15 +55,20 @@ def attend(
         codec: that layer's codebooks, or another codec; None for a cache without a spec.
         count: new tokens of each sequence, at most T; keys and values after them are padding, never
             read (they may be NaN), and outputs after them mean nothing. None means T each.
-        implementation: ``codes`` scores through tables and sums values through histograms;
-            ``decoded`` writes keys and values out, for every codec. None chooses: ``codes`` for one
-            new token and codebooks whose frame shares its tables between the tokens of a block.
+        implementation: ``fused`` is the GPU kernel, for codebooks and a cache whose codes are in
+            its layout (``QuantSpec.layout``); ``codes``, in plain jnp, scores through tables and
+            sums values through histograms as it does, in either layout; ``decoded`` writes keys and
+            values out, for every codec. None chooses: in the kernel's layout, for up to `FEW` new
+            tokens, ``fused`` where it is supported, else ``codes`` with a warning that says why,
+            once; otherwise ``codes`` for one new token and codebooks whose frame shares its tables
+            between the tokens of a block.
 
     Returns:
         In the dtype of q.
 
     Raises:
-        InputError: if specs or shapes do not fit, or ``codes`` is asked for where it cannot be had.
+        InputError: if specs or shapes do not fit, or ``fused`` or ``codes`` is asked for where it
+            cannot be had.
     """
     check_spec(cache, codec)
     if cache.length.ndim != 1:
@@ -75,19 +82,26 @@ def attend(
     step = jnp.arange(tokens)
     new = jnp.full((batch,), tokens) if count is None else count
     themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
-    keys, values, there = exact_tokens(cache)
-    cached = jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
-    parts = [
-        reference.attend_exact(query, k, v, themselves),
-        reference.attend_exact(query, keys, values, cached),
-    ]
+    exact = [(k, v, themselves)]
+    for keys, values, there in exact_tokens(cache):
+        seen = jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[1]))
+        exact.append((keys, values, seen))
+    parts = [reference.attend_sets(query, exact)]
     if codec is not None and cache.blocks:
-        shared = isinstance(codec, Codebooks) and codec.spec.frame != "pre"
-        if implementation is None:
-            implementation = "codes" if tokens == 1 and shared else "decoded"
+        books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
+        tiled = books is not None and books.spec.layout == "tiles"
+        if implementation is None and not (tiled and tokens <= FEW):
+            implementation = "codes" if tokens == 1 and books is not None else "decoded"
         match implementation:
-            case "codes" if isinstance(codec, Codebooks) and shared:
-                parts += _attend_codes(query, cache, codec)
+            case "fused" | "codes" | None if books is not None and tiled:
+                parts.append(_attend_tiles(query, cache, books, implementation))
+            case "codes" if books is not None:
+                parts += _attend_codes(query, cache, books)
+            case "fused":
+                raise InputError(
+                    "implementation 'fused' is for a cache whose codes are in its layout; give the "
+                    "codebooks a spec of layout 'tiles' (gsrq_jax.codec.respec)"
+                )
             case "codes":
                 raise InputError(
                     "implementation 'codes' is for codebooks in frame 'block' or 'post' (in frame "
@@ -97,10 +111,34 @@ def attend(
                 parts.append(_attend_decoded(query, cache, codec))
             case _:
                 raise InputError(
-                    f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'"
+                    f"unknown implementation {implementation!r}; choose 'fused', 'codes' or "
+                    "'decoded'"
                 )
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def _attend_tiles(
+    query: Array, cache: KVCache, codebooks: Codebooks, implementation: Implementation | None
+) -> tuple[Array, Array]:
+    spec = codebooks.spec
+    kernels: dict[Implementation | None, decode.Implementation | None] = {
+        "fused": "mosaic_gpu",
+        "codes": "reference",
+    }
+    return decode.attend_tiles(
+        query,
+        codebooks.key_mean,
+        codebooks.inv_freq,
+        cache.key_codes,
+        cache.value_codes,
+        codebooks.key,
+        codebooks.value,
+        blocks_after(spec, cache.length),
+        first=spec.sinks,
+        every=spec.mean_every,
+        implementation=kernels.get(implementation),
+    )
 
 
 def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tuple[Array, Array]]:
@@ -109,7 +147,8 @@ def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tu
     start = origin(spec, position[:, 0])
     framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
     ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
-    shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
+    mean = codebooks.key_mean[:, None, None]
+    shift = rotary.shift(mean, ahead, codebooks.inv_freq, spec.mean_every)
     skip, exact = None, []
     if cache.outliers is not None:
         batch, tokens, heads = query.shape[:3]

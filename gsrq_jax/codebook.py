@@ -115,10 +115,9 @@ class Codebooks:
         """Rotated keys and values, float32, that codes stand for."""
         spec = self.spec
         if spec.layout == "tiles":
-            keys, values = (
-                tiles.keys_from_tiles(key_codes, spec.key.stages, spec.key.codewords)[..., None, :],
-                tiles.values_from_tiles(value_codes, spec.value.stages)[..., None, :],
-            )
+            keys = tiles.keys_from_tiles(key_codes, spec.key.stages, spec.key.codewords)
+            values = tiles.values_from_tiles(value_codes, spec.value.stages)
+            keys, values = keys[..., None, :], values[..., None, :]
         else:
             keys, values = unpack(key_codes, spec.key), unpack(value_codes, spec.value)
         framed = _decode(keys, self.key)

@@ -257,7 +257,7 @@ class QuantSpec(CacheSpec):
             ("groups of channels", self.value.groups, (1,)),
             ("codewords of a stage of keys", self.key.codewords, (16, 256)),
             ("codewords of a stage of values", self.value.codewords, (16,)),
-            ("block modulo tile", self.block % tiles.TILE, (0,)),
+            (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
             ("outliers", self.outliers, (0,)),
             ("stages by layer", self.key_stages, (None,)),
         ):
@@ -343,6 +343,7 @@ class QuantSpec(CacheSpec):
             + (f", mean key at every {self.mean_every} tokens" if self.mean_every > 1 else "")
             + (f", beam {self.beam}" if self.beam > 1 else "")
             + (f", {self.outliers} outliers exact" if self.outliers else "")
+            + (", codes in tiles" if self.layout == "tiles" else "")
         )
 
     def to_json(self) -> dict[str, Any]:

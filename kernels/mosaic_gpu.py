@@ -107,9 +107,10 @@ class Problem:
 
     @property
     def share_length(self) -> int:
-        """Numbers of a row's share: of whole chunks, and what is copied with the last."""
+        """Numbers of a row's share: of whole chunks, what is copied with the last, and so many
+        more that cuBLAS takes them as they are."""
         chunks = -(-self.blocks // self.blocks_of_chunk) * self.chunks_of_block
-        return (chunks - 1) * self.knots + self.copied_knots
+        return -(-((chunks - 1) * self.knots + self.copied_knots) // 8) * 8
 
     @property
     def chunk_key_bytes(self) -> int:

@@ -6,6 +6,7 @@ output with its log-sum-exp, so that exact parts can be merged into one softmax.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,10 @@ def merge(
     return out, whole
 
 
+Exact = tuple[Float[Array, "B n H d"], Float[Array, "B n H d"], Bool[Array, "B T n"]]
+"""Exact keys and values, and where each query sees them."""
+
+
 def attend_exact(
     query: Float[Array, "B T H q d"],
     keys: Float[Array, "B n H d"],
@@ -192,17 +197,40 @@ def attend_exact(
 
     Keys and values that no query sees may be NaN.
     """
-    exact = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("BTHqd,BnHd->BTHqn", query, keys.astype(query.dtype), precision=exact)
-    mask = mask[:, :, None, None, :]
-    scores = jnp.where(mask, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, initial=-jnp.inf)
-    safe = jnp.where(jnp.isfinite(top), top, 0)
-    weights = jnp.where(mask, jnp.exp(scores - safe[..., None]), 0)
-    read = mask.any(axis=(1, 2, 3))[:, :, None, None]
-    values = jnp.where(read, values.astype(query.dtype), 0)
-    out = jnp.einsum("BTHqn,BnHd->BTHqd", weights, values, precision=exact)
+    return attend_sets(query, [(keys, values, mask)])
+
+
+def attend_sets(
+    query: Float[Array, "B T H q d"], sets: Sequence[Exact]
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`attend_exact` over several sets in one softmax, none of them copied."""
+    scores = [
+        jnp.where(mask[:, :, None, None], _times(query, keys, "BTHqd,BnHd->BTHqn"), -jnp.inf)
+        for keys, _, mask in sets
+    ]
+    ends = [0]
+    for keys, *_ in sets:
+        ends.append(ends[-1] + keys.shape[1])
+    together = jnp.concatenate(scores, axis=-1)
+    top = jnp.max(together, axis=-1, initial=-jnp.inf)
+    weights = jnp.exp(together - jnp.where(jnp.isfinite(top), top, 0)[..., None])
+    out = jnp.zeros_like(query)
+    for (_, values, mask), first, end in zip(sets, ends, ends[1:], strict=False):
+        values = jnp.where(mask.any(axis=1)[:, :, None, None], values, 0)
+        out += _times(weights[..., first:end], values, "BTHqn,BnHd->BTHqd")
     return _finish(out, weights.sum(axis=-1), top)
+
+
+def _times(left: Float[Array, "..."], right: Float[Array, "..."], equation: str) -> Array:
+    """A product in float32; one with bfloat16, which is not converted, to 16 bits of ``left``."""
+    if right.dtype != jnp.bfloat16:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum(equation, left, right.astype(left.dtype), precision=exact)
+    # Not two conversions: XLA would take one for the inverse of the other, and the rest for 0.
+    high = jax.lax.reduce_precision(left, exponent_bits=8, mantissa_bits=7)
+    both = jnp.stack([high, left - high]).astype(jnp.bfloat16)
+    equation = "p" + equation.replace("->", "->p")
+    return jnp.einsum(equation, both, right, preferred_element_type=jnp.float32).sum(axis=0)
 
 
 def scale_of(dim: int) -> float:
