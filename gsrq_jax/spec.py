@@ -177,7 +177,7 @@ class QuantSpec(CacheSpec):
             Codebooks are also trained with it, and serve any other.
         mean_every: tokens between those, counted in a block, at which the mean key of a head is
             rotated; what keys are centred with is interpolated between them, and rotary pairs that
-            turn further than a radian meanwhile are not centred. 1 rotates it at every token. More
+            make more than half a turn meanwhile are not centred. 1 rotates it at every token. More
             is for the fused GPU kernel, which has so many times fewer products with it to read.
         outliers: coded tokens of a sequence that every layer and KV head also keeps exact: those
             whose codes err most.

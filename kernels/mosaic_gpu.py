@@ -34,7 +34,7 @@ PROCESSORS = 132
 TABLE_TIME, START_TIME = 0.3, 1.5
 """Estimates, in chunks that all scorers take at once: of a table, and of starting and ending."""
 MOST_STAGES = 64
-KNOTS = (1, 16, 32, 64)
+KNOTS = (1, 4, 8, 16, 32, 64)
 """Tokens between knots of the mean key's share."""
 EMPTY = -(2**30)
 """Scale of a part without tokens."""
@@ -58,6 +58,10 @@ class Config:
     depth: int
     splits: int
     span: int
+
+    def teams(self, value_stages: int) -> int:
+        """Teams of counters, each of one warp an octet of stages, that share the scorers' slots."""
+        return min(self.scorers, COUNTERS // pieces.octets_of(value_stages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Memory:
         scorers, ring = config.scorers, config.scorers * config.depth
         table = problem.key.nbytes if problem.key.shared else 0
         staged = problem.chunk_key_bytes + ROWS * problem.copied_knots * 4
-        staged += pieces.KNOT_BYTES * (problem.every > 1)
+        staged += ROWS * (problem.knots + 1) * 4 * (problem.every > 1)
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -407,11 +411,11 @@ def attend_tiles(
         return jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
     config = config or choose_config(problem)
     check_config(problem, config)
-    blocks = jnp.clip(blocks.astype(jnp.int32), 0, problem.blocks)
+    blocks = blocks.astype(jnp.int32)
     inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     out, lse = put_together(problem, histogram, scale, value_codewords)
-    usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks == 0)[:, None, None, None]
+    usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks <= 0)[:, None, None, None]
     return jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
 
 
@@ -439,11 +443,18 @@ def score_inputs(
     spare = p.row_groups * ROWS - p.tokens * p.group
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
     share, facts = jnp.zeros((1,)), jnp.zeros((1,))
+    # Where blocks start, and where the knots of one are from there.
+    knots = p.block // (p.every or p.block)
+    starts = first + p.block * jnp.arange(max(p.blocks, -(-p.share_length // knots)))
+    at = jnp.concatenate([starts, (p.every or p.block) * jnp.arange(knots)])
+    start, ahead = zip(
+        *(jnp.split(x, [len(starts)]) for x in rotary.turns(at, inv_freq)), strict=True
+    )
     if mean is not None:
-        share = mean_shares(p, rows, mean, inv_freq, first)
-    rows = rows.reshape(p.heads, -1, 1, ROWS, p.dim)
-    start = first + p.block * jnp.arange(p.blocks)
-    framed = rotary.rotate(rows, -start[:, None], inv_freq).astype(jnp.float16)
+        share = mean_shares(p, rows, mean, inv_freq, start, ahead)
+    cos, sin = (x[: p.blocks, None] for x in start)
+    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
+    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
     products = jnp.einsum(
         "hpnrd,hcd->hpnrc",
         framed,
@@ -461,26 +472,30 @@ def mean_shares(
     rows: Float[Array, "H B rows d"],
     mean: Float[Array, "H d"],
     inv_freq: Float[Array, " d/2"],
-    first: int,
+    start: tuple[Float[Array, "n d/2"], Float[Array, "n d/2"]],
+    ahead: tuple[Float[Array, "knots d/2"], Float[Array, "knots d/2"]],
 ) -> Float[Array, "pairs 4 share_length"]:
     """The mean key's share of the scores at the knots of all blocks: ``⟨row, R_t mean⟩``.
 
     A pair of channels (a, b) gives ``(q_a k_a + q_b k_b) cos θt + (q_b k_a - q_a k_b) sin θt``:
     what is in front depends on the row alone, the cosines and sines on the position alone. So it is
     one product of all rows, heads together, with all knots.
+
+    Args:
+        problem: the shapes.
+        rows: queries, rotated at their own positions.
+        mean: mean key before RoPE.
+        inv_freq: rotary frequencies.
+        start: cosines and sines of the angles at the start of each block, and
+        ahead: of those from there to each knot, added up here as the frames of keys have them.
     """
     p = problem
     k = rotary.slow(mean, inv_freq, p.every)[:, None, None]
     a, b = jnp.split(rows, 2, axis=-1)
     k_a, k_b = jnp.split(k, 2, axis=-1)
     amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
-    # Angles are added up as the frames of queries and keys have them: the block's start and the
-    # way from there.
-    knots = p.block // p.every
-    start = first + p.block * jnp.arange(-(-p.share_length // knots))
-    cos, sin = rotary.turns(start[:, None], inv_freq)
-    cos_on, sin_on = rotary.turns(p.every * jnp.arange(knots), inv_freq)
-    waves = jnp.concatenate([cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on], axis=-1)
+    (cos, sin), (cos_on, sin_on) = ([x[:, None] for x in start], ahead)
+    waves = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
     waves = waves.reshape(-1, p.dim)[: p.share_length]
     return _exact_product(amplitudes.reshape(-1, p.dim), waves).reshape(p.pairs, ROWS, -1)
 
@@ -489,12 +504,16 @@ def _exact_product(rows: Float[Array, "n d"], columns: Float[Array, "m d"]) -> F
     """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
     high, low = _parts(rows)
     upper, lower = _parts(columns)
-    return jnp.einsum(
-        "nd,md->nm",
-        jnp.concatenate([high, low, high], axis=-1),
-        jnp.concatenate([upper, upper, lower], axis=-1),
-        preferred_element_type=jnp.float32,
-    )
+    left, right = _beside(high, low, high), _beside(upper, upper, lower)
+    return jnp.einsum("npd,mpd->nm", left, right, preferred_element_type=jnp.float32)
+
+
+def _beside(*parts: Float[Array, "*n d"]) -> Float[Array, "*n parts d"]:
+    """``jnp.stack(parts, axis=-2)``, which XLA makes no concatenation of, but arithmetic."""
+    out, index = parts[-1][..., None, :], jnp.arange(len(parts))[:, None]
+    for i, part in enumerate(parts[:-1]):
+        out = jnp.where(index == i, part[..., None, :], out)
+    return out
 
 
 def _parts(x: Array) -> tuple[Array, Array]:
@@ -535,8 +554,8 @@ def _rows_to_heads(problem: Problem, x: Array) -> Array:
 
 def put_together(
     problem: Problem,
-    histogram: Float[Array, "pairs splits S 16 4"],
-    scale: Int[Array, "pairs splits 4"],
+    histogram: Float[Array, "pairs parts S 16 4"],
+    scale: Int[Array, "pairs parts 4"],
     value_codewords: Float[Array, "H 1 S 16 d"],
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """The output and log-sum-exp of all parts: one sum over them, one product with the codebooks.
@@ -545,7 +564,7 @@ def put_together(
     """
     p = problem
     top = scale.max(axis=1, keepdims=True)
-    weight = jnp.exp2((scale - top).astype(jnp.float32))  # [pairs, splits, 4]
+    weight = jnp.exp2((scale - top).astype(jnp.float32))  # [pairs, parts, 4]
     mass = jnp.einsum("psvkr,psr->pvkr", histogram, weight)
     total = mass[:, 0].sum(axis=1)  # [pairs, 4]
     some = total > 0
@@ -584,7 +603,7 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
 
         emit(*refs)
 
-    parts = problem.pairs, config.splits
+    parts = problem.pairs, config.splits * config.teams(problem.value_stages)
     return plgpu.kernel(
         body,
         out_type=[
@@ -592,7 +611,7 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
             jax.ShapeDtypeStruct((*parts, ROWS), jnp.int32),
         ],
         scratch_types=[plgpu.SMEM((memory.nbytes,), jnp.uint8)],
-        grid=(math.prod(parts),),
+        grid=(problem.pairs * config.splits,),
         grid_names=("part",),
         num_threads=(COUNTERS + config.scorers) // 4,
         thread_name="warpgroup",
@@ -633,7 +652,8 @@ class FusedKernel:
         # Blocks of codes before this head's, and of tables before this pair's.
         self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
         self.table_block = warp.wide(self.pair) * p.blocks
-        (self.valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
+        (valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
+        self.valid = warp.unsigned_min(warp.signed_max(valid, warp.integer(0)), p.blocks)
         self.product_bytes = ROWS * p.key.stages * p.key.codewords * 2
         # A span is what a scorer takes at a time: chunks of one block, or one chunk of two blocks.
         self.spans_of_block = p.chunks_of_block // config.span
@@ -647,14 +667,15 @@ class FusedKernel:
         """Barriers, then the two kinds of warps."""
         warp, memory = self.warp, self.memory
         ring = self.config.scorers * self.config.depth
-        busy = pieces.share_of_codes(self.problem.value_stages)[1]
+        octets = pieces.octets_of(self.problem.value_stages)
+        busy = octets * self.config.teams(self.problem.value_stages)
 
         def barriers() -> None:
             for i in range(self.config.scorers):
                 warp.barrier_init(self.base + (memory.arrived + 8 * i), 1)
             for i in range(ring):
                 warp.barrier_init(self.base + (memory.full + 8 * i), 2)
-                warp.barrier_init(self.base + (memory.free + 8 * i), busy)
+                warp.barrier_init(self.base + (memory.free + 8 * i), octets)
             warp.barrier_fence()
 
         warp.when(warp.equal(warp.index, 0) & self.first_lane, barriers)
@@ -844,51 +865,54 @@ class FusedKernel:
     # Counting warps.
 
     def count(self) -> None:
-        """Slot after slot of the ring: counts, added to a histogram that is written at the end."""
+        """Slot after slot of a team's scorers: counts, added to a histogram, written at the end."""
         warp, p, memory = self.warp, self.problem, self.memory
-        scorers = self.config.scorers
-        codes, _ = pieces.share_of_codes(p.value_stages)
-        unit = warp.index * codes
-        share = pieces.Share(unit >> 3, unit & 7, codes)
+        scorers, octets = self.config.scorers, pieces.octets_of(p.value_stages)
+        teams = self.config.teams(p.value_stages)
+        team, octet = warp.index // octets, warp.index % octets
         whole = self.spans // scorers * self.config.span  # rounds in which all scorers are there
         rest = self.spans % scorers
+        own = whole * (scorers // teams)
+        own = own + (rest + (teams - 1) - team) // teams * self.config.span
         row = warp.lane & 3
 
         def slot(_: Any, carry: list) -> list:
             round_, scorer, scale, flat = carry[0], carry[1], carry[2], carry[3:]
-            mass = [flat[2 * i : 2 * i + 2] for i in range(codes)]
+            mass = [flat[2 * i : 2 * i + 2] for i in range(8)]
             index, parity = self._slot(round_, scorer)
             at = self.base + memory.slots + index * memory.slot_bytes
             warp.barrier_wait(self.base + memory.full + index * 8, parity)
             scales = self.base + memory.scales + index * (ROWS * 4)
             (of_chunk,) = warp.load_shared(scales + row * 4)
-            tiles = pieces.load_codes(warp, p.value_stages, share, at + pieces.plane_bytes())
+            tiles = pieces.load_codes(warp, p.value_stages, octet, at + pieces.plane_bytes())
             columns = pieces.load_planes(warp, at)
             warp.sync()
             free = self.base + memory.free + index * 8
             warp.when(self.first_lane, lambda: warp.barrier_arrive(free))
-            chunk = pieces.histogram(warp, share, tiles, columns)
+            chunk = pieces.histogram(warp, tiles, columns)
             mass, scale = pieces.add_chunk(warp, mass, chunk, scale, of_chunk)
-            # The next slot that is filled: of the next scorer, or of the first in the next round.
+            # The next slot that is filled: of the team's next scorer, or of its first in the next
+            # round.
             limit = warp.select(warp.less(round_, whole), warp.integer(scorers), rest)
-            wraps = warp.equal(scorer + 1, limit)
+            following = scorer + teams
+            there = warp.less(following, limit)
             return [
-                warp.select(wraps, round_ + 1, round_),
-                warp.select(wraps, warp.integer(0), scorer + 1),
+                warp.select(there, round_, round_ + 1),
+                warp.select(there, following, team),
                 scale,
                 *[x for pair in mass for x in pair],
             ]
 
-        zero = warp.integer(0)
-        start = [zero, zero, warp.integer(EMPTY)] + [warp.floating(0.0)] * (2 * codes)
-        done = warp.loop(self.spans * self.config.span, start, slot)
-        stage = (share.octet << 3) + (warp.lane >> 2)
+        start = [warp.integer(0), team, warp.integer(EMPTY)] + [warp.floating(0.0)] * 16
+        done = warp.loop(own, start, slot)
+        stage = (octet << 3) + (warp.lane >> 2)
         real = warp.less(stage, p.value_stages)
-        part = self.at.histogram + warp.wide(warp.block) * (p.value_stages * 16 * ROWS * 4)
-        own = part + warp.wide(((stage << 4) + share.first) * (ROWS * 4) + row * 4)
+        part = warp.block * teams + team
+        place = self.at.histogram + warp.wide(part) * (p.value_stages * 16 * ROWS * 4)
+        place = place + warp.wide((stage << 4) * (ROWS * 4) + row * 4)
         for i, x in enumerate(done[3:]):
             code = i // 2 + 8 * (i % 2)
-            warp.store_global(own, x, code * ROWS * 4, where=real)
-        first = warp.equal(warp.index, 0) & warp.less(warp.lane, ROWS)
-        own = self.at.scale + warp.wide(warp.block * (ROWS * 4) + row * 4)
-        warp.store_global(own, done[2], where=first)
+            warp.store_global(place, x, code * ROWS * 4, where=real)
+        first = warp.equal(octet, 0) & warp.less(warp.lane, ROWS)
+        place = self.at.scale + warp.wide(part * (ROWS * 4) + row * 4)
+        warp.store_global(place, done[2], where=first)

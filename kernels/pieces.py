@@ -34,13 +34,11 @@ OCTET = 8
 ENTRY_MOST = 65535 - OCTET
 """Largest sum of the entries of an octet, less what rounding may add."""
 COUNTERS = 8
-"""Warps that count; up to 64 stages, 8 times 8 codes twice."""
+"""Warps that count, each an octet of stages: 64 at most."""
 DIGITS = PROBABILITY_BITS // 2
 """Digits of a probability in base 4, of which two make the columns of a binary product."""
-PLANE_STRIDE = 4 * 32 + 16
-"""Words from four operands of the product to the next four: 128, and 16 so that banks differ."""
-KNOT_BYTES = (CHUNK // 16 + 1) * ROWS * 4
-"""Room for the knots of a chunk, of which there is one every 16 tokens at most."""
+PLANE_STRIDE = 4 * 32 + 8
+"""Words from one pair of digits to the next: 128, and 8 so that banks differ."""
 MAGIC = 0x4B000000
 """The bits of 2.0**23: float32 with an integer below 2**23 in its lowest bits."""
 
@@ -261,7 +259,8 @@ def look_up_global(warp: Any, form: KeyTable, base: Any, units: list) -> list:
 
 
 def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
-    sums = [warp.integer(MAGIC)] * ROWS
+    # Of two rows in a word: the words, of which 32 bits matter, and their upper halves.
+    words_sum, upper_sum = ([warp.integer(MAGIC)] * (ROWS // 2) for _ in range(2))
     step = 0
     for strip, (_, w) in enumerate(strips(form.stages)):
         for start in range(0, w, OCTET):
@@ -272,28 +271,32 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
                 total = (
                     words if total is None else [a + b for a, b in zip(total, words, strict=True)]
                 )
-            for i, x in enumerate(total):
-                for half in range(2):
-                    sums[2 * i + half] = warp.add_half(x, half, sums[2 * i + half])
+            words_sum = [a + x for a, x in zip(words_sum, total, strict=True)]
+            upper_sum = [a + (x >> 16) for a, x in zip(upper_sum, total, strict=True)]
+    sums = []
+    for both, upper in zip(words_sum, upper_sum, strict=True):
+        sums += [both - (upper << 16), upper]  # what `MAGIC` adds is beyond the 32 bits
     return sums
 
 
 def gather_knots(warp: Any, count: int, stride: int, raw: Any, place: Any) -> None:
     """The shares of the mean key at a chunk's knots, row by row to knot by knot.
 
-    Cost: 4 LDS, 1 STS.
+    Cost, 16 knots: 4 LDS, 1 STS.
 
     Args:
         warp: who does it.
-        count: knots of a chunk, at most 16; one more, the last, belongs to the next chunk.
+        count: knots of a chunk; one more, the last, belongs to the next chunk.
         stride: bytes from row to row.
         raw: address of ``[ROWS, stride]`` float32 in shared memory.
         place: address there that gets ``[count + 1, ROWS]`` float32.
     """
-    there = warp.less(warp.lane, count + 1)
-    own = raw + warp.unsigned_min(warp.lane, count) * 4
-    rows = [warp.load_shared(own, row * stride, kind="f")[0] for row in range(ROWS)]
-    warp.store_shared(place + warp.lane * (ROWS * 4), rows, where=there)
+    for first in range(0, count + 1, 32):
+        knot = warp.lane + first
+        own = raw + warp.unsigned_min(knot, count) * 4
+        rows = [warp.load_shared(own, row * stride, kind="f")[0] for row in range(ROWS)]
+        there = warp.less(knot, count + 1)
+        warp.store_shared(place + knot * (ROWS * 4), rows, where=there)
     warp.sync()
 
 
@@ -304,7 +307,7 @@ def between_knots(warp: Any, every: int, knots: Any, group: int) -> list:
 
     Args:
         warp: who does it.
-        every: tokens from knot to knot, a power of two from 16 up.
+        every: tokens from knot to knot, a power of two.
         knots: address of what `gather_knots` wrote.
         group: of the chunk.
     """
@@ -426,106 +429,81 @@ def planes(warp: Any, swap: Swaps, pairs: list) -> list:
 
 def plane_bytes() -> int:
     """Shared memory of a chunk's planes of probabilities."""
-    return 2 * DIGITS // 4 * PLANE_STRIDE * 4
+    return DIGITS // 2 * PLANE_STRIDE * 4
 
 
 def store_planes(warp: Any, words: list, place: Any) -> None:
     """To shared memory as right operands of binary products, columns (row, which of two digits).
 
-    ``[half of the chunk][half of the operands][group of 32 tokens][column: row, digit][operand]``,
-    where the eight operands are the lower and the higher bit of each pair of digits: what a lane
-    loads together lies together. The columns of group g stand in the order ``column ^ 2g``, so that
-    eight lanes load from all banks. Cost: 16 STS; no bank twice.
+    ``[pair of digits][group of 32 tokens][column: row, digit][lower or higher bit][half of the
+    chunk]``: a lane loads both operands of a pair of digits as they go into the product. The
+    columns of group g stand in the order ``column ^ 2g``, so that eight lanes load from all banks.
+    Cost: 8 STS of 8 bytes; no bank twice.
     """
     bit, pair_row = warp.lane & 15, warp.lane >> 4
-    operand, digit = (bit >> 2) * 2 + (bit & 1), (bit >> 1) & 1
-    column = (pair_row << 1) + digit
+    column = (pair_row << 1) + ((bit >> 1) & 1)
     own = [
-        place + ((operand >> 2) * PLANE_STRIDE + (column ^ 2 * odd) * 4 + (operand & 3)) * 4
+        place + ((bit >> 2) * PLANE_STRIDE + (column ^ 2 * odd) * 4 + (bit & 1) * 2) * 4
         for odd in range(2)
     ]
     for i, pair in enumerate(words):
-        for u, x in enumerate(pair):
-            half, group = divmod(u, 4)
-            offset = half * DIGITS // 4 * PLANE_STRIDE + group * 32 + (i ^ group >> 1) * 16
-            warp.store_shared(own[group & 1], [x], offset * 4)
+        for group in range(GROUPS // 2):
+            offset = group * 32 + (i ^ group >> 1) * 16
+            halves = [pair[group], pair[group + GROUPS // 2]]
+            warp.store_shared(own[group & 1], halves, offset * 4)
 
 
 def load_planes(warp: Any, place: Any) -> list:
     """The right operands, lower and higher bit of each pair of digits; 4 LDS of 16 bytes a warp."""
     group = warp.lane & 3
     own = place + ((group << 3) + ((warp.lane >> 2) ^ (group << 1))) * 16
-    first, second = (
-        [
-            x
-            for quad in range(DIGITS // 4)
-            for x in warp.load_shared(own, (half * DIGITS // 4 + quad) * PLANE_STRIDE * 4, 4)
-        ]
-        for half in range(2)
-    )
-    return [list(pair) for pair in zip(first, second, strict=True)]
+    operands = []
+    for pair in range(DIGITS // 2):
+        words = warp.load_shared(own, pair * PLANE_STRIDE * 4, 4)
+        operands += [words[:2], words[2:]]
+    return operands
 
 
 # --- histogram ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """What a warp counts: of 8 stages from ``8 octet`` on, ``codes`` low bits from ``first`` on.
-
-    A warp counts both codes, with the highest bit unset and set, that its low bits belong to.
-    """
-
-    octet: Any
-    first: Any
-    codes: int
+def octets_of(stages: int) -> int:
+    """Octets of stages, of which a warp counts one: all 16 codes of 8 stages."""
+    return -(-stages // 8)
 
 
-def share_of_codes(stages: int) -> tuple[int, int]:
-    """Low codes that each of `COUNTERS` warps counts, a power of two, and how many are busy."""
-    octets = -(-stages // 8)
-    codes = 1
-    while codes * COUNTERS < octets * 8:
-        codes *= 2
-    return codes, -(-octets * 8 // codes)
-
-
-def load_codes(warp: Any, stages: int, share: Share, place: Any) -> list:
-    """Bit planes of the values of a chunk, two tiles of `PLANES` words, for this warp's stages."""
-    stage = warp.unsigned_min((share.octet << 3) + (warp.lane >> 2), stages - 1)
+def load_codes(warp: Any, stages: int, octet: Any, place: Any) -> list:
+    """Bit planes of the values of a chunk, two tiles of `PLANES` words, for one octet of stages."""
+    stage = warp.unsigned_min((octet << 3) + (warp.lane >> 2), stages - 1)
     own = place + (((stage << 2) + (warp.lane & 3)) << 4)
     return [warp.load_shared(own, half * stages * 64, PLANES) for half in range(2)]
 
 
-def one_hot(warp: Any, share: Share, tiles: list, i: int) -> list:
+def one_hot(tiles: list, low: int) -> list:
     """Left operand of a binary product: rows (stage, highest bit of the code), columns tokens.
 
-    Cost: 6 LOP3.
+    Args:
+        tiles: from `load_codes`.
+        low: the other three bits of the code. Cost: 6 LOP3.
     """
     operand = []
-    low = share.codes.bit_length() - 1  # bits of the code that are known when the code is written
     for tile in tiles:
-        has = None
-        for k in reversed(range(3)):
-            if k < low:
-                x = tile[k] if i >> k & 1 else ~tile[k]
-            else:
-                x = tile[k] ^ (((share.first >> k) & 1) - 1)
-            has = x if has is None else has & x
+        bits = [tile[k] if low >> k & 1 else ~tile[k] for k in range(3)]
+        has = bits[0] & bits[1] & bits[2]
         operand += [has & ~tile[3], has & tile[3]]
     return operand
 
 
-def histogram(warp: Any, share: Share, tiles: list, columns: list) -> list:
-    """Probability, in units of its last bit, on each of the warp's codes: ``[codes][2]`` float32.
+def histogram(warp: Any, tiles: list, columns: list) -> list:
+    """Probability, in units of its last bit, on each code of an octet: ``[8][2]`` float32.
 
-    Lane (g, t) holds stage g of the octet and row t. The higher bit of a digit is counted twice,
-    which is cheaper than to double it; digits are added up by Horner's rule.
-    Cost, 8 warps: 32 × 12 products, 32 × (6 + 2 × 8) + 8 × 30 others = 1350.
+    The codes are ``low`` and ``low + 8``. Lane (g, t) holds stage g of the octet and row t. The
+    higher bit of a digit is counted twice, which is cheaper than to double it; digits are added up
+    by Horner's rule. Cost, 4 octets: 32 × 12 products, 32 × (6 + 2 × 8) others = 1090.
     """
     mass = []
-    for i in range(share.codes):
-        left = one_hot(warp, share, tiles, i)
+    for low in range(8):
+        left = one_hot(tiles, low)
         sums: list = [None, None]
         for pair in reversed(range(DIGITS // 2)):
             lower, higher = columns[2 * pair : 2 * pair + 2]
@@ -543,7 +521,7 @@ def histogram(warp: Any, share: Share, tiles: list, columns: list) -> list:
 def add_chunk(warp: Any, mass: list, chunk: list, scale: Any, chunk_scale: Any) -> tuple[list, Any]:
     """The running histogram and its scale with a chunk's added, at the larger of the two scales.
 
-    Cost, 8 warps: 8 × (2 EX2, 16 FMUL or FFMA, 5) = 180.
+    Cost, 4 octets: 4 × (2 EX2, 32 FMUL or FFMA, 5) = 160.
     """
     larger = warp.signed_max(scale, chunk_scale)
     old = warp.exp2(warp.to_float(scale - larger))

@@ -1,5 +1,7 @@
 """Rotation of queries and keys by their positions, and the mean key that keys are centred with."""
 
+import math
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -38,13 +40,13 @@ def rotate(
 def slow(
     mean: Float[Array, "*n d"], inv_freq: Float[Array, " half"], every: int
 ) -> Float[Array, "*n d"]:
-    """The mean key without the pairs that turn by more than a radian from knot to knot.
+    """The mean key without the pairs that make more than half a turn from knot to knot.
 
     All of it where every token is a knot.
     """
     if every == 1:
         return mean
-    return jnp.where(jnp.tile(inv_freq * every <= 1, 2), mean, 0)
+    return jnp.where(jnp.tile(inv_freq * every <= math.pi, 2), mean, 0)
 
 
 def shift(

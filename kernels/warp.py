@@ -204,11 +204,6 @@ class Warp:
             return self._ptx("prmt.b32 $0, $1, $2, $3;", "r", a, b, selector)
         return self._ptx(f"prmt.b32 $0, $1, $2, {selector};", "r", a, b)
 
-    def add_half(self, x: Value, half: int, total: Value) -> Value:
-        """``total`` and the lower (0) or upper (1) 16 bits of ``x``, unsigned."""
-        weights = self.integer(1 << 8 * half)  # of the two halves, a byte each
-        return self._ptx("dp2a.lo.u32.u32 $0, $1, $2, $3;", "r", x, weights, total)
-
     def rotate_left(self, x: Value, n: Value) -> Value:
         """The word turned by ``n`` bits."""
         return self._ptx("shf.l.wrap.b32 $0, $1, $1, $2;", "r", x, n)

@@ -123,7 +123,7 @@ def turned(x: Any, positions: Any, inv_freq: Any) -> Any:
 def shifts(mean: Any, b: int, inv_freq: Any, every: int) -> Any:
     """``[H, 1, b, d]``: what the mean key adds, in the precision of ``mean``."""
     if every > 1:
-        mean = jnp.where(jnp.tile(inv_freq * every > 1, 2), 0, mean)
+        mean = jnp.where(jnp.tile(inv_freq * every > np.pi, 2), 0, mean)
     token = jnp.arange(b)
     knot = token // every * every
     before, after = (turned(mean[:, None], at, inv_freq) for at in (knot, knot + every))

@@ -115,9 +115,6 @@ class Lanes:
             out |= np.where(pick & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
         return out
 
-    def add_half(self, x, half, total):
-        return total + ((x >> np.uint32(16 * half)) & np.uint32(0xFFFF))
-
     def rotate_left(self, x, n):
         n = n.astype(np.uint64) % 32
         twice = x.astype(np.uint64) << np.uint64(32) | x

@@ -124,7 +124,7 @@ def test_no_look_up_meets_another_in_a_bank():
         pieces.look_up(warp, form, pieces.places(warp, form, u32(TABLE)), stored_units(codes, 16))
 
 
-@pytest.mark.parametrize("every", [16, 32, 64])
+@pytest.mark.parametrize("every", [4, 8, 16, 32, 64])
 def test_shares_are_lines_between_knots(every):
     rng = np.random.default_rng(every)
     count = pieces.CHUNK // every
@@ -206,18 +206,12 @@ def test_histogram_is_probability_on_codes(stages):
     stored = np.asarray(tiles.values_to_tiles(codes)).view(np.uint8).ravel()
     warp.shared[codes_at : codes_at + len(stored)] = stored
     got = np.full((-(-stages // 8) * 8, 16, 4), np.nan)
-    codes_each, busy = pieces.share_of_codes(stages)
-    assert busy <= pieces.COUNTERS
-    for w in range(busy):
-        unit = w * codes_each
-        share = pieces.Share(u32(unit // 8), u32(unit % 8), codes_each)
-        loaded = pieces.load_codes(warp, stages, share, u32(codes_at))
+    for octet in range(pieces.octets_of(stages)):
+        loaded = pieces.load_codes(warp, stages, u32(octet), u32(codes_at))
         columns = pieces.load_planes(warp, u32(place))
-        mass = pieces.histogram(warp, share, loaded, columns)
-        for i, halves in enumerate(mass):
+        for low, halves in enumerate(pieces.histogram(warp, loaded, columns)):
             for top, x in enumerate(halves):
-                code = unit % 8 + i + 8 * top
-                got[unit // 8 * 8 : unit // 8 * 8 + 8, code] = x.reshape(8, 4)
+                got[8 * octet : 8 * octet + 8, low + 8 * top] = x.reshape(8, 4)
     want = np.zeros((stages, 16, 4))
     for r in range(stages):
         np.add.at(want[r], codes[:, r], p)
@@ -227,7 +221,8 @@ def test_histogram_is_probability_on_codes(stages):
 def test_planes_meet_in_no_bank():
     class Watched(Lanes):
         def store_shared(self, address, values, offset=0, where=None):
-            assert len(set((address + offset) // 4 % 32)) == 32
+            for lanes in (address + offset).reshape(len(values), -1):  # that store at a time
+                assert len(set(lanes // 8 % 16)) == len(lanes)
             super().store_shared(address, values, offset, where)
 
         def load_shared(self, address, offset=0, n=1, kind="r"):
