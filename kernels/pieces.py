@@ -16,6 +16,7 @@ Each piece takes the warp that runs it (`gsrq_jax.kernels.warp.Warp`, or numpy i
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gsrq_jax.kernels.tiles import PLANES, STRIP, key_unit, strips
@@ -494,14 +495,14 @@ def one_hot(tiles: list, low: int) -> list:
     return operand
 
 
-def histogram(warp: Any, tiles: list, columns: list) -> list:
-    """Probability, in units of its last bit, on each code of an octet: ``[8][2]`` float32.
+def histogram(warp: Any, tiles: list, columns: list) -> Iterator[list]:
+    """Probability, in units of its last bit, on each code of an octet: 8 times two float32.
 
-    The codes are ``low`` and ``low + 8``. Lane (g, t) holds stage g of the octet and row t. The
-    higher bit of a digit is counted twice, which is cheaper than to double it; digits are added up
-    by Horner's rule. Cost, 4 octets: 32 × 12 products, 32 × (6 + 2 × 8) others = 1090.
+    The codes are ``low`` and ``low + 8``, one after the other, so that few are on the way at once.
+    Lane (g, t) holds stage g of the octet and row t. The higher bit of a digit is counted twice,
+    which is cheaper than to double it; digits are added up by Horner's rule.
+    Cost, 4 octets: 32 × 12 products, 32 × (6 + 2 × 8) others = 1090.
     """
-    mass = []
     for low in range(8):
         left = one_hot(tiles, low)
         sums: list = [None, None]
@@ -514,11 +515,12 @@ def histogram(warp: Any, tiles: list, columns: list) -> list:
                 first, second = counts[2 * half : 2 * half + 2]
                 total = second if sums[half] is None else (sums[half] << 2) + second
                 sums[half] = (total << 2) + first
-        mass.append([warp.to_float(x) for x in sums])
-    return mass
+        yield [warp.to_float(x) for x in sums]
 
 
-def add_chunk(warp: Any, mass: list, chunk: list, scale: Any, chunk_scale: Any) -> tuple[list, Any]:
+def add_chunk(
+    warp: Any, mass: list, chunk: Iterable[list], scale: Any, chunk_scale: Any
+) -> tuple[list, Any]:
     """The running histogram and its scale with a chunk's added, at the larger of the two scales.
 
     Cost, 4 octets: 4 × (2 EX2, 32 FMUL or FFMA, 5) = 160.
