@@ -164,10 +164,10 @@ def _generate(config: GenerateConfig) -> None:
     if config.codebooks is None or config.compare:
         ways.append(None)
     if config.codebooks is not None:
-        books = codebook.load(config.codebooks, model=model.fingerprint)
+        trained = codebook.load(config.codebooks, model=model.fingerprint)
         if config.layout is not None:
-            books = codec.respec(books, layout=config.layout)
-        ways.append(books)
+            trained = codec.respec(trained, layout=config.layout)
+        ways.append(trained)
     for books in ways:
         print(f"--- {'full precision' if books is None else books.spec}", flush=True)
         generator = generation.Generator(
