@@ -2,10 +2,13 @@
 
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
-``python lowering.py compile …`` the whole operation as XLA compiles it for an H100.
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, and
+``python lowering.py loop`` a model's decode loop.
 """
 
 import ctypes
+import dataclasses
+import functools
 import sys
 from unittest import mock
 
@@ -100,8 +103,8 @@ def assemble(arguments, library, every):
     compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
 
 
-def compiled(arguments, library, every):
-    """The whole operation after XLA's passes for an H100, as text."""
+def compiled(function, arguments, library, **options):
+    """A function of arguments without numbers after XLA's passes for an H100, as text."""
     from jax._src import xla_bridge
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -112,13 +115,55 @@ def compiled(arguments, library, every):
             "h100", platform="cuda", target_config=H100, topology="1x1x1"
         ).devices[0]
     everywhere = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
-    arguments = {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
-        for name, a in arguments.items()
-    }
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
+    )
     with mock.patch.object(mosaic_gpu, "check_device"):
-        lowered = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x, every=every)).lower(arguments)
+        lowered = jax.jit(function, **options).lower(*arguments)
     return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+
+
+def decode_loop(batch=2, context=4096, layers=3):
+    """The decode loop of a model with two KV heads of 128 channels, and its arguments."""
+    from gsrq_jax.cache import init_cache
+    from gsrq_jax.codebook import Codebooks
+    from gsrq_jax.models import generation, llama
+    from gsrq_jax.models.config import LLAMA_3_8B
+    from gsrq_jax.spec import QuantSpec
+
+    small = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 512}
+    config = dataclasses.replace(LLAMA_3_8B, **small, layers=layers, heads=8, kv_heads=2)
+    spec = QuantSpec.from_bits(
+        1, config.head_dim, codewords=16, block=512, mean_every=16, layout="tiles"
+    )
+    graphdef, params = llama.abstract(config, jnp.bfloat16)
+    s, lead = jax.ShapeDtypeStruct, (layers, config.kv_heads)
+    books = Codebooks(
+        key=s((*lead, *spec.key.codebook_shape), jnp.bfloat16),
+        value=s((*lead, *spec.value.codebook_shape), jnp.bfloat16),
+        key_mean=s((*lead, config.head_dim), jnp.float32),
+        inv_freq=s((layers, config.head_dim // 2), jnp.float32),
+        spec=spec,
+    )
+    cache = functools.partial(
+        init_cache,
+        spec,
+        batch=batch,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_length=context,
+        layers=layers,
+    )
+    state = generation.DecodeState(
+        cache=jax.eval_shape(cache),
+        token=s((batch,), jnp.int32),
+        done=s((batch,), bool),
+        tokens=s((batch, 8), jnp.int32),
+        count=s((batch,), jnp.int32),
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    loop = functools.partial(generation.decode, graphdef, sampler=generation.Sampler(), eos=())
+    return loop, (params, books, state, s((), jnp.int32))
 
 
 if __name__ == "__main__":
@@ -130,5 +175,8 @@ if __name__ == "__main__":
     arguments, library = shapes(**numbers), str(plugin._get_library_path())
     if what == "assemble":
         assemble(arguments, library, every)
+    elif what == "compile":
+        attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
+        print(compiled(lambda x: attend(**x), (arguments,), library))
     else:
-        print(compiled(arguments, library, every))
+        print(compiled(*decode_loop(), library, donate_argnums=2))

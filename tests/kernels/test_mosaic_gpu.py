@@ -503,3 +503,14 @@ def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
     split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
     assert split
     assert all(a != b for a, b in split)
+
+
+@supported
+def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
+    """No layer's codes are cut out of the stack for the kernel, and none are copied."""
+    hlo = without_a_gpu("loop", {})
+    assert "mosaic_gpu" in hlo, hlo[-2000:]
+    codes = r"u32\[(?:1,|3,)?2,2,7,4,512\]"
+    made = re.findall(rf"%(\S+) = {codes}\S* (?:fusion|copy|copy-start|slice)\(", hlo)
+    assert len(made) == 2, made  # keys' and values', written once a block
+    assert all("scatter" in name for name in made), made
