@@ -492,14 +492,19 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
 
 
 @supported
-@pytest.mark.parametrize("sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}, {"b": 512, "every": 16}]
+)
 def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
-    """XLA keeps the lower parts of float16 operands, and copies nothing large."""
+    """XLA keeps the lower parts of float16 operands, copies nothing large, and writes queries in
+    blocks' frames in float16 alone."""
     hlo = without_a_gpu("compile", sizes)
     entry = hlo[hlo.index("\nENTRY") :]
     assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
     assert " copy(" not in entry
     assert " transpose(" not in entry
+    assert re.search(r"= f16\[\S*,16,4,128\]\S* fusion\(", entry)
+    assert not re.search(r"= f32\[\S*,16,4,128\]", entry)
     split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
     assert split
     assert all(a != b for a, b in split)
