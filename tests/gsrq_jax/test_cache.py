@@ -294,6 +294,33 @@ def test_teacher_forced_pass_equals_the_decode_loop(spec, every):
     np.testing.assert_allclose(got[0], want[:, 0, 0], atol=3e-5, rtol=1e-3)
 
 
+def test_flash_attention_where_cudnn_has_it(monkeypatch):
+    class Device:
+        compute_capability = "9.0"
+
+    asked = []
+
+    def attention_of(q, k, v, **options):
+        asked.append(options.get("implementation"))
+        return q
+
+    def implementation(dtype, dim=64):
+        q, k = (jax.ShapeDtypeStruct((1, 2048, h, dim), dtype) for h in (8, 2))
+        asked.clear()
+        jax.eval_shape(lambda *x: attention.causal(*x), q, k, k)
+        return asked[0]
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention_of)
+    assert implementation(jnp.bfloat16) is None
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert implementation(jnp.bfloat16) == "cudnn"
+    assert implementation(jnp.float32) is None
+    assert implementation(jnp.bfloat16, dim=68) is None
+    for other in ("7.5", "gfx942"):
+        Device.compute_capability = other
+        assert implementation(jnp.bfloat16) is None
+
+
 def test_pass_chunks_long_sequences(monkeypatch):
     spec = LAYOUTS["whole head"]
     rng = np.random.default_rng(8)
