@@ -3,7 +3,7 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, and
-``python lowering.py loop`` a model's decode loop.
+``python lowering.py loop`` a model's decode loop, ``python lowering.py encode`` greedy encoding.
 """
 
 import ctypes
@@ -178,5 +178,11 @@ if __name__ == "__main__":
     elif what == "compile":
         attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
         print(compiled(lambda x: attend(**x), (arguments,), library))
-    else:
+    elif what == "loop":
         print(compiled(*decode_loop(), library, donate_argnums=2))
+    else:
+        from gsrq_jax.residual import encode
+
+        s = jax.ShapeDtypeStruct
+        points, words = s((2, 4096, 128), jnp.float32), s((2, 1, 32, 16, 128), jnp.bfloat16)
+        print(compiled(lambda x, w: encode(x, w), (points, words), library))

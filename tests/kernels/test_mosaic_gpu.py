@@ -519,3 +519,11 @@ def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
     made = re.findall(rf"%(\S+) = {codes}\S* (?:fusion|copy|copy-start|slice)\(", hlo)
     assert len(made) == 2, made  # keys' and values', written once a block
     assert all("scatter" in name for name in made), made
+
+
+@supported
+def test_encoding_changes_residuals_in_place(without_a_gpu):
+    hlo = without_a_gpu("encode", {})
+    stage = re.search(r"^%\S+ \(arg_tuple(?:.*\n)*?^\}", hlo, re.M).group()
+    assert "subtract_fusion" in stage
+    assert " copy(" not in stage
