@@ -26,11 +26,13 @@ from gsrq_jax.codebook import Codebooks, errors, unpack
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
-from gsrq_jax.kernels import reference
+from gsrq_jax.kernels import decode, reference, rotary
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import CacheSpec, QuantSpec
 
-Implementation = Literal["codes", "decoded"]
+Implementation = Literal["fused", "codes", "decoded"]
+FEW = 8
+"""New tokens up to which codes in the fused kernel's layout are attended to as codes."""
 
 
 def attend(
@@ -57,9 +59,13 @@ def attend(
         codec: that layer's codebooks, or another codec; None for a cache without a spec.
         count: new tokens of each sequence, at most T; keys and values after them are padding, never
             read (they may be NaN), and outputs after them mean nothing. None means T each.
-        implementation: ``codes`` scores through tables and sums values through histograms;
-            ``decoded`` writes keys and values out, for every codec. None chooses: ``codes`` for one
-            new token and codebooks whose frame shares its tables between the tokens of a block.
+        implementation: ``fused`` is the GPU kernel, for codebooks and a cache whose codes are in
+            its layout (``QuantSpec.layout``); ``codes``, in plain jnp, scores through tables and
+            sums values through histograms as it does, in either layout; ``decoded`` writes keys and
+            values out, for every codec. None chooses: in the kernel's layout, for up to `FEW` new
+            tokens, ``fused`` where it is supported, else ``codes`` with a warning that says why,
+            once; otherwise ``codes`` for one new token and codebooks whose frame shares its tables
+            between the tokens of a block.
         axis_name: mapped axis over which the cache's blocks are spread: each of its devices
             attends to its own, and the softmax is one over all.
 
@@ -67,7 +73,8 @@ def attend(
         In the dtype of q.
 
     Raises:
-        InputError: if specs or shapes do not fit, or ``codes`` is asked for where it cannot be had.
+        InputError: if specs or shapes do not fit, or ``fused`` or ``codes`` is asked for where it
+            cannot be had.
     """
     check_spec(cache, codec)
     if cache.length.ndim != 1:
@@ -81,40 +88,79 @@ def attend(
     step = jnp.arange(tokens)
     new = jnp.full((batch,), tokens) if count is None else count
     themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
-    keys, values, there = exact_tokens(cache)
-    cached = jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
-    parts = [
-        reference.attend_exact(query, k, v, themselves),
-        reference.attend_exact(query, keys, values, cached),
-    ]
+    exact = [(k, v, themselves)]
+    for keys, values, there in exact_tokens(cache):
+        seen = jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[1]))
+        exact.append((keys, values, seen))
+    parts = [reference.attend_sets(query, exact)]
     if codec is not None and cache.blocks:
-        shared = isinstance(codec, Codebooks) and codec.spec.frame != "pre"
-        if implementation is None:
-            implementation = "codes" if tokens == 1 and shared else "decoded"
-        rows = math.prod(query.shape[:-1])
-        part: Callable[..., tuple[Array, Array]]
+        books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
+        tiled = books is not None and books.spec.layout == "tiles"
+        if implementation is None and not (tiled and tokens <= FEW):
+            implementation = "codes" if tokens == 1 and books is not None else "decoded"
+        rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
         match implementation:
-            case "codes" if isinstance(codec, Codebooks) and shared:
-                part, floats = _attend_codes, rows * _floats_of_codes(codec.spec)
+            case "fused" | "codes" | None if books is not None and tiled:
+                coded = _attend_tiles(query, cache, books, turn, implementation)
+            case "codes" if books is not None:
+                floats = rows * _floats_of_codes(books.spec)
+                coded = _by_blocks(_attend_codes, query, cache, books, turn, floats)
                 if cache.outliers is not None:
                     parts.append(_attend_outliers(query, cache))
+            case "fused":
+                raise InputError(
+                    "implementation 'fused' is for a cache whose codes are in its layout; give the "
+                    "codebooks a spec of layout 'tiles' (gsrq_jax.codec.respec)"
+                )
             case "codes":
                 raise InputError(
                     "implementation 'codes' is for codebooks in frame 'block' or 'post' (in frame "
                     "'pre' every token has a table of its own); use 'decoded'"
                 )
             case "decoded":
-                part, floats = _attend_decoded, rows * codec.spec.block
+                floats = rows * codec.spec.block
+                coded = _by_blocks(_attend_decoded, query, cache, codec, turn, floats)
             case _:
                 raise InputError(
-                    f"unknown implementation {implementation!r}; choose 'codes' or 'decoded'"
+                    f"unknown implementation {implementation!r}; choose 'fused', 'codes' or "
+                    "'decoded'"
                 )
-        few = max(1, _FLOATS // floats)
-        coded = _by_blocks(part, query, cache, codec, Turn.of(axis_name), few)
         # What is exact is on all devices, so it joins what they have together, and counts once.
         parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def _attend_tiles(
+    query: Array,
+    cache: KVCache,
+    codebooks: Codebooks,
+    turn: Turn,
+    implementation: Implementation | None,
+) -> tuple[Array, Array]:
+    spec = codebooks.spec
+    if turn.step > 1:
+        raise InputError(
+            "codes in layout 'tiles' are attended to as blocks in order, which several devices do "
+            "not have; use layout 'packed', or one device along the sequence"
+        )
+    kernels: dict[Implementation | None, decode.Implementation | None] = {
+        "fused": "mosaic_gpu",
+        "codes": "reference",
+    }
+    return decode.attend_tiles(
+        query,
+        codebooks.key_mean,
+        codebooks.inv_freq,
+        cache.key_codes,
+        cache.value_codes,
+        codebooks.key,
+        codebooks.value,
+        blocks_after(spec, cache.length),
+        first=spec.sinks,
+        every=spec.mean_every,
+        implementation=kernels.get(implementation),
+    )
 
 
 def _by_blocks(
@@ -123,11 +169,11 @@ def _by_blocks(
     cache: KVCache,
     codec: Codec,
     turn: Turn,
-    few: int,
+    floats: int,
 ) -> tuple[Array, Array]:
-    """``part(query, cache, codec, turn, filled)`` over at most ``few`` blocks at a time, and only
-    as far as any sequence goes."""
-    slots = cache.blocks
+    """``part(query, cache, codec, turn, filled)``, which holds so many floats a block, over some
+    blocks at a time, and only as far as any sequence goes."""
+    slots, few = cache.blocks, max(1, _FLOATS // floats)
     filled = turn.filled(blocks_after(codec.spec, cache.length))
     if few >= slots:
         return part(query, cache, codec, turn, filled)
@@ -164,7 +210,8 @@ def _attend_codes(
     start = origin(spec, position[:, 0])
     framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
     ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
-    shift = rotate(codebooks.key_mean[:, None, None], ahead, codebooks.inv_freq)
+    mean = codebooks.key_mean[:, None, None]
+    shift = rotary.shift(mean, ahead, codebooks.inv_freq, spec.mean_every)
     skip = None
     if cache.outliers is not None:
         shape = (len(query), cache.blocks, spec.block, query.shape[2])
@@ -205,7 +252,13 @@ def _attend_decoded(
 def causal(
     q: Float[Array, "B T Q d"], k: Float[Array, "B T H d"], v: Float[Array, "B T H d"]
 ) -> Float[Array, "B T Q d"]:
-    """Exact causal attention of a whole sequence from position 0."""
+    """Exact causal attention of a whole sequence from position 0.
+
+    Never a matrix of all tokens by all: by cuDNN's flash attention in half precision on GPUs that
+    have it, else by some queries at a time.
+    """
+    if _has_flash_attention(q.dtype, q.shape[-1]):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if q.shape[1] <= 2 * _QUERY_CHUNK:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
@@ -214,6 +267,18 @@ def causal(
         return jax.nn.dot_product_attention(query, k, v, mask=mask)
 
     return _by_query_chunks(rows, q)
+
+
+def _has_flash_attention(dtype: jnp.dtype, dim: int) -> bool:
+    """Whether cuDNN has it here: Ampere or later, half precision, heads of up to 128 channels."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return (
+        capability[:1].isdigit()  # of a GPU of another maker it is not
+        and float(capability) >= 8
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and dim <= 128
+        and dim % 8 == 0
+    )
 
 
 def was_coded(

@@ -505,20 +505,17 @@ def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
 
 def exact_tokens(
     cache: KVCache,
-) -> tuple[Float[Array, "B E H d"], Float[Array, "B E H d"], Bool[Array, "B E"]]:
-    """One layer's sinks and window: keys, values (0 where there is none) and which are there."""
+) -> list[tuple[Float[Array, "B E H d"], Float[Array, "B E H d"], Bool[Array, "B E"]]]:
+    """One layer's sinks, and its window: keys, values and which of them are there."""
     sinks, ring = cache.sink_key.shape[1], cache.window_key.shape[1]
     length = cache.length[:, None]
     first = _coded(cache.spec, length)
     slot = jnp.arange(ring)
     offset = first + (slot - first) % ring  # the one position - sinks that slot can hold now
-    there = jnp.concatenate([jnp.arange(sinks) < length, offset < length - sinks], axis=1)
-
-    def join(sink: Array, window: Array) -> Array:
-        return jnp.where(there[..., None, None], jnp.concatenate([sink, window], axis=1), 0)
-
-    keys = join(cache.sink_key, cache.window_key)
-    return keys, join(cache.sink_value, cache.window_value), there
+    return [
+        (cache.sink_key, cache.sink_value, jnp.arange(sinks) < length),
+        (cache.window_key, cache.window_value, offset < length - sinks),
+    ]
 
 
 def outlier_slots(cache: KVCache, shape: tuple[int, ...], turn: Turn) -> tuple[Array, ...]:
@@ -561,8 +558,12 @@ def materialize(
     at what a cache remembers; attention does not need it.
     """
     check_spec(cache, codec)
-    keys, values, there = exact_tokens(cache)
-    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    keys, values, there = (
+        jnp.concatenate(x, axis=1) for x in zip(*exact_tokens(cache), strict=True)
+    )
+    keys, values = (
+        jnp.where(there[..., None, None], x, 0).astype(jnp.float32) for x in (keys, values)
+    )
     if codec is None:
         return keys, values, there
 

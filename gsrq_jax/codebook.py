@@ -27,8 +27,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
 from gsrq_jax import packing, residual
+from gsrq_jax.codec import Codes
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import from_frame, origin, to_frame
+from gsrq_jax.kernels import tiles
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
@@ -89,28 +91,38 @@ class Codebooks:
         k: Float[Array, "*lead b H d"],
         v: Float[Array, "*lead b H d"],
         positions: Int[Array, "*lead b"],
-    ) -> tuple[UInt8[Array, "*lead H b kb"], UInt8[Array, "*lead H b vb"]]:
-        """Packed codes of rotated keys and of values, by one layer's codewords and ``spec.beam``.
+    ) -> tuple[Codes, Codes]:
+        """Codes of rotated keys and of values, by one layer's codewords and ``spec.beam``.
 
-        A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do.
+        A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do (in the layout
+        of tiles, any number of whole tiles).
+
+        Returns:
+            uint8 ``[*lead, H, b, bytes]``, or as tiles uint32 ``[*lead, H, tiles, words]``.
         """
         framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
         v, spec = v.astype(jnp.float32), self.spec
-        return (
-            _encode(framed, self.key, self.key_metric, spec.key, spec.beam),
-            _encode(v, self.value, self.value_metric, spec.value, spec.beam),
-        )
+        keys = _encode(framed, self.key, self.key_metric, spec.beam)
+        values = _encode(v, self.value, self.value_metric, spec.beam)
+        if spec.layout == "tiles":
+            keys, values = keys[..., 0, :], values[..., 0, :]
+            return tiles.keys_to_tiles(keys, spec.key.codewords), tiles.values_to_tiles(values)
+        return _pack(keys, spec.key), _pack(values, spec.value)
 
     def decode(
-        self,
-        key_codes: UInt8[Array, "*lead H b kb"],
-        value_codes: UInt8[Array, "*lead H b vb"],
-        positions: Int[Array, "*lead b"],
+        self, key_codes: Codes, value_codes: Codes, positions: Int[Array, "*lead b"]
     ) -> tuple[Float[Array, "*lead b H d"], Float[Array, "*lead b H d"]]:
-        """Rotated keys and values, float32, that packed codes stand for."""
-        framed = _decode(key_codes, self.key, self.spec.key)
-        keys = from_frame(framed, positions, self.spec, self.key_mean, self.inv_freq)
-        return keys, _decode(value_codes, self.value, self.spec.value)
+        """Rotated keys and values, float32, that codes stand for."""
+        spec = self.spec
+        if spec.layout == "tiles":
+            keys = tiles.keys_from_tiles(key_codes, spec.key.stages, spec.key.codewords)
+            values = tiles.values_from_tiles(value_codes, spec.value.stages)
+            keys, values = keys[..., None, :], values[..., None, :]
+        else:
+            keys, values = unpack(key_codes, spec.key), unpack(value_codes, spec.value)
+        framed = _decode(keys, self.key)
+        keys = from_frame(framed, positions, spec, self.key_mean, self.inv_freq)
+        return keys, _decode(values, self.value)
 
 
 def errors(
@@ -164,17 +176,21 @@ def unpack(
     return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
 
 
-def _encode(
-    x: Array, codewords: Array, metric: Array | None, code: ResidualSpec, beam: int
-) -> Array:
-    """``[*lead, b, H, d]`` to packed ``[*lead, H, b, bytes]``."""
-    heads = x.shape[-2]
-    points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), code.dim)
+def _pack(
+    codes: UInt8[Array, "*lead groups stages"], code: ResidualSpec
+) -> UInt8[Array, "*lead bytes"]:
+    """The inverse of `unpack`."""
+    return packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
+
+
+def _encode(x: Array, codewords: Array, metric: Array | None, beam: int) -> Array:
+    """``[*lead, b, H, d]`` to codes ``[*lead, H, b, G, R]``."""
+    heads, dim = x.shape[-2:]
+    points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), dim)
     if metric is not None:
         points, codewords = under(metric, points), under(metric, codewords.astype(jnp.float32))
     codes = residual.encode(points, codewords, beam=beam)
-    packed = packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
-    return jnp.moveaxis(packed.reshape(heads, *x.shape[:-2], code.nbytes), 0, -3)
+    return jnp.moveaxis(codes.reshape(heads, *x.shape[:-2], *codes.shape[-2:]), 0, -4)
 
 
 def under(metric: Float[Array, "H d d"], x: Float[Array, "H *n d"]) -> Float[Array, "H *n d"]:
@@ -184,12 +200,12 @@ def under(metric: Float[Array, "H d d"], x: Float[Array, "H *n d"]) -> Float[Arr
     return moved.reshape(x.shape)
 
 
-def _decode(packed: Array, codewords: Array, code: ResidualSpec) -> Array:
-    """The way back: ``[*lead, H, b, bytes]`` to ``[*lead, b, H, d]``, float32."""
-    codes = jnp.moveaxis(unpack(packed, code), -4, 0)  # [H, *lead, b, G, R]
+def _decode(codes: Array, codewords: Array) -> Array:
+    """The way back: ``[*lead, H, b, G, R]`` to ``[*lead, b, H, d]``, float32."""
+    codes = jnp.moveaxis(codes, -4, 0)  # [H, *lead, b, G, R]
     flat = codes.reshape(codes.shape[0], math.prod(codes.shape[1:-2]), *codes.shape[-2:])
     x = residual.decode(flat, codewords)
-    return jnp.moveaxis(x.reshape(*codes.shape[:-2], code.dim), 0, -2)
+    return jnp.moveaxis(x.reshape(*codes.shape[:-2], x.shape[-1]), 0, -2)
 
 
 def _arrays(codebooks: Codebooks) -> dict[str, Any]:

@@ -47,12 +47,13 @@ C = TypeVar("C", bound=Codec)
 
 
 def respec(codec: C, **fields: Any) -> C:
-    """The codec for caches with another ``window`` or ``beam``, other ``sinks`` or ``outliers``.
+    """The codec for caches with another ``window``, ``beam`` or ``layout`` of codes, other
+    ``sinks`` or ``outliers``.
 
     Raises:
         InputError: for a field that the arrays depend on, or that the spec does not have.
     """
-    names = ("window", "sinks", "beam", "outliers")
+    names = ("window", "sinks", "beam", "outliers", "layout")
     free = [f.name for f in dataclasses.fields(codec.spec) if f.name in names]
     if not fields.keys() <= set(free):
         raise InputError(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gsrq_jax.rope import rotate
+from gsrq_jax.kernels.rotary import rotate, shift
 from gsrq_jax.spec import QuantSpec
 
 
@@ -25,10 +25,11 @@ def to_frame(
     mean: Float[Array, "H d"],
     inv_freq: Float[Array, " d/2"],
 ) -> Float[Array, "... T H d"]:
-    """Rotated keys as they are quantised, float32: ``R(-origin) k - R(p - origin) mean``."""
+    """Rotated keys as they are quantised, float32: ``R(-origin) k`` less what the mean key adds,
+    `gsrq_jax.kernels.rotary.shift` at ``p - origin``."""
     start, at = origin(spec, positions)[..., None], positions[..., None]
-    shift = rotate(jnp.broadcast_to(mean, key.shape), at - start, inv_freq)
-    return rotate(key.astype(jnp.float32), -start, inv_freq) - shift
+    turned = rotate(key.astype(jnp.float32), -start, inv_freq)
+    return turned - shift(mean, at - start, inv_freq, spec.mean_every)
 
 
 def from_frame(
@@ -40,5 +41,4 @@ def from_frame(
 ) -> Float[Array, "... T H d"]:
     """The inverse of `to_frame`: rotated keys, float32."""
     start, at = origin(spec, positions)[..., None], positions[..., None]
-    shift = rotate(jnp.broadcast_to(mean, framed.shape), at, inv_freq)
-    return rotate(framed, start, inv_freq) + shift
+    return rotate(framed + shift(mean, at - start, inv_freq, spec.mean_every), start, inv_freq)

@@ -513,7 +513,7 @@ def _expand(residuals: Array, error: Array, words: Array) -> tuple[Array, Array,
         parent = jnp.concatenate([index // k, parent], -1)
         real = jnp.concatenate([top > -jnp.inf, real], -1)
     added = _take(words, code.reshape(*lead, n * slots)).reshape(residuals.shape)
-    if beam:
+    if beam:  # without one each sum extends itself, and is changed in place
         residuals = jnp.take_along_axis(residuals, parent[..., None], -2)
     residuals = residuals - added
     error = jnp.where(real, jnp.sum(jnp.square(residuals), -1), jnp.inf)

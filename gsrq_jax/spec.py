@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import tiles
 
 Frame = Literal["block", "pre", "post"]
 FRAMES: tuple[Frame, ...] = ("block", "pre", "post")
+Layout = Literal["packed", "tiles"]
+LAYOUTS: tuple[Layout, ...] = ("packed", "tiles")
 MOST_BEAM = 32
 
 
@@ -172,11 +175,17 @@ class QuantSpec(CacheSpec):
             its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
         beam: partial sums that the encoder keeps from stage to stage, 1 to 32; 1 is greedy.
             Codebooks are also trained with it, and serve any other.
+        mean_every: tokens between those, counted in a block, at which the mean key of a head is
+            rotated; what keys are centred with is interpolated between them, and rotary pairs that
+            make more than half a turn meanwhile are not centred. 1 rotates it at every token. More
+            is for the fused GPU kernel, which has so many times fewer products with it to read.
         outliers: coded tokens of a sequence that every layer and KV head also keeps exact: those
             whose codes err most.
         key_stages: stages of the keys of each layer where layers differ, the most of them
             ``key.stages``; None where all have that many.
         value_stages: the same of the values.
+        layout: of the codes in a cache. ``packed``: a row of bytes for each token; ``tiles``: as
+            the fused GPU kernel reads them (`gsrq_jax.kernels.tiles`). Codebooks serve either.
 
     ``block``, ``window`` and ``sinks`` are those of `CacheSpec`.
 
@@ -188,9 +197,11 @@ class QuantSpec(CacheSpec):
     value: ResidualSpec
     frame: Frame = "block"
     beam: int = 1
+    mean_every: int = 1
     outliers: int = 0
     key_stages: tuple[int, ...] | None = None
     value_stages: tuple[int, ...] | None = None
+    layout: Layout = "packed"
 
     def __post_init__(self):
         super().__post_init__()
@@ -204,6 +215,20 @@ class QuantSpec(CacheSpec):
             )
         if self.frame not in FRAMES:
             raise InputError(f"unknown frame {self.frame!r}; choose one of {', '.join(FRAMES)}")
+        if self.mean_every < 1 or self.block % self.mean_every:
+            raise InputError(
+                f"mean_every must be at least 1 and divide the block of {self.block} tokens, got "
+                f"{self.mean_every}"
+            )
+        if self.mean_every > 1 and self.frame != "block":
+            raise InputError(
+                f"mean_every is for frame 'block'; in frame {self.frame!r} it must be 1, got "
+                f"{self.mean_every}"
+            )
+        if self.layout not in LAYOUTS:
+            raise InputError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
+        if self.layout == "tiles":
+            self._check_tiles()
         if (self.key_stages is None) != (self.value_stages is None):
             raise InputError("key_stages and value_stages are given together or not at all")
         if self.key_stages is None or self.value_stages is None:
@@ -223,6 +248,23 @@ class QuantSpec(CacheSpec):
                 raise InputError(
                     f"{name}_stages must be at least 1 and the most of them {name}.stages, "
                     f"{code.stages}, got {stages}"
+                )
+
+    def _check_tiles(self) -> None:
+        for what, given, wanted in (
+            ("frame", self.frame, ("block",)),
+            ("groups of channels", self.key.groups, (1,)),
+            ("groups of channels", self.value.groups, (1,)),
+            ("codewords of a stage of keys", self.key.codewords, (16, 256)),
+            ("codewords of a stage of values", self.value.codewords, (16,)),
+            (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
+            ("outliers", self.outliers, (0,)),
+            ("stages by layer", self.key_stages, (None,)),
+        ):
+            if given not in wanted:
+                raise InputError(
+                    f"layout 'tiles' takes {' or '.join(map(str, wanted))} as {what}, got {given}; "
+                    "use layout 'packed' or other codebooks"
                 )
 
     @classmethod
@@ -252,6 +294,8 @@ class QuantSpec(CacheSpec):
     @property
     def stored_bits(self) -> float:
         """See `CacheSpec.stored_bits`; mean over layers."""
+        if self.layout == "tiles":
+            return super().stored_bits
         stored = sum(statistics.fmean(code.nbytes for code in codes) for codes in self.layer_codes)
         return 8 * stored / (2 * self.head_dim)
 
@@ -267,7 +311,17 @@ class QuantSpec(CacheSpec):
         return codes(self.key, self.key_stages), codes(self.value, self.value_stages)
 
     def code_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Packed codes of a block: uint8 ``[block, bytes]``, keys and values, of most stages."""
+        """Codes of a block, keys and values: packed, uint8 ``[block, bytes]``, of most stages; as
+        tiles, uint32 ``[tiles, words]``."""
+        if self.layout == "tiles":
+            words = (
+                tiles.key_words(self.key.stages, self.key.codewords),
+                tiles.value_words(self.value.stages),
+            )
+            of_keys, of_values = (
+                jax.ShapeDtypeStruct((self.block // tiles.TILE, n), jnp.uint32) for n in words
+            )
+            return of_keys, of_values
         key, value = (
             jax.ShapeDtypeStruct((self.block, code.nbytes), jnp.uint8)
             for code in (self.key, self.value)
@@ -286,8 +340,10 @@ class QuantSpec(CacheSpec):
         return (
             f"{self.bits:g} bit, {both}, head {self.head_dim}, frame {self.frame}, "
             f"blocks of {self.block}, window {self.window}, sinks {self.sinks}"
+            + (f", mean key at every {self.mean_every} tokens" if self.mean_every > 1 else "")
             + (f", beam {self.beam}" if self.beam > 1 else "")
             + (f", {self.outliers} outliers exact" if self.outliers else "")
+            + (", codes in tiles" if self.layout == "tiles" else "")
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -15,13 +15,14 @@ heads, q query heads each, N blocks of b tokens. A *pair* is (KV head, sequence,
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
-from gsrq_jax.kernels import pieces
+from gsrq_jax.kernels import pieces, rotary
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
 from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
@@ -33,8 +34,12 @@ PROCESSORS = 132
 TABLE_TIME, START_TIME = 0.3, 1.5
 """Estimates, in chunks that all scorers take at once: of a table, and of starting and ending."""
 MOST_STAGES = 64
+KNOTS = (1, 4, 8, 16, 32, 64)
+"""Tokens between knots of the mean key's share."""
 EMPTY = -(2**30)
 """Scale of a part without tokens."""
+MOST_QUERY = 2.0**14
+"""Bound of a query's numbers, so that float16 holds them in any frame."""
 LN2 = math.log(2)
 
 
@@ -47,20 +52,16 @@ class Config:
         depth: slots of the ring for each of them.
         splits: thread blocks that share the blocks of a sequence.
         span: chunks of one block that a scorer takes one after the other, with one table.
-        wide: whether the mean key's share of the scores is float32 rather than float16, whose 11
-            bits are the largest part of the error where the share is large.
     """
 
     scorers: int
     depth: int
     splits: int
     span: int
-    wide: bool = True
 
-    @property
-    def share_bytes(self) -> int:
-        """Of one share of the mean key."""
-        return 4 if self.wide else 2
+    def teams(self, value_stages: int) -> int:
+        """Teams of counters, each of one warp an octet of stages, that share the scorers' slots."""
+        return min(self.scorers, COUNTERS // pieces.octets_of(value_stages))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Problem:
     dim: int
     key: KeyTable
     value_stages: int
-    shifted: bool  # whether there is a mean key
+    every: int  # tokens between knots of the mean key's share, 0 if there is no mean key
 
     @property
     def row_groups(self) -> int:
@@ -99,6 +100,23 @@ class Problem:
         return max(1, CHUNK // self.block)
 
     @property
+    def knots(self) -> int:
+        """Of a chunk; the first of the next one is its last."""
+        return CHUNK // self.every if self.every else 0
+
+    @property
+    def copied_knots(self) -> int:
+        """Of a row and chunk, what is copied: a multiple of 16 bytes."""
+        return self.knots + 4 * (self.every > 1)
+
+    @property
+    def share_length(self) -> int:
+        """Numbers of a row's share: of whole chunks, what is copied with the last, and so many
+        more that cuBLAS takes them as they are."""
+        chunks = -(-self.blocks // self.blocks_of_chunk) * self.chunks_of_block
+        return -(-((chunks - 1) * self.knots + self.copied_knots) // 8) * 8
+
+    @property
     def chunk_key_bytes(self) -> int:
         """Codes of the keys of a chunk."""
         return 2 * 4 * key_words(self.key.stages, self.key.codewords)
@@ -115,7 +133,8 @@ class Memory:
 
     Attributes:
         tables: of the scorers, a multiple of 4096 each.
-        staged: codes and mean key's share of the chunk that a scorer is at.
+        staged: of the chunk that a scorer is at, codes, the mean key's share as it is copied, and
+            its knots row by row.
         slots: of the ring: planes of probabilities, then codes of values.
         facts: step and offset of each row, for each scorer.
         scales: of each slot, four integers.
@@ -141,7 +160,8 @@ class Memory:
         """Laid out one after the other."""
         scorers, ring = config.scorers, config.scorers * config.depth
         table = problem.key.nbytes if problem.key.shared else 0
-        staged = problem.chunk_key_bytes + problem.shifted * ROWS * CHUNK * config.share_bytes
+        staged = problem.chunk_key_bytes + ROWS * problem.copied_knots * 4
+        staged += ROWS * (problem.knots + 1) * 4 * (problem.every > 1)
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -248,20 +268,23 @@ def check_device() -> None:
 
 def problem_of(
     query: Array,
-    shift: Array | None,
+    mean: Array | None,
+    inv_freq: Array,
     key_tiles: Array,
     value_tiles: Array,
     key_codewords: Array,
     value_codewords: Array,
     blocks: Array,
+    *,
+    every: int = 1,
 ) -> Problem:
     """The shapes of a call, checked.
 
     Raises:
         InputError: naming what was given and what is supported.
     """
-    batch, tokens, heads, group, n, dim = query.shape
-    block = TILE * key_tiles.shape[3]
+    batch, tokens, heads, group, dim = query.shape
+    n, block = key_tiles.shape[2], TILE * key_tiles.shape[3]
 
     def refuse(what: str, given: Any, supported: str) -> None:
         raise InputError(
@@ -275,8 +298,12 @@ def problem_of(
         refuse("query heads per KV head", group, "1 to 8")
     if block != TILE and block % CHUNK:
         refuse("tokens of a block", block, f"{TILE} or a multiple of {CHUNK}")
-    if shift is not None and shift.shape != (heads, 1, block, dim):
-        refuse("shift", shift.shape, f"({heads}, 1, {block}, {dim}), one for all blocks")
+    if mean is not None and mean.shape != (heads, dim):
+        refuse("mean key", mean.shape, f"({heads}, {dim})")
+    if every not in KNOTS:
+        refuse("tokens between knots of the mean key", every, " or ".join(map(str, KNOTS)))
+    if inv_freq.shape != (dim // 2,):
+        refuse("rotary frequencies", inv_freq.shape, f"({dim // 2},)")
     for name, codewords, sizes in (
         ("keys", key_codewords, (16, 256)),
         ("values", value_codewords, (16,)),
@@ -308,20 +335,20 @@ def problem_of(
         refuse("dtype of the query", query.dtype, "float32")
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
-    shifted = shift is not None
-    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, shifted)
+    every = 0 if mean is None else every
+    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, every)
     if n:
         choose_config(problem)
     return problem
 
 
-def check_supported(*arrays: Any) -> Problem:
+def check_supported(*arrays: Any, every: int = 1) -> Problem:
     """The shapes of a call that can be made here.
 
     Raises:
         InputError: naming what was given and what is supported.
     """
-    problem = problem_of(*arrays)
+    problem = problem_of(*arrays, every=every)
     check_device()
     return problem
 
@@ -330,14 +357,17 @@ def check_supported(*arrays: Any) -> Problem:
 
 
 def attend_tiles(
-    query: Float[Array, "B T H q N d"],
-    shift: Float[Array, "H 1 b d"] | None,
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
     key_tiles: UInt32[Array, "B H N tiles kw"],
     value_tiles: UInt32[Array, "B H N tiles vw"],
     key_codewords: Float[Array, "H 1 R K d"],
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
     *,
+    first: int = 0,
+    every: int = 1,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
@@ -346,104 +376,144 @@ def attend_tiles(
     it under jit.
 
     Args:
-        query: scaled queries in each block's frame, float32.
-        shift: what the mean key adds to the keys of every block; None for nothing, which saves as
-            many bytes as one bit of codes has.
+        query: scaled queries, rotated at their own positions, float32.
+        mean: mean key before RoPE; None for nothing.
+        inv_freq: rotary frequencies.
         key_tiles: see `gsrq_jax.kernels.tiles.keys_to_tiles`.
         value_tiles: see `gsrq_jax.kernels.tiles.values_to_tiles`.
         key_codewords: of this layer, float32 or bfloat16, 16 or 256 a stage.
         value_codewords: of this layer, 16 a stage.
         blocks: valid blocks of each sequence; the others are not read.
+        first: position of the first coded token.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
+            knot at every token the mean key's share is as many bytes as one bit of codes.
         config: instead of the one chosen.
 
     Returns:
         The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
-        (-inf there), NaN where a query is not finite.
+        (-inf there), NaN where a query is not finite or too large for float16.
 
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
     problem = check_supported(
-        query, shift, key_tiles, value_tiles, key_codewords, value_codewords, blocks
+        query,
+        mean,
+        inv_freq,
+        key_tiles,
+        value_tiles,
+        key_codewords,
+        value_codewords,
+        blocks,
+        every=every,
     )
     if not problem.blocks:
-        out = jnp.zeros(query.shape[:4] + query.shape[5:], jnp.float32)
-        return out, jnp.full(query.shape[:4], -jnp.inf)
+        return jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
     config = config or choose_config(problem)
     check_config(problem, config)
-    rows = query_rows(problem, query)
-    blocks = jnp.clip(blocks.astype(jnp.int32), 0, problem.blocks)
-    inputs = score_inputs(problem, config, rows, shift, key_codewords)
+    blocks = blocks.astype(jnp.int32)
+    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     out, lse = put_together(problem, histogram, scale, value_codewords)
-    finite = finite_rows(problem, inputs, blocks)
-    return jnp.where(finite[..., None], out, jnp.nan), jnp.where(finite, lse, jnp.nan)
-
-
-def query_rows(
-    problem: Problem, query: Float[Array, "B T H q N d"]
-) -> Float[Array, "H B rows N 4 d"]:
-    """Rows of four, zeros where there are not so many, for scores in powers of 2."""
-    p = problem
-    rows = jnp.transpose(query, (2, 0, 1, 3, 4, 5)).reshape(p.heads, p.batch, -1, p.blocks, p.dim)
-    spare = p.row_groups * ROWS - p.tokens * p.group
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0), (0, 0))) / LN2
-    rows = rows.reshape(p.heads, p.batch, p.row_groups, ROWS, p.blocks, p.dim)
-    return jnp.swapaxes(rows, 3, 4)
+    usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks <= 0)[:, None, None, None]
+    return jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
 
 
 def score_inputs(
     problem: Problem,
-    config: Config,
-    rows: Float[Array, "H B rows N 4 d"],
-    shift: Float[Array, "H 1 b d"] | None,
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
     key_codewords: Float[Array, "H 1 R K d"],
+    first: int,
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
 
-    Two GEMMs, [blocks × rows, d] × [d, R·K] and × [d, b], in float16 with a second term for what
-    float16 does not hold. For each block and row R·K + b numbers are written and read once. In
-    float16 the mean key's share is written less its own mean over the block, which is an offset.
+    Rows are query heads (and tokens), four of a KV head together, zeros where there are not so
+    many, for scores in powers of 2. For each row and block one GEMM writes R·K numbers; its left
+    operand, the rows rotated back to the start of each block, is written once in float16.
 
     Returns:
-        ``[…, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
-        ``[…, N, 4, b]`` shares of the mean key (float32 or float16), if it has any; and float32
-        ``[…, N, 4]`` offsets, or ``[…, N, 8]`` steps and offsets of the finished tables.
+        ``[pairs, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
+        ``[pairs, 4, share_length]`` shares of the mean key (float32), if there is one; and with 256
+        codewords ``[pairs, N, 8]`` steps and offsets of the tables.
     """
-    key = problem.key
-    columns = key_codewords.reshape(problem.heads, key.stages * key.codewords, problem.dim)
-    share, middle = jnp.zeros((1,)), jnp.zeros(rows.shape[:-1])
-    if shift is not None and config.wide:
-        share = _product(rows, shift[:, 0], jnp.float32)
-    elif shift is not None:
-        mean = shift[:, 0].mean(axis=1)
-        middle = jnp.einsum("hbgnrd,hd->hbgnr", rows, mean, precision=jax.lax.Precision.HIGHEST)
-        share = _product(rows, shift[:, 0] - mean[:, None], jnp.float16)
+    p, key = problem, problem.key
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
+    spare = p.row_groups * ROWS - p.tokens * p.group
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    share, facts = jnp.zeros((1,)), jnp.zeros((1,))
+    # Where blocks start, and where the knots of one are from there.
+    knots = p.block // (p.every or p.block)
+    starts = first + p.block * jnp.arange(max(p.blocks, -(-p.share_length // knots)))
+    at = jnp.concatenate([starts, (p.every or p.block) * jnp.arange(knots)])
+    start, ahead = zip(
+        *(jnp.split(x, [len(starts)]) for x in rotary.turns(at, inv_freq)), strict=True
+    )
+    if mean is not None:
+        share = mean_shares(p, rows, mean, inv_freq, start, ahead)
+    cos, sin = (x[: p.blocks, None] for x in start)
+    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
+    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
+    products = jnp.einsum(
+        "hpnrd,hcd->hpnrc",
+        framed,
+        key_codewords.reshape(p.heads, -1, p.dim).astype(jnp.float16),
+        preferred_element_type=jnp.float16 if key.shared else jnp.float32,
+    ).reshape(p.pairs, p.blocks, ROWS, -1)
     if key.shared:
-        return _product(rows, columns, jnp.float16), share, middle
-    table, steps, offsets = finished_table(key, _product(rows, columns, jnp.float32))
-    return table, share, jnp.concatenate([steps, middle + offsets], axis=-1)
+        return products, share, facts
+    table, steps, offsets = finished_table(key, products)
+    return table, share, jnp.concatenate([steps, offsets], axis=-1)
 
 
-def _product(
-    rows: Float[Array, "H *n d"], columns: Float[Array, "H c d"], dtype: Any
-) -> Float[Array, "H *n c"]:
-    """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts.
+def mean_shares(
+    problem: Problem,
+    rows: Float[Array, "H B rows d"],
+    mean: Float[Array, "H d"],
+    inv_freq: Float[Array, " d/2"],
+    start: tuple[Float[Array, "n d/2"], Float[Array, "n d/2"]],
+    ahead: tuple[Float[Array, "knots d/2"], Float[Array, "knots d/2"]],
+) -> Float[Array, "pairs 4 share_length"]:
+    """The mean key's share of the scores at the knots of all blocks: ``⟨row, R_t mean⟩``.
 
-    They are added up in float32 and rounded to ``dtype``. What float16 does not hold of the columns
-    is left out where they are bfloat16, of which there is none, or the result is float16.
+    A pair of channels (a, b) gives ``(q_a k_a + q_b k_b) cos θt + (q_b k_a - q_a k_b) sin θt``:
+    what is in front depends on the row alone, the cosines and sines on the position alone. So it is
+    one product of all rows, heads together, with all knots.
+
+    Args:
+        problem: the shapes.
+        rows: queries, rotated at their own positions.
+        mean: mean key before RoPE.
+        inv_freq: rotary frequencies.
+        start: cosines and sines of the angles at the start of each block, and
+        ahead: of those from there to each knot, added up here as the frames of keys have them.
     """
+    p = problem
+    k = rotary.slow(mean, inv_freq, p.every)[:, None, None]
+    a, b = jnp.split(rows, 2, axis=-1)
+    k_a, k_b = jnp.split(k, 2, axis=-1)
+    amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
+    (cos, sin), (cos_on, sin_on) = ([x[:, None] for x in start], ahead)
+    waves = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
+    waves = waves.reshape(-1, p.dim)[: p.share_length]
+    return _exact_product(amplitudes.reshape(-1, p.dim), waves).reshape(p.pairs, ROWS, -1)
+
+
+def _exact_product(rows: Float[Array, "n d"], columns: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
     high, low = _parts(rows)
     upper, lower = _parts(columns)
-    left, right = [high, low], [upper, upper]
-    if columns.dtype != jnp.bfloat16 and dtype != jnp.float16:
-        left, right = [*left, high], [*right, lower]
-    return jnp.einsum(
-        "h...d,hcd->h...c",
-        jnp.concatenate(left, axis=-1),
-        jnp.concatenate(right, axis=-1),
-        preferred_element_type=dtype,
-    )
+    left, right = _beside(high, low, high), _beside(upper, upper, lower)
+    return jnp.einsum("npd,mpd->nm", left, right, preferred_element_type=jnp.float32)
+
+
+def _beside(*parts: Float[Array, "*n d"]) -> Float[Array, "*n parts d"]:
+    """``jnp.stack(parts, axis=-2)``, which XLA makes no concatenation of, but arithmetic."""
+    out, index = parts[-1][..., None, :], jnp.arange(len(parts))[:, None]
+    for i, part in enumerate(parts[:-1]):
+        out = jnp.where(index == i, part[..., None, :], out)
+    return out
 
 
 def _parts(x: Array) -> tuple[Array, Array]:
@@ -474,20 +544,6 @@ def finished_table(
     return jnp.moveaxis(placed, (-1, -3), (-3, -1)), 1 / scale, low.sum(axis=-1)
 
 
-def finite_rows(
-    problem: Problem, inputs: tuple[Array, Array, Array], blocks: Int[Array, " B"]
-) -> Bool[Array, "B T H q"]:
-    """Queries without NaN or infinity in valid blocks: what the kernel makes of those are numbers.
-
-    Any product with a query that is not finite is not either; one of `score_inputs`'s is seen.
-    """
-    products, _, facts = inputs
-    seen = products[..., 0] if problem.key.shared else facts[..., ROWS:]  # [H, B, rows, N, 4]
-    valid = jnp.arange(problem.blocks) < blocks[:, None, None]  # [B, 1, N]
-    finite = (jnp.isfinite(seen) | ~valid[..., None]).all(axis=3)
-    return _rows_to_heads(problem, finite.reshape(-1, ROWS))
-
-
 def _rows_to_heads(problem: Problem, x: Array) -> Array:
     """``[pairs, 4, …]`` to ``[B, T, H, q, …]``."""
     p = problem
@@ -498,8 +554,8 @@ def _rows_to_heads(problem: Problem, x: Array) -> Array:
 
 def put_together(
     problem: Problem,
-    histogram: Float[Array, "pairs splits S 16 4"],
-    scale: Int[Array, "pairs splits 4"],
+    histogram: Float[Array, "pairs parts S 16 4"],
+    scale: Int[Array, "pairs parts 4"],
     value_codewords: Float[Array, "H 1 S 16 d"],
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """The output and log-sum-exp of all parts: one sum over them, one product with the codebooks.
@@ -508,7 +564,7 @@ def put_together(
     """
     p = problem
     top = scale.max(axis=1, keepdims=True)
-    weight = jnp.exp2((scale - top).astype(jnp.float32))  # [pairs, splits, 4]
+    weight = jnp.exp2((scale - top).astype(jnp.float32))  # [pairs, parts, 4]
     mass = jnp.einsum("psvkr,psr->pvkr", histogram, weight)
     total = mass[:, 0].sum(axis=1)  # [pairs, 4]
     some = total > 0
@@ -547,7 +603,7 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
 
         emit(*refs)
 
-    parts = problem.pairs, config.splits
+    parts = problem.pairs, config.splits * config.teams(problem.value_stages)
     return plgpu.kernel(
         body,
         out_type=[
@@ -555,7 +611,7 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
             jax.ShapeDtypeStruct((*parts, ROWS), jnp.int32),
         ],
         scratch_types=[plgpu.SMEM((memory.nbytes,), jnp.uint8)],
-        grid=(math.prod(parts),),
+        grid=(problem.pairs * config.splits,),
         grid_names=("part",),
         num_threads=(COUNTERS + config.scorers) // 4,
         thread_name="warpgroup",
@@ -596,7 +652,8 @@ class FusedKernel:
         # Blocks of codes before this head's, and of tables before this pair's.
         self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
         self.table_block = warp.wide(self.pair) * p.blocks
-        (self.valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
+        (valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
+        self.valid = warp.unsigned_min(warp.signed_max(valid, warp.integer(0)), p.blocks)
         self.product_bytes = ROWS * p.key.stages * p.key.codewords * 2
         # A span is what a scorer takes at a time: chunks of one block, or one chunk of two blocks.
         self.spans_of_block = p.chunks_of_block // config.span
@@ -610,14 +667,15 @@ class FusedKernel:
         """Barriers, then the two kinds of warps."""
         warp, memory = self.warp, self.memory
         ring = self.config.scorers * self.config.depth
-        busy = pieces.share_of_codes(self.problem.value_stages)[1]
+        octets = pieces.octets_of(self.problem.value_stages)
+        busy = octets * self.config.teams(self.problem.value_stages)
 
         def barriers() -> None:
             for i in range(self.config.scorers):
                 warp.barrier_init(self.base + (memory.arrived + 8 * i), 1)
             for i in range(ring):
                 warp.barrier_init(self.base + (memory.full + 8 * i), 2)
-                warp.barrier_init(self.base + (memory.free + 8 * i), busy)
+                warp.barrier_init(self.base + (memory.free + 8 * i), octets)
             warp.barrier_fence()
 
         warp.when(warp.equal(warp.index, 0) & self.first_lane, barriers)
@@ -676,6 +734,7 @@ class FusedKernel:
             warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
             warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
             warp.barrier_wait(arrived, k & 1)
+            shares = self._shares(staged + p.chunk_key_bytes)
             groups = []
             for tile in range(2):
                 here = block
@@ -685,7 +744,7 @@ class FusedKernel:
                 elif tile == 0:
                     first = warp.equal(k % self.config.span, 0)
                     warp.when(first, lambda: self._make_table(block, table, facts))
-                groups += self._scores(here, tile, staged, facts, places)
+                groups += self._scores(here, tile, staged, facts, places, shares)
             if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
@@ -714,24 +773,21 @@ class FusedKernel:
         """Start to copy the codes and the mean key's shares of a chunk."""
         warp, p = self.warp, self.problem
         codes = self._present(block, p.chunk_key_bytes)
-        size = self.config.share_bytes
-        share = self._present(block, ROWS * CHUNK * size)
-        warp.barrier_expect(arrived, codes + share if p.shifted else codes)
+        share = p.copied_knots * 4
+        warp.barrier_expect(arrived, codes + ROWS * share)
         of_block = p.chunk_key_bytes * p.block // CHUNK
         source = self.at.keys + (self.code_block + warp.wide(block)) * of_block
         source = source + warp.wide(chunk * p.chunk_key_bytes)
         warp.copy_to_shared(staged, source, codes, arrived)
-        if not p.shifted:
+        if not p.every:
             return
-        source = self.at.share + (self.table_block + warp.wide(block)) * (ROWS * p.block * size)
         staged = staged + p.chunk_key_bytes
-        if p.blocks_of_chunk == 2:  # [2 blocks, 4 rows, 128 tokens], as they lie
-            warp.copy_to_shared(staged, source, share, arrived)
-            return
-        for row in range(ROWS):  # [4 rows, 256 of the block's tokens]
-            of_row = source + warp.wide(chunk * (CHUNK * size)) + row * p.block * size
-            nbytes = warp.integer(CHUNK * size)
-            warp.copy_to_shared(staged + row * CHUNK * size, of_row, nbytes, arrived)
+        before = (block * p.block + chunk * CHUNK) // p.every  # a block of half a chunk is even
+        source = self.at.share + warp.wide(before * 4)
+        for row in range(ROWS):
+            of_row = warp.wide(self.pair * ROWS + row) * (p.share_length * 4)
+            to = staged + row * share
+            warp.copy_to_shared(to, source + of_row, warp.integer(share), arrived)
 
     def _fetch_values(self, block: Any, chunk: Any, slot_at: Any, full: Any) -> None:
         """Start to copy the codes of the values of a chunk."""
@@ -749,32 +805,49 @@ class FusedKernel:
         warp.sync()  # no lane still reads the one before
         index = self.table_block + warp.wide(block)
         if key.shared:
-            raw = self.at.products + index * self.product_bytes
-            pieces.table(warp, key, raw, self.at.facts + index * (ROWS * 4), table, facts)
+            pieces.table(warp, key, self.at.products + index * self.product_bytes, table, facts)
             return
         lane = warp.lane & (2 * ROWS - 1)
         read = warp.load_global(self.at.facts + index * (2 * ROWS * 4) + warp.wide(lane * 4))
         warp.store_shared(facts + lane * 4, read)
         warp.sync()
 
-    def _scores(self, block: Any, tile: int, staged: Any, facts: Any, places: Any) -> list:
+    def _shares(self, staged: Any) -> Callable[[int], list]:
+        """``[ROWS]`` shares of the mean key of a group of 32 tokens of the chunk that has come."""
+        warp, p = self.warp, self.problem
+        if not p.every:
+            return lambda _: [warp.floating(0.0)] * ROWS
+        stride = p.copied_knots * 4
+        if p.every == 1:
+            own = staged + warp.lane * 4
+            return lambda group: [
+                warp.load_shared(own, row * stride + group * 128, kind="f")[0]
+                for row in range(ROWS)
+            ]
+        knots = staged + ROWS * stride
+        pieces.gather_knots(warp, p.knots, stride, staged, knots)
+        return lambda group: pieces.between_knots(warp, p.every, knots, group)
+
+    def _scores(
+        self,
+        block: Any,
+        tile: int,
+        staged: Any,
+        facts: Any,
+        places: Any,
+        shares: Callable[[int], list],
+    ) -> list:
         """``[4 groups][ROWS]`` scores of a tile."""
         warp, p = self.warp, self.problem
         units, width = p.key.units
         steps = warp.load_shared(facts, 0, ROWS, "f")
         offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         of_unit = TILE * width // 8
-        size = self.config.share_bytes
-        shares = staged + p.chunk_key_bytes + warp.lane * size
         lanes = staged + warp.lane * (width // 8)
         load = {
             32: lambda a, o: warp.load_shared(a, o)[0],
             16: warp.load_shared_16,
         }[width]
-        if p.blocks_of_chunk == 2:
-            tile_stride, row_stride = ROWS * TILE * size, TILE * size
-        else:
-            tile_stride, row_stride = TILE * size, CHUNK * size
         groups = []
         for group in range(GROUPS // 2):
             at = tile * units * of_unit + group * 32 * width // 8
@@ -785,66 +858,61 @@ class FusedKernel:
                 index = self.table_block + warp.wide(block)
                 base = self.at.products + index * p.key.nbytes
                 sums = pieces.look_up_global(warp, p.key, base, codes)
-            at = tile * tile_stride + group * 32 * size
-            share = [self._share(shares, at + row * row_stride) for row in range(ROWS)]
+            share = shares(tile * (GROUPS // 2) + group)
             groups.append(pieces.scores(warp, sums, share, steps, offsets))
         return groups
-
-    def _share(self, address: Any, offset: int) -> Any:
-        if not self.problem.shifted:
-            return self.warp.floating(0.0)
-        if self.config.wide:
-            return self.warp.load_shared(address, offset, kind="f")[0]
-        return self.warp.halves(self.warp.load_shared_16(address, offset))[0]
 
     # Counting warps.
 
     def count(self) -> None:
-        """Slot after slot of the ring: counts, added to a histogram that is written at the end."""
+        """Slot after slot of a team's scorers: counts, added to a histogram, written at the end."""
         warp, p, memory = self.warp, self.problem, self.memory
-        scorers = self.config.scorers
-        codes, _ = pieces.share_of_codes(p.value_stages)
-        unit = warp.index * codes
-        share = pieces.Share(unit >> 3, unit & 7, codes)
+        scorers, octets = self.config.scorers, pieces.octets_of(p.value_stages)
+        teams = self.config.teams(p.value_stages)
+        team, octet = warp.index // octets, warp.index % octets
         whole = self.spans // scorers * self.config.span  # rounds in which all scorers are there
         rest = self.spans % scorers
+        own = whole * (scorers // teams)
+        own = own + (rest + (teams - 1) - team) // teams * self.config.span
         row = warp.lane & 3
 
         def slot(_: Any, carry: list) -> list:
             round_, scorer, scale, flat = carry[0], carry[1], carry[2], carry[3:]
-            mass = [flat[2 * i : 2 * i + 2] for i in range(codes)]
+            mass = [flat[2 * i : 2 * i + 2] for i in range(8)]
             index, parity = self._slot(round_, scorer)
             at = self.base + memory.slots + index * memory.slot_bytes
             warp.barrier_wait(self.base + memory.full + index * 8, parity)
             scales = self.base + memory.scales + index * (ROWS * 4)
             (of_chunk,) = warp.load_shared(scales + row * 4)
-            tiles = pieces.load_codes(warp, p.value_stages, share, at + pieces.plane_bytes())
+            tiles = pieces.load_codes(warp, p.value_stages, octet, at + pieces.plane_bytes())
             columns = pieces.load_planes(warp, at)
             warp.sync()
             free = self.base + memory.free + index * 8
             warp.when(self.first_lane, lambda: warp.barrier_arrive(free))
-            chunk = pieces.histogram(warp, share, tiles, columns)
+            chunk = pieces.histogram(warp, tiles, columns)
             mass, scale = pieces.add_chunk(warp, mass, chunk, scale, of_chunk)
-            # The next slot that is filled: of the next scorer, or of the first in the next round.
+            # The next slot that is filled: of the team's next scorer, or of its first in the next
+            # round.
             limit = warp.select(warp.less(round_, whole), warp.integer(scorers), rest)
-            wraps = warp.equal(scorer + 1, limit)
+            following = scorer + teams
+            there = warp.less(following, limit)
             return [
-                warp.select(wraps, round_ + 1, round_),
-                warp.select(wraps, warp.integer(0), scorer + 1),
+                warp.select(there, round_, round_ + 1),
+                warp.select(there, following, team),
                 scale,
                 *[x for pair in mass for x in pair],
             ]
 
-        zero = warp.integer(0)
-        start = [zero, zero, warp.integer(EMPTY)] + [warp.floating(0.0)] * (2 * codes)
-        done = warp.loop(self.spans * self.config.span, start, slot)
-        stage = (share.octet << 3) + (warp.lane >> 2)
+        start = [warp.integer(0), team, warp.integer(EMPTY)] + [warp.floating(0.0)] * 16
+        done = warp.loop(own, start, slot)
+        stage = (octet << 3) + (warp.lane >> 2)
         real = warp.less(stage, p.value_stages)
-        part = self.at.histogram + warp.wide(warp.block) * (p.value_stages * 16 * ROWS * 4)
-        own = part + warp.wide(((stage << 4) + share.first) * (ROWS * 4) + row * 4)
+        part = warp.block * teams + team
+        place = self.at.histogram + warp.wide(part) * (p.value_stages * 16 * ROWS * 4)
+        place = place + warp.wide((stage << 4) * (ROWS * 4) + row * 4)
         for i, x in enumerate(done[3:]):
             code = i // 2 + 8 * (i % 2)
-            warp.store_global(own, x, code * ROWS * 4, where=real)
-        first = warp.equal(warp.index, 0) & warp.less(warp.lane, ROWS)
-        own = self.at.scale + warp.wide(warp.block * (ROWS * 4) + row * 4)
-        warp.store_global(own, done[2], where=first)
+            warp.store_global(place, x, code * ROWS * 4, where=real)
+        first = warp.equal(octet, 0) & warp.less(warp.lane, ROWS)
+        place = self.at.scale + warp.wide(part * (ROWS * 4) + row * 4)
+        warp.store_global(place, done[2], where=first)

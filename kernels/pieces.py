@@ -16,6 +16,7 @@ Each piece takes the warp that runs it (`gsrq_jax.kernels.warp.Warp`, or numpy i
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gsrq_jax.kernels.tiles import PLANES, STRIP, key_unit, strips
@@ -34,11 +35,11 @@ OCTET = 8
 ENTRY_MOST = 65535 - OCTET
 """Largest sum of the entries of an octet, less what rounding may add."""
 COUNTERS = 8
-"""Warps that count; up to 64 stages, 8 times 8 codes twice."""
+"""Warps that count, each an octet of stages: 64 at most."""
 DIGITS = PROBABILITY_BITS // 2
 """Digits of a probability in base 4, of which two make the columns of a binary product."""
-PLANE_STRIDE = 36
-"""Words from one operand of the product to the next: 32, and 4 so that banks differ."""
+PLANE_STRIDE = 4 * 32 + 8
+"""Words from one pair of digits to the next: 128, and 8 so that banks differ."""
 MAGIC = 0x4B000000
 """The bits of 2.0**23: float32 with an integer below 2**23 in its lowest bits."""
 
@@ -90,7 +91,7 @@ class KeyTable:
 # --- table ----------------------------------------------------------------------------------------
 
 
-def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: Any) -> None:
+def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
     """Products of one block's queries with the codewords to a table of 16-bit integers.
 
     Entry = (product − smallest of its stage) / step, with one step a row, such that no octet of
@@ -103,7 +104,6 @@ def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: A
         warp: who does it.
         form: of the table, with 16 codewords.
         raw: address of ``[ROWS, stages, 16]`` float16 in global memory.
-        middle: address of ``[ROWS]`` float32 there, to which scores are relative.
         place: address of the table in shared memory.
         facts: address of ``[2, ROWS]`` float32 there; gets each row's step and offset.
     """
@@ -138,14 +138,14 @@ def table(warp: Any, form: KeyTable, raw: Any, middle: Any, place: Any, facts: A
     scale = []
     steps = []
     offsets = []
-    for row, start in enumerate(warp.load_global(middle, 0, ROWS, "f")):
+    for row in range(ROWS):
         for mask in (1, 2, 4, 8, 16):
             bottom[row] = bottom[row] + warp.from_lane_xor(bottom[row], mask)
         # Positive floats are ordered as their bits are.
         most = warp.fmax(warp.from_bits(warp.all_max(warp.bits_of(widest[row]))), tiny)
         scale.append(warp.reciprocal(most) * float(ENTRY_MOST))
         steps.append(most * (1.0 / ENTRY_MOST))
-        offsets.append(start + bottom[row])
+        offsets.append(bottom[row])
     first = warp.equal(warp.lane, 0)
     warp.store_shared(facts, steps, 0, where=first)
     warp.store_shared(facts, offsets, 16, where=first)
@@ -260,7 +260,8 @@ def look_up_global(warp: Any, form: KeyTable, base: Any, units: list) -> list:
 
 
 def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
-    sums = [warp.integer(MAGIC)] * ROWS
+    # Of two rows in a word: the words, of which 32 bits matter, and their upper halves.
+    words_sum, upper_sum = ([warp.integer(MAGIC)] * (ROWS // 2) for _ in range(2))
     step = 0
     for strip, (_, w) in enumerate(strips(form.stages)):
         for start in range(0, w, OCTET):
@@ -271,10 +272,53 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
                 total = (
                     words if total is None else [a + b for a, b in zip(total, words, strict=True)]
                 )
-            for i, x in enumerate(total):
-                sums[2 * i] = sums[2 * i] + (x & 0xFFFF)
-                sums[2 * i + 1] = sums[2 * i + 1] + (x >> 16)
+            words_sum = [a + x for a, x in zip(words_sum, total, strict=True)]
+            upper_sum = [a + (x >> 16) for a, x in zip(upper_sum, total, strict=True)]
+    sums = []
+    for both, upper in zip(words_sum, upper_sum, strict=True):
+        sums += [both - (upper << 16), upper]  # what `MAGIC` adds is beyond the 32 bits
     return sums
+
+
+def gather_knots(warp: Any, count: int, stride: int, raw: Any, place: Any) -> None:
+    """The shares of the mean key at a chunk's knots, row by row to knot by knot.
+
+    Cost, 16 knots: 4 LDS, 1 STS.
+
+    Args:
+        warp: who does it.
+        count: knots of a chunk; one more, the last, belongs to the next chunk.
+        stride: bytes from row to row.
+        raw: address of ``[ROWS, stride]`` float32 in shared memory.
+        place: address there that gets ``[count + 1, ROWS]`` float32.
+    """
+    for first in range(0, count + 1, 32):
+        knot = warp.lane + first
+        own = raw + warp.unsigned_min(knot, count) * 4
+        rows = [warp.load_shared(own, row * stride, kind="f")[0] for row in range(ROWS)]
+        there = warp.less(knot, count + 1)
+        warp.store_shared(place + knot * (ROWS * 4), rows, where=there)
+    warp.sync()
+
+
+def between_knots(warp: Any, every: int, knots: Any, group: int) -> list:
+    """``[ROWS]`` shares of the mean key of a group of 32 tokens, interpolated between knots.
+
+    Cost: 8 × (2 LDS of 16 bytes, 8 FADD or FFMA) = 80.
+
+    Args:
+        warp: who does it.
+        every: tokens from knot to knot, a power of two.
+        knots: address of what `gather_knots` wrote.
+        group: of the chunk.
+    """
+    start = group * 32
+    own = knots + warp.lane // every * (ROWS * 4)
+    at = warp.to_float((warp.lane + start % every) % every) * (1.0 / every)
+    before, after = (
+        warp.load_shared(own, (start // every + i) * (ROWS * 4), ROWS, "f") for i in range(2)
+    )
+    return [warp.fma(b - a, at, a) for a, b in zip(before, after, strict=True)]
 
 
 def scores(warp: Any, sums: list, share: list, steps: list, offsets: list) -> list:
@@ -386,94 +430,81 @@ def planes(warp: Any, swap: Swaps, pairs: list) -> list:
 
 def plane_bytes() -> int:
     """Shared memory of a chunk's planes of probabilities."""
-    return 2 * DIGITS * PLANE_STRIDE * 4
+    return DIGITS // 2 * PLANE_STRIDE * 4
 
 
 def store_planes(warp: Any, words: list, place: Any) -> None:
     """To shared memory as right operands of binary products, columns (row, which of two digits).
 
-    ``[half of the chunk][pair of digits][lower or higher bit][group of 32 tokens][row][digit]``.
-    Cost: 16 STS; no bank twice.
+    ``[pair of digits][group of 32 tokens][column: row, digit][lower or higher bit][half of the
+    chunk]``: a lane loads both operands of a pair of digits as they go into the product. The
+    columns of group g stand in the order ``column ^ 2g``, so that eight lanes load from all banks.
+    Cost: 8 STS of 8 bytes; no bank twice.
     """
     bit, pair_row = warp.lane & 15, warp.lane >> 4
-    operand, digit = (bit >> 2) * 2 + (bit & 1), (bit >> 1) & 1
-    own = place + ((operand * PLANE_STRIDE) + (pair_row << 1) + digit) * 4
+    column = (pair_row << 1) + ((bit >> 1) & 1)
+    own = [
+        place + ((bit >> 2) * PLANE_STRIDE + (column ^ 2 * odd) * 4 + (bit & 1) * 2) * 4
+        for odd in range(2)
+    ]
     for i, pair in enumerate(words):
-        for u, x in enumerate(pair):
-            half, quarter = divmod(u, 4)
-            offset = half * DIGITS * PLANE_STRIDE + quarter * 8 + i * 4
-            warp.store_shared(own, [x], offset * 4)
+        for group in range(GROUPS // 2):
+            offset = group * 32 + (i ^ group >> 1) * 16
+            halves = [pair[group], pair[group + GROUPS // 2]]
+            warp.store_shared(own[group & 1], halves, offset * 4)
 
 
 def load_planes(warp: Any, place: Any) -> list:
-    """The right operands, lower and higher bit of each pair of digits; 16 LDS a warp."""
-    own = place + ((warp.lane & 3) * 8 + (warp.lane >> 2)) * 4
-    return [
-        [warp.load_shared(own, (half * DIGITS + i) * PLANE_STRIDE * 4)[0] for half in range(2)]
-        for i in range(DIGITS)
-    ]
+    """The right operands, lower and higher bit of each pair of digits; 4 LDS of 16 bytes a warp."""
+    group = warp.lane & 3
+    own = place + ((group << 3) + ((warp.lane >> 2) ^ (group << 1))) * 16
+    operands = []
+    for pair in range(DIGITS // 2):
+        words = warp.load_shared(own, pair * PLANE_STRIDE * 4, 4)
+        operands += [words[:2], words[2:]]
+    return operands
 
 
 # --- histogram ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """What a warp counts: of 8 stages from ``8 octet`` on, ``codes`` low bits from ``first`` on.
-
-    A warp counts both codes, with the highest bit unset and set, that its low bits belong to.
-    """
-
-    octet: Any
-    first: Any
-    codes: int
+def octets_of(stages: int) -> int:
+    """Octets of stages, of which a warp counts one: all 16 codes of 8 stages."""
+    return -(-stages // 8)
 
 
-def share_of_codes(stages: int) -> tuple[int, int]:
-    """Low codes that each of `COUNTERS` warps counts, a power of two, and how many are busy."""
-    octets = -(-stages // 8)
-    codes = 1
-    while codes * COUNTERS < octets * 8:
-        codes *= 2
-    return codes, -(-octets * 8 // codes)
-
-
-def load_codes(warp: Any, stages: int, share: Share, place: Any) -> list:
-    """Bit planes of the values of a chunk, two tiles of `PLANES` words, for this warp's stages."""
-    stage = warp.unsigned_min((share.octet << 3) + (warp.lane >> 2), stages - 1)
+def load_codes(warp: Any, stages: int, octet: Any, place: Any) -> list:
+    """Bit planes of the values of a chunk, two tiles of `PLANES` words, for one octet of stages."""
+    stage = warp.unsigned_min((octet << 3) + (warp.lane >> 2), stages - 1)
     own = place + (((stage << 2) + (warp.lane & 3)) << 4)
     return [warp.load_shared(own, half * stages * 64, PLANES) for half in range(2)]
 
 
-def one_hot(warp: Any, share: Share, tiles: list, i: int) -> list:
+def one_hot(tiles: list, low: int) -> list:
     """Left operand of a binary product: rows (stage, highest bit of the code), columns tokens.
 
-    Cost: 6 LOP3.
+    Args:
+        tiles: from `load_codes`.
+        low: the other three bits of the code. Cost: 6 LOP3.
     """
     operand = []
-    low = share.codes.bit_length() - 1  # bits of the code that are known when the code is written
     for tile in tiles:
-        has = None
-        for k in reversed(range(3)):
-            if k < low:
-                x = tile[k] if i >> k & 1 else ~tile[k]
-            else:
-                x = tile[k] ^ (((share.first >> k) & 1) - 1)
-            has = x if has is None else has & x
+        bits = [tile[k] if low >> k & 1 else ~tile[k] for k in range(3)]
+        has = bits[0] & bits[1] & bits[2]
         operand += [has & ~tile[3], has & tile[3]]
     return operand
 
 
-def histogram(warp: Any, share: Share, tiles: list, columns: list) -> list:
-    """Probability, in units of its last bit, on each of the warp's codes: ``[codes][2]`` float32.
+def histogram(warp: Any, tiles: list, columns: list) -> Iterator[list]:
+    """Probability, in units of its last bit, on each code of an octet: 8 times two float32.
 
+    The codes are ``low`` and ``low + 8``, one after the other, so that few are on the way at once.
     Lane (g, t) holds stage g of the octet and row t. The higher bit of a digit is counted twice,
     which is cheaper than to double it; digits are added up by Horner's rule.
-    Cost, 8 warps: 32 × 12 products, 32 × (6 + 2 × 8) + 8 × 30 others = 1350.
+    Cost, 4 octets: 32 × 12 products, 32 × (6 + 2 × 8) others = 1090.
     """
-    mass = []
-    for i in range(share.codes):
-        left = one_hot(warp, share, tiles, i)
+    for low in range(8):
+        left = one_hot(tiles, low)
         sums: list = [None, None]
         for pair in reversed(range(DIGITS // 2)):
             lower, higher = columns[2 * pair : 2 * pair + 2]
@@ -484,14 +515,15 @@ def histogram(warp: Any, share: Share, tiles: list, columns: list) -> list:
                 first, second = counts[2 * half : 2 * half + 2]
                 total = second if sums[half] is None else (sums[half] << 2) + second
                 sums[half] = (total << 2) + first
-        mass.append([warp.to_float(x) for x in sums])
-    return mass
+        yield [warp.to_float(x) for x in sums]
 
 
-def add_chunk(warp: Any, mass: list, chunk: list, scale: Any, chunk_scale: Any) -> tuple[list, Any]:
+def add_chunk(
+    warp: Any, mass: list, chunk: Iterable[list], scale: Any, chunk_scale: Any
+) -> tuple[list, Any]:
     """The running histogram and its scale with a chunk's added, at the larger of the two scales.
 
-    Cost, 8 warps: 8 × (2 EX2, 16 FMUL or FFMA, 5) = 180.
+    Cost, 4 octets: 4 × (2 EX2, 32 FMUL or FFMA, 5) = 160.
     """
     larger = warp.signed_max(scale, chunk_scale)
     old = warp.exp2(warp.to_float(scale - larger))

@@ -7,14 +7,14 @@ output with its log-sum-exp, so that exact parts can be merged into one softmax.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
-from gsrq_jax.kernels import tiles
+from gsrq_jax.kernels import rotary, tiles
 
 
 def attend_codes(
@@ -86,27 +86,43 @@ def attend_codes(
 
 
 def attend_tiles(
-    query: Float[Array, "B T H q N d"],
-    shift: Float[Array, "H M b d"] | None,
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
     key_tiles: UInt32[Array, "B H N tiles kw"],
     value_tiles: UInt32[Array, "B H N tiles vw"],
     key_codewords: Float[Array, "H 1 R K d"],
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
+    *,
+    first: int = 0,
+    every: int = 1,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
 
-    No shift is one of zeros. The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this
-    signature.
+    The kernel, `gsrq_jax.kernels.mosaic_gpu.attend_tiles`, has this signature.
+
+    Args:
+        query: scaled queries, rotated at their own positions, float32.
+        mean: mean key before RoPE; None is one of zeros.
+        inv_freq: rotary frequencies.
+        key_tiles: codes of the keys, in the frames of their blocks.
+        value_tiles: codes of the values.
+        key_codewords: of this layer.
+        value_codewords: of this layer.
+        blocks: valid blocks of each sequence; the others are not read.
+        first: position of the first coded token; block n starts ``n b`` after it.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
     """
     key_stages, codewords = key_codewords.shape[2:4]
     keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)
     values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])
-    if shift is None:
-        shift = jnp.zeros((keys.shape[1], 1, keys.shape[3], query.shape[-1]))
+    heads, n, b = keys.shape[1:4]
+    if mean is None:
+        mean = jnp.zeros((heads, query.shape[-1]))
     return attend_codes(
-        query,
-        shift,
+        rotary.rotate(query[..., None, :], -(first + b * jnp.arange(n)), inv_freq),
+        rotary.shift(mean[:, None, None], jnp.arange(b), inv_freq, every),
         keys[..., None, :],
         values[..., None, :],
         key_codewords,
@@ -182,6 +198,10 @@ def _merged(
     return _finish(total(share[..., None] * out), total(share), top)
 
 
+Exact = tuple[Float[Array, "B n H d"], Float[Array, "B n H d"], Bool[Array, "B T n"]]
+"""Exact keys and values, and where each query sees them."""
+
+
 def attend_exact(
     query: Float[Array, "B T H q d"],
     keys: Float[Array, "B n H d"],
@@ -192,17 +212,40 @@ def attend_exact(
 
     Keys and values that no query sees may be NaN.
     """
-    exact = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("BTHqd,BnHd->BTHqn", query, keys.astype(query.dtype), precision=exact)
-    mask = mask[:, :, None, None, :]
-    scores = jnp.where(mask, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, initial=-jnp.inf)
-    safe = jnp.where(jnp.isfinite(top), top, 0)
-    weights = jnp.where(mask, jnp.exp(scores - safe[..., None]), 0)
-    read = mask.any(axis=(1, 2, 3))[:, :, None, None]
-    values = jnp.where(read, values.astype(query.dtype), 0)
-    out = jnp.einsum("BTHqn,BnHd->BTHqd", weights, values, precision=exact)
+    return attend_sets(query, [(keys, values, mask)])
+
+
+def attend_sets(
+    query: Float[Array, "B T H q d"], sets: Sequence[Exact]
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`attend_exact` over several sets in one softmax, none of them copied."""
+    scores = [
+        jnp.where(mask[:, :, None, None], _times(query, keys, "BTHqd,BnHd->BTHqn"), -jnp.inf)
+        for keys, _, mask in sets
+    ]
+    ends = [0]
+    for keys, *_ in sets:
+        ends.append(ends[-1] + keys.shape[1])
+    together = jnp.concatenate(scores, axis=-1)
+    top = jnp.max(together, axis=-1, initial=-jnp.inf)
+    weights = jnp.exp(together - jnp.where(jnp.isfinite(top), top, 0)[..., None])
+    out = jnp.zeros_like(query)
+    for (_, values, mask), first, end in zip(sets, ends, ends[1:], strict=False):
+        values = jnp.where(mask.any(axis=1)[:, :, None, None], values, 0)
+        out += _times(weights[..., first:end], values, "BTHqn,BnHd->BTHqd")
     return _finish(out, weights.sum(axis=-1), top)
+
+
+def _times(left: Float[Array, "..."], right: Float[Array, "..."], equation: str) -> Array:
+    """A product in float32; one with bfloat16, which is not converted, to 16 bits of ``left``."""
+    if right.dtype != jnp.bfloat16:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum(equation, left, right.astype(left.dtype), precision=exact)
+    # Not two conversions: XLA would take one for the inverse of the other, and the rest for 0.
+    high = jax.lax.reduce_precision(left, exponent_bits=8, mantissa_bits=7)
+    both = jnp.stack([high, left - high]).astype(jnp.bfloat16)
+    equation = "p" + equation.replace("->", "->p")
+    return jnp.einsum(equation, both, right, preferred_element_type=jnp.float32).sum(axis=0)
 
 
 def scale_of(dim: int) -> float:

@@ -14,7 +14,7 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from gsrq_jax import codebook
+from gsrq_jax import codebook, codec
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import (
     fidelity,
@@ -28,6 +28,7 @@ from gsrq_jax.models import (
     training,
 )
 from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.spec import Layout
 
 Config = TypeVar("Config")
 
@@ -107,6 +108,8 @@ class GenerateConfig:
         context: text file to put before the prompt.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         codebooks: folder that training wrote; without it the cache is exact.
+        layout: of the codes: ``packed``, or ``tiles`` for the fused GPU kernel; by default as the
+            codebooks have it.
         compare: write with the exact cache, too.
         max_new_tokens: at most so many tokens.
         max_length: tokens that the cache must hold; by default what is needed.
@@ -125,6 +128,7 @@ class GenerateConfig:
     context: pathlib.Path | None = None
     model: str = "demo"
     codebooks: pathlib.Path | None = None
+    layout: Layout | None = None
     compare: bool = False
     max_new_tokens: int = 128
     max_length: int | None = None
@@ -146,8 +150,9 @@ def _generate(config: GenerateConfig) -> None:
     sampler = generation.Sampler(config.temperature, config.top_p)
     if config.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, got {config.max_new_tokens}")
-    if config.compare and config.codebooks is None:
-        raise InputError("--compare needs --codebooks to compare with")
+    for flag, given in (("--compare", config.compare), ("--layout", config.layout is not None)):
+        if given and config.codebooks is None:
+            raise InputError(f"{flag} needs --codebooks")
 
     def mesh_for(found: LlamaConfig) -> Mesh | None:
         if config.mesh is None and jax.process_count() == 1:
@@ -179,7 +184,10 @@ def _generate(config: GenerateConfig) -> None:
     if config.codebooks is None or config.compare:
         ways.append(None)
     if config.codebooks is not None:
-        ways.append(codebook.load(config.codebooks, model=model.fingerprint))
+        trained = codebook.load(config.codebooks, model=model.fingerprint)
+        if config.layout is not None:
+            trained = codec.respec(trained, layout=config.layout)
+        ways.append(trained)
     for books in ways:
         print(f"--- {'full precision' if books is None else books.spec}", flush=True)
         generator = generation.Generator(

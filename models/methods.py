@@ -11,6 +11,7 @@ Residual codes take options after their name, each with a ``+``, as in ``gsrq@1+
 - ``refits2`` fits all stages anew together so often, and trains with the beam;
 - ``k16`` has that many codewords a stage;
 - ``pre``, ``post`` or ``block512`` is another rotary frame, ``uncentred`` keeps the mean key in;
+- ``every16`` rotates the mean key at every 16th token (see `gsrq_jax.spec.QuantSpec`);
 - ``kgradient``, ``kqueries``, ``vgradient``, ``voutput`` are metrics of keys and values, and
   ``power0.7`` the power of their moments.
 """
@@ -115,6 +116,7 @@ _OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
     "refits": ("fit", "refits", int),
     "k": ("spec", "codewords", int),
     "block": ("spec", "block", int),
+    "every": ("spec", "mean_every", int),
     "pre": ("spec", "frame", "pre"),
     "post": ("spec", "frame", "post"),
     "uncentred": ("fit", "center", False),

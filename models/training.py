@@ -83,6 +83,7 @@ class TrainConfig:
         block: tokens that are encoded together.
         window: recent tokens that stay exact.
         sinks: first tokens that stay exact.
+        mean_every: tokens from one to the next at which the mean key is rotated, see `QuantSpec`.
         beam: partial sums that the encoder keeps, 1 (greedy) to 32, in training and in the cache;
             best together with ``fit.refits``.
         outliers: coded tokens of a sequence that every layer and KV head also keeps exact.
@@ -122,6 +123,7 @@ class TrainConfig:
     block: int = 128
     window: int = 128
     sinks: int = 4
+    mean_every: int = 1
     beam: int = 1
     outliers: int = 0
     allocate: Allocation = "uniform"
@@ -159,6 +161,7 @@ class TrainConfig:
             block=self.block,
             window=self.window,
             sinks=self.sinks,
+            mean_every=self.mean_every,
             beam=self.beam,
             outliers=self.outliers,
         )

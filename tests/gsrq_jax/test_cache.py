@@ -11,8 +11,10 @@ import pytest
 from gsrq_jax import attention
 from gsrq_jax.cache import KVCache, append, blocks_after, init_cache, materialize
 from gsrq_jax.codebook import Codebooks
+from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import from_frame, to_frame
+from gsrq_jax.kernels import decode
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 HEADS, GROUP, DIM = 2, 3, 16
@@ -20,6 +22,7 @@ HEADS, GROUP, DIM = 2, 3, 16
 LAYOUTS = {
     "whole head": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, sinks=4),
     "byte codes": QuantSpec.from_bits(1, DIM, codewords=256, block=8, window=5, sinks=2),
+    "knots": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, mean_every=4),
     "groups": QuantSpec.from_bits(2, DIM, codewords=16, group=4, block=8, window=8, sinks=1),
     "odd bits": QuantSpec(
         key=ResidualSpec(DIM, DIM, 3, 32),
@@ -202,12 +205,12 @@ def test_any_way_of_appending_gives_the_same_cache(spec):
     np.testing.assert_array_equal(cache.length, [sum(way) for way in WAYS])
     keys, values, there = (np.asarray(x) for x in materialize(poison(cache), books))
     want_k, want_v = expected_tokens(k, v, cache.length, books)
-    # The same set of tokens: sort both by a fingerprint of the key.
+    # The same set of tokens: sort both by a fingerprint.
     for row, n in enumerate(at):
         got = np.concatenate([keys[row][there[row]], values[row][there[row]]], -1)
         want = np.concatenate([want_k[row, :n], want_v[row, :n]], -1)
         assert got.shape == want.shape
-        got, want = (x[np.argsort(x[:, 0, 0])] for x in (got, want))
+        got, want = (x[np.argsort(x[:, 0].sum(axis=-1))] for x in (got, want))
         np.testing.assert_allclose(got, want, atol=1e-4, err_msg=str(WAYS[row]))
 
 
@@ -289,6 +292,33 @@ def test_teacher_forced_pass_equals_the_decode_loop(spec, every):
     tokens = tuple(jnp.moveaxis(x, 1, 0)[:, :, None] for x in (q, k, v))
     _, want = jax.jit(lambda c, t: jax.lax.scan(step, c, t))(empty(looped, batch=1), tokens)
     np.testing.assert_allclose(got[0], want[:, 0, 0], atol=3e-5, rtol=1e-3)
+
+
+def test_flash_attention_where_cudnn_has_it(monkeypatch):
+    class Device:
+        compute_capability = "9.0"
+
+    asked = []
+
+    def attention_of(q, k, v, **options):
+        asked.append(options.get("implementation"))
+        return q
+
+    def implementation(dtype, dim=64):
+        q, k = (jax.ShapeDtypeStruct((1, 2048, h, dim), dtype) for h in (8, 2))
+        asked.clear()
+        jax.eval_shape(lambda *x: attention.causal(*x), q, k, k)
+        return asked[0]
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention_of)
+    assert implementation(jnp.bfloat16) is None
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert implementation(jnp.bfloat16) == "cudnn"
+    assert implementation(jnp.float32) is None
+    assert implementation(jnp.bfloat16, dim=68) is None
+    for other in ("7.5", "gfx942"):
+        Device.compute_capability = other
+        assert implementation(jnp.bfloat16) is None
 
 
 def test_pass_chunks_long_sequences(monkeypatch):
@@ -401,6 +431,50 @@ def test_one_bit_saves_what_it_should(context, least, dim):
     assert full.nbytes >= context * 2 * 2 * dim * 2
     assert coded.capacity >= context
     assert full.nbytes / coded.nbytes >= least
+
+
+@pytest.mark.parametrize("every", [1, 16])
+@pytest.mark.parametrize("codewords", [16, 256])
+def test_tiles_hold_the_same_codes(codewords, every):
+    """Filled in one go or token by token, read decoded or as codes."""
+    code = ResidualSpec(DIM, DIM, 3, codewords), ResidualSpec(DIM, DIM, 4, 16)
+    spec = QuantSpec(*code, block=128, window=5, sinks=3, mean_every=every)
+    rng = np.random.default_rng(13)
+    packed = make_codebooks(spec, rng)
+    tiled = respec(packed, layout="tiles")
+    _, k, v = make_tokens(rng, 2, 400)
+    count = jnp.asarray([400, 263])
+    caches = []
+    for books in (packed, tiled):
+        cache = append(empty(books.spec, max_length=420), k[:, :390], v[:, :390], books, count - 10)
+
+        def step(cache, token, books=books):
+            return append.__wrapped__(cache, *token, books), None
+
+        rest = [
+            jnp.stack([x[row, n - 10 : n, None] for row, n in enumerate(count)], 1) for x in (k, v)
+        ]
+        caches.append(jax.jit(lambda c, t, step=step: jax.lax.scan(step, c, t)[0])(cache, rest))
+    for x, y in zip(materialize(caches[0], packed), materialize(caches[1], tiled), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert caches[1].key_codes.dtype == jnp.uint32
+    assert blocks_after(spec, caches[1].length).tolist() == [3, 1]
+    for tokens in (1, 3):
+        new = make_tokens(rng, 2, tokens)
+        want = attend(*new, caches[0], packed, implementation="decoded")
+        for way in ("codes", "decoded"):
+            got = attend(*new, poison(caches[1]), tiled, implementation=way)
+            np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4, err_msg=way)
+        decode._say.cache_clear()
+        with pytest.warns(UserWarning, match=r"the fused GPU kernel .*the reference is used"):
+            got = attention.attend(*new, caches[1], tiled)
+        np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="the fused GPU kernel takes 64 or 128 as head_dim, got"):
+        attend(*new, caches[1], tiled, implementation="fused")
+    with pytest.raises(InputError, match="'fused' is for a cache whose codes are in its layout"):
+        attend(*new, caches[0], packed, implementation="fused")
+    with pytest.raises(InputError, match="use one spec"):
+        attend(*new, caches[0], tiled)
 
 
 def test_refusals():

@@ -150,7 +150,7 @@ def test_the_beam_of_the_spec_encodes():
 def test_what_can_change_after_fitting():
     books = respec(make(), window=3, sinks=5, beam=2)
     assert (books.spec.window, books.spec.sinks, books.spec.beam) == (3, 5, 2)
-    with pytest.raises(InputError, match=r"only window, sinks, beam, outliers can .*, not block"):
+    with pytest.raises(InputError, match=r"only window, sinks, .*layout can .*, not block"):
         respec(make(), block=8)
     with pytest.raises(InputError, match="a cache of decoded numbers has no outliers"):
         decoded(respec(make(), outliers=2))

@@ -142,6 +142,25 @@ def test_codecs_without_arrays_and_full_precision():
     np.testing.assert_allclose(run(None, None, mesh)[0], run(None, None)[0], atol=1e-5)
 
 
+def test_codes_in_tiles_are_spread_over_heads_alone():
+    spec = dataclasses.replace(SPEC, block=128, layout="tiles")
+    k, v = jnp.asarray(np.random.default_rng(3).normal(size=(2, 1, 300, HEADS, DIM)), jnp.float32)
+    q = jnp.concatenate([k, v], axis=2)[:, -1:]
+
+    def attended(mesh=None):
+        on = (lambda one, _: one) if mesh is None else lambda _, many: functools.partial(many, mesh)
+        held = on(cache.init_cache, sharded.init_cache)(
+            spec, batch=1, kv_heads=HEADS, head_dim=DIM, max_length=400, dtype=jnp.float32
+        )
+        held = on(cache.append, sharded.append)(held, k, v, codebooks(spec))
+        attend = on(attention.attend, sharded.attend)
+        return attend(q, k[:, :1], v[:, :1], held, codebooks(spec), implementation="codes")
+
+    np.testing.assert_allclose(attended(make_mesh(1, 8)), attended(), atol=1e-5)
+    with pytest.raises(InputError, match="use layout 'packed', or one device along the sequence"):
+        attended(make_mesh(2, 4))
+
+
 def test_a_growing_context_is_shared_evenly():
     """At every length each block is in one slot, and no device has more than one above another."""
     for blocks in range(30):

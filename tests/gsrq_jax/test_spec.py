@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,10 +155,11 @@ def test_json_with_an_unusable_number():
         QuantSpec.from_json(data)
 
 
-def test_json_from_before_there_was_a_beam():
+def test_json_from_before_there_was_a_beam_or_a_layout():
     data = QuantSpec(CODE, CODE, beam=8).to_json()
-    assert data.pop("beam") == 8
-    assert QuantSpec.from_json(data).beam == 1
+    for name in ("beam", "mean_every", "layout"):
+        del data[name]
+    assert QuantSpec.from_json(data) == QuantSpec(CODE, CODE)
 
 
 def test_from_bits_passes_fields_on_and_prints():
@@ -169,6 +171,54 @@ def test_from_bits_passes_fields_on_and_prints():
     assert str(dataclasses.replace(spec, outliers=3)) == f"{text}, 3 outliers exact"
     mixed = str(QuantSpec(CODE, ResidualSpec(dim=8, group=8, stages=2, codewords=16)))
     assert "keys 1 stages × 16 codewords × 2 groups, values 2 stages × 16 codewords" in mixed
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"mean_every": 0}, "at least 1 and divide the block of 128 tokens, got 0"),
+        ({"mean_every": 48}, "at least 1 and divide the block of 128 tokens, got 48"),
+        ({"mean_every": 16, "frame": "post"}, "for frame 'block'; in frame 'post' it must be 1"),
+    ],
+)
+def test_knots_that_cannot_be(fields, says):
+    with pytest.raises(InputError, match=says):
+        QuantSpec(CODE, CODE, **fields)
+
+
+# The layout of the fused kernel
+
+NIBBLES = ResidualSpec(dim=64, group=64, stages=3, codewords=16)
+TILED = QuantSpec(NIBBLES, NIBBLES, block=256, mean_every=16, layout="tiles")
+
+
+def test_tiles():
+    assert str(TILED).endswith("sinks 4, mean key at every 16 tokens, codes in tiles")
+    assert QuantSpec.from_json(json.loads(json.dumps(TILED.to_json()))) == TILED
+    keys, values = TILED.code_shapes()
+    assert keys.shape == (2, 64)  # codes of 3 × 4 bits in 16
+    assert values.shape == (2, 48)
+    assert keys.dtype == values.dtype == jnp.uint32
+    assert TILED.stored_bits == (16 + 12) / 2 / 64
+    assert dataclasses.replace(TILED, layout="packed").stored_bits == 16 / 64
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layout": "columns"}, "unknown layout 'columns'; choose one of packed, tiles"),
+        ({"frame": "pre", "mean_every": 1}, "takes block as frame, got pre"),
+        ({"block": 192}, "takes 0 as block modulo 128 tokens, got 64"),
+        ({"outliers": 2}, "takes 0 as outliers, got 2"),
+        ({"key_stages": (3, 1), "value_stages": (3, 3)}, "takes None as stages by layer"),
+        ({"key": ResidualSpec(64, 64, 3, 64)}, "16 or 256 as codewords of a stage of keys, got 64"),
+        ({"value": ResidualSpec(64, 64, 3, 256)}, "16 as codewords of a stage of values, got 256"),
+        ({"value": ResidualSpec(64, 32, 3, 16)}, "takes 1 as groups of channels, got 2"),
+    ],
+)
+def test_what_tiles_cannot_hold(change, says):
+    with pytest.raises(InputError, match=says):
+        dataclasses.replace(TILED, **change)
 
 
 # Stages by layer

@@ -2,10 +2,13 @@
 
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
-``python lowering.py compile …`` the whole operation as XLA compiles it for an H100.
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, and
+``python lowering.py loop`` a model's decode loop, ``python lowering.py encode`` greedy encoding.
 """
 
 import ctypes
+import dataclasses
+import functools
 import sys
 from unittest import mock
 
@@ -20,8 +23,9 @@ def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
     """Arguments of attend_tiles, without numbers."""
     s = jax.ShapeDtypeStruct
     return {
-        "query": s((B, T, H, q, N, d), jnp.float32),
-        "shift": s((H, 1, b, d), jnp.float32),
+        "query": s((B, T, H, q, d), jnp.float32),
+        "mean": s((H, d), jnp.float32),
+        "inv_freq": s((d // 2,), jnp.float32),
         "key_tiles": s((B, H, N, b // tiles.TILE, tiles.key_words(R, K)), jnp.uint32),
         "value_tiles": s((B, H, N, b // tiles.TILE, tiles.value_words(S)), jnp.uint32),
         "key_codewords": s((H, 1, R, K, d), jnp.bfloat16),
@@ -39,10 +43,10 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def mosaic_module(arguments):
+def mosaic_module(arguments, every=1):
     """The kernel's module, of the only Mosaic call in the lowered operation."""
     with on_abstract():
-        traced = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).trace(arguments)
+        traced = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x, every=every)).trace(arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     found = []
 
@@ -91,16 +95,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def assemble(arguments, library):
+def assemble(arguments, library, every):
     """Make ptxas say what it has to say."""
-    code = mosaic_module(arguments)
+    code = mosaic_module(arguments, every)
     compile_ = ctypes.CDLL(library).MosaicGpuCompile
     compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
     compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
 
 
-def compiled(arguments, library):
-    """The whole operation after XLA's passes for an H100, as text."""
+def compiled(function, arguments, library, **options):
+    """A function of arguments without numbers after XLA's passes for an H100, as text."""
     from jax._src import xla_bridge
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -111,21 +115,74 @@ def compiled(arguments, library):
             "h100", platform="cuda", target_config=H100, topology="1x1x1"
         ).devices[0]
     everywhere = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
-    arguments = {
-        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere)
-        for name, a in arguments.items()
-    }
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
+    )
     with mock.patch.object(mosaic_gpu, "check_device"):
-        lowered = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x)).lower(arguments)
+        lowered = jax.jit(function, **options).lower(*arguments)
     return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+
+
+def decode_loop(batch=2, context=4096, layers=3):
+    """The decode loop of a model with two KV heads of 128 channels, and its arguments."""
+    from gsrq_jax.cache import init_cache
+    from gsrq_jax.codebook import Codebooks
+    from gsrq_jax.models import generation, llama
+    from gsrq_jax.models.config import LLAMA_3_8B
+    from gsrq_jax.spec import QuantSpec
+
+    small = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 512}
+    config = dataclasses.replace(LLAMA_3_8B, **small, layers=layers, heads=8, kv_heads=2)
+    spec = QuantSpec.from_bits(
+        1, config.head_dim, codewords=16, block=512, mean_every=16, layout="tiles"
+    )
+    graphdef, params = llama.abstract(config, jnp.bfloat16)
+    s, lead = jax.ShapeDtypeStruct, (layers, config.kv_heads)
+    books = Codebooks(
+        key=s((*lead, *spec.key.codebook_shape), jnp.bfloat16),
+        value=s((*lead, *spec.value.codebook_shape), jnp.bfloat16),
+        key_mean=s((*lead, config.head_dim), jnp.float32),
+        inv_freq=s((layers, config.head_dim // 2), jnp.float32),
+        spec=spec,
+    )
+    cache = functools.partial(
+        init_cache,
+        spec,
+        batch=batch,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_length=context,
+        layers=layers,
+    )
+    state = generation.DecodeState(
+        cache=jax.eval_shape(cache),
+        token=s((batch,), jnp.int32),
+        done=s((batch,), bool),
+        tokens=s((batch, 8), jnp.int32),
+        count=s((batch,), jnp.int32),
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+    )
+    loop = functools.partial(generation.decode, graphdef, sampler=generation.Sampler(), eos=())
+    return loop, (params, books, state, s((), jnp.int32))
 
 
 if __name__ == "__main__":
     import jax_plugins.xla_cuda13 as plugin
 
     what, *sizes = sys.argv[1:]
-    arguments = shapes(**{name: int(value) for name, value in (a.split("=") for a in sizes)})
+    numbers = {name: int(value) for name, value in (a.split("=") for a in sizes)}
+    every = numbers.pop("every", 1)
+    arguments, library = shapes(**numbers), str(plugin._get_library_path())
     if what == "assemble":
-        assemble(arguments, str(plugin._get_library_path()))
+        assemble(arguments, library, every)
+    elif what == "compile":
+        attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
+        print(compiled(lambda x: attend(**x), (arguments,), library))
+    elif what == "loop":
+        print(compiled(*decode_loop(), library, donate_argnums=2))
     else:
-        print(compiled(arguments, str(plugin._get_library_path())))
+        from gsrq_jax.residual import encode
+
+        s = jax.ShapeDtypeStruct
+        points, words = s((2, 4096, 128), jnp.float32), s((2, 1, 32, 16, 128), jnp.bfloat16)
+        print(compiled(lambda x, w: encode(x, w), (points, words), library))

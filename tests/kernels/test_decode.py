@@ -1,12 +1,13 @@
 """Which implementation is taken, and what is said about it."""
 
+import functools
 import warnings
 
 import jax
 import numpy as np
 import pytest
 from lowering import shapes
-from test_mosaic_gpu import Shape, in_float64, make
+from test_mosaic_gpu import Shape, in_float64, make, options
 from test_reference import check
 
 from gsrq_jax.kernels import decode, mosaic_gpu
@@ -21,13 +22,14 @@ def nothing_said_yet():
 def test_without_a_gpu_the_reference_is_taken_and_said_once():
     shape = Shape(B=2, N=2, b=128, R=4, S=4, blocks=(1, 2))
     x = make(shape)
+    attend = functools.partial(decode.attend_tiles, **options(shape))
     with pytest.warns(UserWarning, match=r"the fused GPU kernel is for .*the reference is used"):
-        got = jax.jit(lambda x: decode.attend_tiles(**x))(x)
+        got = jax.jit(lambda x: attend(**x))(x)
     check(got, in_float64(shape, x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = jax.jit(decode.attend_tiles)(**x)
-        asked = jax.jit(lambda x: decode.attend_tiles(**x, implementation="reference"))(x)
+        again = jax.jit(attend)(**x)
+        asked = jax.jit(lambda x: attend(**x, implementation="reference"))(x)
     for a, b, c in zip(got, again, asked, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         np.testing.assert_allclose(a, c, atol=1e-5)
@@ -36,7 +38,7 @@ def test_without_a_gpu_the_reference_is_taken_and_said_once():
 def test_the_kernel_is_taken_where_it_is_supported(monkeypatch):
     taken = []
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
-    monkeypatch.setattr(mosaic_gpu, "attend_tiles", lambda *arrays: taken.append(arrays))
+    monkeypatch.setattr(mosaic_gpu, "attend_tiles", lambda *arrays, **_: taken.append(arrays))
     decode.attend_tiles(**shapes())
     decode.attend_tiles(**shapes(d=96), implementation="mosaic_gpu")
     assert len(taken) == 2

@@ -37,7 +37,8 @@ class Shape:
     K: int = 16
     S: int = 8
     blocks: tuple[int, ...] = (2,)
-    shifted: bool = True
+    every: int | None = 1  # tokens between knots; None: no mean key
+    first: int = 4
 
 
 to_key_tiles = jax.jit(tiles.keys_to_tiles, static_argnums=1)
@@ -47,20 +48,19 @@ from_value_tiles = jax.jit(tiles.values_from_tiles, static_argnums=1)
 
 
 def make(shape, seed=0, scale=1.0):
-    """Arguments of attend_tiles; NaN and any codes in blocks that are not valid."""
+    """Arrays for attend_tiles; any codes in blocks that are not valid."""
     s, rng = shape, np.random.default_rng(seed)
 
     def normal(*size):
         return rng.normal(size=size).astype(np.float32)
 
-    query = normal(s.B, s.T, s.H, s.q, s.N, s.d) * np.float32(scale / np.sqrt(s.d))
-    for row, n in enumerate(s.blocks):
-        query[row, ..., n:, :] = np.nan
+    query = normal(s.B, s.T, s.H, s.q, s.d) * np.float32(scale / np.sqrt(s.d))
     key_codes = rng.integers(0, s.K, (s.B, s.H, s.N, s.b, s.R)).astype(np.uint8)
     value_codes = rng.integers(0, 16, (s.B, s.H, s.N, s.b, s.S)).astype(np.uint8)
     return {
         "query": query,
-        "shift": normal(s.H, 1, s.b, s.d) if s.shifted else None,
+        "mean": None if s.every is None else normal(s.H, s.d),
+        "inv_freq": 10_000.0 ** -np.linspace(0, 1, s.d // 2, dtype=np.float32),
         "key_tiles": np.asarray(to_key_tiles(key_codes, s.K)),
         "value_tiles": np.asarray(to_value_tiles(value_codes)),
         "key_codewords": normal(s.H, 1, s.R, s.K, s.d) * np.float32(s.R**-0.5),
@@ -69,28 +69,51 @@ def make(shape, seed=0, scale=1.0):
     }
 
 
+def options(shape):
+    return {"first": shape.first, "every": shape.every or 1}
+
+
+def turned(x, positions, inv_freq):
+    """Rotated in float64, by angles in float32."""
+    angle = np.float64(np.float32(positions)[..., None] * inv_freq)
+    a, b = np.split(np.float64(x), 2, axis=-1)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def shifts(mean, b, inv_freq, every):
+    """``[H, 1, b, d]``, channel by channel a line between knots, of the pairs that are slow."""
+    fast = np.tile(inv_freq * every > np.pi, 2) & (every > 1)
+    knots = np.arange(0, b + 1, every)
+    at_knots = turned(np.where(fast, 0, mean)[:, None], knots, inv_freq)
+    line = np.vectorize(lambda y: np.interp(np.arange(b), knots, y), signature="(k)->(b)")
+    return np.swapaxes(line(np.swapaxes(at_knots, -1, -2)), -1, -2)[:, None]
+
+
 def in_float64(shape, x):
     s = shape
     keys = from_key_tiles(x["key_tiles"], s.R, s.K)[..., None, :]
     values = from_value_tiles(x["value_tiles"], s.S)[..., None, :]
     keys = decode(np.asarray(keys), x["key_codewords"])
-    keys += 0 if x["shift"] is None else np.float64(x["shift"])
-    return expected(x["query"], keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
+    if s.every is not None:
+        keys += shifts(x["mean"], s.b, x["inv_freq"], s.every)
+    start = s.first + s.b * np.arange(s.N)
+    query = turned(x["query"][..., None, :], -start, x["inv_freq"])
+    return expected(query, keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
 
 
-def on_lanes(x, config=None):
+def on_lanes(x, config=None, first=4, every=1):
     """`attend_tiles` with the kernel run by numpy."""
-    problem = mosaic_gpu.problem_of(**x)
+    problem = mosaic_gpu.problem_of(**x, every=every)
     config = config or mosaic_gpu.choose_config(problem)
 
     @jax.jit
-    def before(query, shift, words):
-        rows = mosaic_gpu.query_rows(problem, query)
-        return mosaic_gpu.score_inputs(problem, config, rows, shift, words)
+    def before(query, mean, inv_freq, words):
+        return mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, first)
 
-    inputs = before(x["query"], x["shift"], x["key_codewords"])
+    inputs = before(x["query"], x["mean"], x["inv_freq"], x["key_codewords"])
     memory = Memory()
-    parts = problem.pairs, config.splits
+    parts = problem.pairs, config.splits * config.teams(problem.value_stages)
     histogram = np.full((*parts, problem.value_stages, 16, 4), np.nan, np.float32)
     scale = np.full((*parts, 4), 2**30, np.int32)
     arrays = [x["key_tiles"], x["value_tiles"], *inputs, x["blocks"], histogram, scale]
@@ -103,7 +126,7 @@ def on_lanes(x, config=None):
         at = mosaic_gpu.Addresses(*places, shared=warp.integer(start))
         mosaic_gpu.FusedKernel(problem, config, warp, at).run()
 
-    for block in range(np.prod(parts)):
+    for block in range(problem.pairs * config.splits):
         warps = mosaic_gpu.COUNTERS + config.scorers
         run_block(memory, warps, block, start, layout.nbytes, program)
     histogram = memory.get(places[-2], histogram.shape, np.float32)
@@ -115,16 +138,14 @@ def on_lanes(x, config=None):
 Config = mosaic_gpu.Config
 RUNS = {
     "one block": (Shape(N=1, blocks=(1,)), None),
-    "no mean key": (Shape(N=2, R=4, S=4, blocks=(2,), shifted=False), None),
+    "no mean key": (Shape(N=2, R=4, S=4, blocks=(2,), every=None), None),
     "no mean key, half chunks": (
-        Shape(b=128, N=3, R=4, K=256, S=4, blocks=(3,), shifted=False),
+        Shape(b=128, N=3, R=4, K=256, S=4, blocks=(3,), every=None),
         None,
     ),
-    "a narrow share": (Shape(N=2, R=4, S=4, blocks=(2,)), Config(4, 1, 1, 1, wide=False)),
-    "narrow shares of half chunks": (
-        Shape(b=128, N=3, R=4, S=4, blocks=(3,)),
-        Config(4, 1, 1, 1, wide=False),
-    ),
+    "knots": (Shape(B=2, H=2, b=512, N=2, R=4, S=4, blocks=(2, 1), every=16), None),
+    "many knots": (Shape(N=2, R=4, S=4, blocks=(2,), every=4), None),
+    "few knots of half chunks": (Shape(b=128, N=3, R=4, S=4, blocks=(3,), every=64), None),
     "nothing coded, all coded": (Shape(B=2, N=2, blocks=(0, 2)), Config(8, 2, 2, 1)),
     "1 bit, head_dim 128": (Shape(d=128, R=32, S=32, N=2, blocks=(2,)), None),
     "2 bits": (Shape(d=128, R=64, S=64, N=2, blocks=(2,)), None),
@@ -150,7 +171,7 @@ RUNS = {
 @pytest.mark.parametrize(("shape", "config"), RUNS.values(), ids=RUNS.keys())
 def test_on_numpy_lanes(shape, config):
     x = make(shape)
-    out, lse = on_lanes(x, config)
+    out, lse = on_lanes(x, config, **options(shape))
     want, want_lse = in_float64(shape, x)
     error = np.linalg.norm(out - want) / np.linalg.norm(want)
     print(error)
@@ -170,10 +191,10 @@ def test_error_by_the_spread_of_scores(spread):
 
 
 def test_nothing_of_the_invalid_is_read():
-    """Codes with all bits set and NaN queries change no bit of the result."""
+    """Codes with all bits set change no bit of the result."""
     shape = Shape(B=2, b=128, N=3, R=4, S=4, blocks=(1, 2))
     x = make(shape)
-    y = {name: a.copy() for name, a in x.items()}
+    y = {name: np.copy(a) for name, a in x.items()}
     for row, n in enumerate(shape.blocks):
         for name in ("key_tiles", "value_tiles"):
             y[name][row, :, n:] = 0xFFFFFFFF
@@ -181,31 +202,31 @@ def test_nothing_of_the_invalid_is_read():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("codewords", [16, 256])
-def test_a_query_that_is_not_finite_shows(codewords):
-    shape = Shape(B=2, q=2, N=1, R=4, K=codewords, S=4, blocks=(1, 1))
+def test_a_query_that_is_not_finite_shows(monkeypatch):
+    """Also without the kernel, whose result for it means nothing."""
+    shape = Shape(B=3, q=2, N=1, R=4, S=4, blocks=(1, 1, 0))
     x = make(shape)
-    problem = mosaic_gpu.problem_of(**x)
-    config = mosaic_gpu.choose_config(problem)
-    for bad in (np.nan, np.inf):
-        x["query"][0, 0, 0, 1, 0, 5] = bad
-        rows = mosaic_gpu.query_rows(problem, jnp.asarray(x["query"]))
-        words = jnp.asarray(x["key_codewords"])
-        inputs = mosaic_gpu.score_inputs(problem, config, rows, jnp.asarray(x["shift"]), words)
-        finite = mosaic_gpu.finite_rows(problem, inputs, jnp.asarray(x["blocks"]))
-        assert np.asarray(finite).ravel().tolist() == [True, False, True, True]
-    none = mosaic_gpu.finite_rows(problem, inputs, jnp.zeros(2, jnp.int32))
-    assert none.all()
+    for row, bad in enumerate((np.nan, 1e6, np.inf)):
+        x["query"][row, 0, 0, 1, 5] = bad
+    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    histogram, scale = np.zeros((3, 1, 4, 16, 4), np.float32), np.zeros((3, 1, 4), np.int32)
+    histogram[:2, :, :, 0] = 1  # the third sequence has nothing coded
+    monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
+    out, lse = mosaic_gpu.attend_tiles(**jax.tree.map(jnp.asarray, x))
+    fine = [True, False, True, False, True, True]
+    assert np.isfinite(out).all(axis=-1).ravel().tolist() == fine
+    assert (~np.isnan(lse)).ravel().tolist() == fine
 
 
 # --- around the kernel ----------------------------------------------------------------------------
 
 
 def test_the_reference_reads_the_same_layout():
-    for shifted in (True, False):
-        shape = Shape(2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), shifted=shifted)
+    for every in (1, 16, None):
+        shape = Shape(2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), every=every)
         x = make(shape)
-        check(jax.jit(reference.attend_tiles)(**x), in_float64(shape, x))
+        attend = functools.partial(reference.attend_tiles, **options(shape))
+        check(jax.jit(attend)(**x), in_float64(shape, x))
 
 
 @pytest.mark.parametrize("stages", [4, 12, 32, 64])
@@ -216,8 +237,7 @@ def test_a_finished_table_is_what_the_kernel_makes(stages):
     table, steps, offsets = mosaic_gpu.finished_table(key, jnp.asarray(raw).reshape(4, -1))
     warp = Lanes()
     place, facts = warp.integer(0x3000), warp.integer(0x1000)
-    middle = warp.put(np.zeros(4, np.float32))
-    pieces.table(warp, key, warp.put(raw.astype(np.float16)), middle, place, facts)
+    pieces.table(warp, key, warp.put(raw.astype(np.float16)), place, facts)
     made = warp.shared[0x1000:0x1020].view(np.float32)
     np.testing.assert_allclose(made[4:], offsets, rtol=1e-5)
     if stages % 8 == 0:  # a narrower strip counts its copies here
@@ -232,15 +252,11 @@ def test_a_finished_table_is_what_the_kernel_makes(stages):
 
 def test_products_are_right_to_20_bits():
     rng = np.random.default_rng(0)
-    rows, columns = rng.normal(size=(2, 5, 4, 128)) * 30, rng.normal(size=(2, 48, 128))
-    size = (
-        np.linalg.norm(rows, axis=-1)[..., None] * np.linalg.norm(columns, axis=-1)[:, None, None]
-    )
-    for kind in (jnp.float32, jnp.bfloat16):
-        c = jnp.asarray(columns, kind)
-        want = np.einsum("hnrd,hcd->hnrc", np.float64(np.float32(rows)), np.float64(c))
-        got = mosaic_gpu._product(jnp.asarray(rows, jnp.float32), c, jnp.float32)
-        assert (np.abs(got - want) / size).max() < 1e-6
+    rows = (rng.normal(size=(20, 128)) * 30).astype(np.float32)
+    columns = rng.normal(size=(48, 128)).astype(np.float32)
+    size = np.linalg.norm(rows, axis=-1)[:, None] * np.linalg.norm(columns, axis=-1)
+    got = mosaic_gpu._exact_product(jnp.asarray(rows), jnp.asarray(columns))
+    assert (np.abs(got - np.float64(rows) @ np.float64(columns).T) / size).max() < 1e-6
 
 
 def test_put_together_weighs_parts_by_their_scales():
@@ -267,10 +283,19 @@ def test_put_together_weighs_parts_by_their_scales():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"R": 64, "S": 64}, {"R": 32, "K": 256, "S": 64}, {"b": 128, "N": 99, "B": 64}]
+    "sizes",
+    [
+        {},
+        {"every": 16},
+        {"R": 64, "S": 64},
+        {"R": 32, "K": 256, "S": 64},
+        {"b": 128, "N": 99, "B": 64},
+    ],
 )
 def test_the_layout_fits_and_nothing_overlaps(sizes):
-    problem = mosaic_gpu.problem_of(**shapes(**sizes))
+    every = sizes.get("every", 1)
+    sizes = {name: size for name, size in sizes.items() if name != "every"}
+    problem = mosaic_gpu.problem_of(**shapes(**sizes), every=every)
     config = mosaic_gpu.choose_config(problem)
     m = mosaic_gpu.Memory.of(problem, config)
     assert m.nbytes <= mosaic_gpu.SHARED_BYTES
@@ -314,9 +339,13 @@ BAD_ARRAYS = {
         {"value_codewords": S((8, 1, 32, 16, 128), jnp.float16)},
         "bfloat16 or float32 as dtype of the codewords of values, got float16",
     ),
-    "a shift of each block": (
-        {"shift": S((8, 16, 256, 128), jnp.float32)},
-        r"\(8, 1, 256, 128\), one for all blocks as shift, got \(8, 16, 256, 128\)",
+    "a mean key of all heads": (
+        {"mean": S((128,), jnp.float32)},
+        r"takes \(8, 128\) as mean key, got \(128,\)",
+    ),
+    "frequencies of whole heads": (
+        {"inv_freq": S((128,), jnp.float32)},
+        r"takes \(64,\) as rotary frequencies, got \(128,\)",
     ),
     "bytes": (
         {"key_tiles": S((2, 8, 16, 2, 2048), jnp.uint8)},
@@ -327,7 +356,7 @@ BAD_ARRAYS = {
         r"uint32 \(2, 8, 16, 2, 512\) as value tiles",
     ),
     "a bfloat16 query": (
-        {"query": S((2, 1, 8, 4, 16, 128), jnp.bfloat16)},
+        {"query": S((2, 1, 8, 4, 128), jnp.bfloat16)},
         "float32 as dtype of the query, got bfloat16",
     ),
     "blocks of another batch": (
@@ -341,6 +370,11 @@ BAD_ARRAYS = {
 def test_arrays_that_are_not_supported(arrays, message):
     with pytest.raises(InputError, match=message):
         mosaic_gpu.attend_tiles(**(shapes() | arrays))
+
+
+def test_knots_that_are_not_supported():
+    with pytest.raises(InputError, match=r"1 or 4 or .* as tokens between knots .*, got 2"):
+        mosaic_gpu.attend_tiles(**shapes(), every=2)
 
 
 @pytest.mark.parametrize(
@@ -383,13 +417,16 @@ FORMS = {
     "blocks of 512, head_dim 64": {"b": 512, "d": 64, "R": 16, "S": 16},
     "2 bits": {"R": 64, "S": 64},
     "256 codewords": {"R": 16, "K": 256},
+    "knots": {"b": 512, "every": 16},
 }
 
 
 @supported
 @pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
 def test_lowers_without_a_gpu(sizes):
-    assert len(mosaic_module(shapes(**sizes))) > 10_000
+    every = sizes.get("every", 1)
+    sizes = {name: size for name, size in sizes.items() if name != "every"}
+    assert len(mosaic_module(shapes(**sizes), every)) > 10_000
 
 
 @supported
@@ -447,20 +484,46 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
     assert "Compiling entry function" in said, said[-2000:]
     assert "for 'sm_90a'" in said
     (registers,) = set(re.findall(r"Used (\d+) registers", said))
-    config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes)))
+    every = sizes.get("every", 1)
+    sizes = {name: size for name, size in sizes.items() if name != "every"}
+    config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes), every=every))
     assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
     assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 32
 
 
 @supported
-@pytest.mark.parametrize("sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}, {"b": 512, "every": 16}]
+)
 def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
-    """XLA keeps the lower parts of float16 operands, and copies nothing large."""
+    """XLA keeps the lower parts of float16 operands, copies nothing large, and writes queries in
+    blocks' frames in float16 alone."""
     hlo = without_a_gpu("compile", sizes)
     entry = hlo[hlo.index("\nENTRY") :]
     assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
     assert " copy(" not in entry
     assert " transpose(" not in entry
+    assert re.search(r"= f16\[\S*,16,4,128\]\S* fusion\(", entry)
+    assert not re.search(r"= f32\[\S*,16,4,128\]", entry)
     split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
     assert split
     assert all(a != b for a, b in split)
+
+
+@supported
+def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
+    """No layer's codes are cut out of the stack for the kernel, and none are copied."""
+    hlo = without_a_gpu("loop", {})
+    assert "mosaic_gpu" in hlo, hlo[-2000:]
+    codes = r"u32\[(?:1,|3,)?2,2,7,4,512\]"
+    made = re.findall(rf"%(\S+) = {codes}\S* (?:fusion|copy|copy-start|slice)\(", hlo)
+    assert len(made) == 2, made  # keys' and values', written once a block
+    assert all("scatter" in name for name in made), made
+
+
+@supported
+def test_encoding_changes_residuals_in_place(without_a_gpu):
+    hlo = without_a_gpu("encode", {})
+    stage = re.search(r"^%\S+ \(arg_tuple(?:.*\n)*?^\}", hlo, re.M).group()
+    assert "subtract_fusion" in stage
+    assert " copy(" not in stage

@@ -14,10 +14,9 @@ def u32(x):
     return np.full(32, x, np.uint32)
 
 
-def made_table(warp, stages, raw, middle):
+def made_table(warp, stages, raw):
     form = pieces.KeyTable(stages, 16)
-    address = warp.put(raw.astype(np.float16)), warp.put(np.float32(middle))
-    pieces.table(warp, form, *address, u32(TABLE), u32(FACTS))
+    pieces.table(warp, form, warp.put(raw.astype(np.float16)), u32(TABLE), u32(FACTS))
     facts = warp.shared[FACTS : FACTS + 32].view(np.float32)
     return form, facts[:4], facts[4:]
 
@@ -39,11 +38,10 @@ def test_table_keeps_every_product_to_a_step(stages):
     rng = np.random.default_rng(stages)
     raw = rng.normal(size=(4, stages, 16)) * np.array([3, 0.01, 40, 1])[:, None, None]
     raw = raw.astype(np.float16)
-    middle = rng.normal(size=4)
     warp = Lanes()
-    form, step, offset = made_table(warp, stages, raw, middle)
+    form, step, offset = made_table(warp, stages, raw)
     low = raw.min(axis=-1).astype(np.float64)
-    np.testing.assert_allclose(offset, middle + low.sum(axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(offset, low.sum(axis=-1), rtol=1e-5)
     entries = np.moveaxis(entries_of(warp, form), -1, 0)
     error = low[..., None] + step[:, None, None] * entries - raw
     assert (np.abs(error).max(axis=(1, 2)) <= 0.5001 * step + 1e-6 * np.abs(raw).max((1, 2))).all()
@@ -57,10 +55,10 @@ def test_table_keeps_every_product_to_a_step(stages):
 
 def test_table_of_equal_products():
     warp = Lanes()
-    form, step, offset = made_table(warp, 8, np.full((4, 8, 16), 2.0), np.arange(4))
+    form, step, offset = made_table(warp, 8, np.full((4, 8, 16), 2.0))
     assert not entries_of(warp, form).any()
     assert (step > 0).all()
-    np.testing.assert_allclose(offset, 16 + np.arange(4))
+    np.testing.assert_allclose(offset, 16)
 
 
 def stored_units(codes, codewords):
@@ -124,6 +122,20 @@ def test_no_look_up_meets_another_in_a_bank():
         form = pieces.KeyTable(stages, 16)
         warp = Watched()
         pieces.look_up(warp, form, pieces.places(warp, form, u32(TABLE)), stored_units(codes, 16))
+
+
+@pytest.mark.parametrize("every", [4, 8, 16, 32, 64])
+def test_shares_are_lines_between_knots(every):
+    rng = np.random.default_rng(every)
+    count = pieces.CHUNK // every
+    raw = rng.normal(size=(4, count + 4)).astype(np.float32)
+    warp = Lanes()
+    warp.shared[0x1000 : 0x1000 + raw.nbytes] = raw.view(np.uint8).ravel()
+    pieces.gather_knots(warp, count, 4 * (count + 4), u32(0x1000), u32(0x2000))
+    shares = [pieces.between_knots(warp, every, u32(0x2000), group) for group in range(8)]
+    token = np.arange(pieces.CHUNK)
+    want = [np.interp(token / every, np.arange(count + 1), x[: count + 1]) for x in raw]
+    np.testing.assert_allclose(np.moveaxis(shares, 0, 1).reshape(4, -1), want, atol=1e-6)
 
 
 def test_scores():
@@ -194,32 +206,33 @@ def test_histogram_is_probability_on_codes(stages):
     stored = np.asarray(tiles.values_to_tiles(codes)).view(np.uint8).ravel()
     warp.shared[codes_at : codes_at + len(stored)] = stored
     got = np.full((-(-stages // 8) * 8, 16, 4), np.nan)
-    codes_each, busy = pieces.share_of_codes(stages)
-    assert busy <= pieces.COUNTERS
-    for w in range(busy):
-        unit = w * codes_each
-        share = pieces.Share(u32(unit // 8), u32(unit % 8), codes_each)
-        loaded = pieces.load_codes(warp, stages, share, u32(codes_at))
+    for octet in range(pieces.octets_of(stages)):
+        loaded = pieces.load_codes(warp, stages, u32(octet), u32(codes_at))
         columns = pieces.load_planes(warp, u32(place))
-        mass = pieces.histogram(warp, share, loaded, columns)
-        for i, halves in enumerate(mass):
+        for low, halves in enumerate(pieces.histogram(warp, loaded, columns)):
             for top, x in enumerate(halves):
-                code = unit % 8 + i + 8 * top
-                got[unit // 8 * 8 : unit // 8 * 8 + 8, code] = x.reshape(8, 4)
+                got[8 * octet : 8 * octet + 8, low + 8 * top] = x.reshape(8, 4)
     want = np.zeros((stages, 16, 4))
     for r in range(stages):
         np.add.at(want[r], codes[:, r], p)
     np.testing.assert_array_equal(got[:stages], want)
 
 
-def test_stored_planes_meet_in_no_bank():
+def test_planes_meet_in_no_bank():
     class Watched(Lanes):
         def store_shared(self, address, values, offset=0, where=None):
-            assert len(set((address + offset) // 4 % 32)) == 32
+            for lanes in (address + offset).reshape(len(values), -1):  # that store at a time
+                assert len(set(lanes // 8 % 16)) == len(lanes)
             super().store_shared(address, values, offset, where)
+
+        def load_shared(self, address, offset=0, n=1, kind="r"):
+            for lanes in (address + offset).reshape(n, -1):  # those that load at a time
+                assert len(set(lanes // (4 * n) % (32 // n))) == len(lanes)
+            return super().load_shared(address, offset, n, kind)
 
     warp = Watched()
     pieces.store_planes(warp, np.zeros((2, 8, 32), np.uint32), u32(0))
+    pieces.load_planes(warp, u32(0))
 
 
 @pytest.mark.parametrize(("scale", "new"), [(3, 5), (5, 3), (-(2**30), -7), (4, 4)])

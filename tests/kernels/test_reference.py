@@ -256,6 +256,13 @@ def test_keys_of_another_dtype_count_as_they_are():
     check((out, lse), expected_exact(query, np.float32(k), np.float32(v), mask))
 
 
+def test_sets_are_attended_to_together():
+    query, keys, values, mask = exact_inputs(8, scale=3.0)
+    sets = [(keys[:, at], values[:, at], mask[..., at]) for at in (np.s_[:0], np.s_[:4], np.s_[4:])]
+    got = jax.jit(reference.attend_sets)(query, sets)
+    check(got, expected_exact(query, keys, values, mask), atol=3e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_merged_parts_are_attention_over_the_union(scale):
     query, keys, values, mask = exact_inputs(7, n=13, scale=scale)

@@ -1,6 +1,7 @@
 """The commands: what bad input, a full disk and Ctrl-C look like to the one who typed them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -345,13 +346,29 @@ def test_generation_with_both_caches(tiny_run, tiny_model, capsys):
     assert "[24 + " in ours
 
 
+def test_generation_over_tiles(tiny_run, tiny_model, tmp_path, capsys, refused):
+    """Codebooks of blocks that tiles cannot hold are refused, others are not trained anew."""
+    flags = ["--layout", "tiles", "--max-new-tokens", "3", "x" * 200]
+    args = ["--model", tiny_model, "--codebooks", tiny_run / "codebooks", *flags]
+    assert "takes 0 as block modulo 128 tokens, got 8" in refused(commands.generate, *args)
+    books = codebook.load(tiny_run / "codebooks")
+    spec = dataclasses.replace(books.spec, block=128)
+    metadata = codebook.read_metadata(tiny_run / "codebooks")
+    coarse = dataclasses.replace(books, spec=spec)
+    codebook.save(tmp_path / "coarse", coarse, model=metadata["model"])
+    args[3] = tmp_path / "coarse"
+    commands.generate([str(x) for x in args])
+    assert "blocks of 128, window 8, sinks 2, codes in tiles" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--temperature", "-1"], "temperature must be"),
         (["--top-p", "0"], "top_p must be above 0"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["--compare"], "--compare needs --codebooks to compare with"),
+        (["--compare"], "--compare needs --codebooks"),
+        (["--layout", "tiles"], "--layout needs --codebooks"),
         (["--max-length", "16"], "does not fit into a cache of 16; shorten it or ask for a longer"),
         (["--max-new-tokens", "600"], "beyond the model's context of 512; shorten it or ask"),
         (["--codebooks", "/no/such/books"], "there are no codebooks at /no/such/books; train them"),

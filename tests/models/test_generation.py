@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG, SPEC, codebooks, model, read_through_cache
 
-from gsrq_jax import calibration, codebook
+from gsrq_jax import calibration, codebook, codec
 from gsrq_jax.attention import causal
 from gsrq_jax.cache import append, init_cache, layer_views, materialize
 from gsrq_jax.errors import InputError
@@ -19,6 +19,7 @@ from gsrq_jax.models.generation import Generator, Sampler
 from gsrq_jax.spec import ResidualSpec
 
 LENGTH, NEW = 64, 30
+LONG = {"max_new_tokens": 12, "max_length": 320}
 PROMPTS = [
     np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (5, 34, 1, 19)
 ]
@@ -107,6 +108,27 @@ def test_coded_loop_is_what_the_cache_says_at_every_step():
     assert coded.min() >= 2
     assert coded.max() >= 5
     assert (new != whole("exact")[0]).mean() > 0.3  # the codes do matter here
+
+
+@pytest.mark.filterwarnings("ignore:the fused GPU kernel")
+def test_tiles_write_the_same_text():
+    """In the fused kernel's layout, by its reference: the same tokens, and as likely."""
+    packed = codebooks(dataclasses.replace(SPEC, block=128, mean_every=16))
+    prompts = [
+        np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (140, 275)
+    ]
+    states = []
+    for layout in ("packed", "tiles"):
+        books = codec.respec(packed, layout=layout)
+        states.append(generate(dataclasses.replace(generator(), codec=books), prompts, **LONG))
+    np.testing.assert_array_equal(states[0].tokens, states[1].tokens)
+    logits = []
+    for layout, state in zip(("packed", "tiles"), states, strict=True):
+        books = codec.respec(packed, layout=layout)
+        step = jax.jit(functools.partial(generation.extend, model()[0]))
+        one = jnp.ones(2, jnp.int32)
+        logits.append(step(model()[1], state.token[:, None], one, state.cache, books)[0])
+    np.testing.assert_allclose(*logits, atol=1e-4, rtol=1e-4)
 
 
 @caches
