@@ -152,9 +152,14 @@ def test_codes_in_tiles_are_spread_over_heads_alone():
         held = on(cache.init_cache, sharded.init_cache)(
             spec, batch=1, kv_heads=HEADS, head_dim=DIM, max_length=400, dtype=jnp.float32
         )
-        held = on(cache.append, sharded.append)(held, k, v, codebooks(spec))
-        attend = on(attention.attend, sharded.attend)
-        return attend(q, k[:, :1], v[:, :1], held, codebooks(spec), implementation="codes")
+        append, attend = on(cache.append, sharded.append), on(attention.attend, sharded.attend)
+
+        @jax.jit
+        def step(held, books):
+            held = append(held, k, v, books)
+            return attend(q, k[:, :1], v[:, :1], held, books, implementation="codes")
+
+        return step(held, codebooks(spec))
 
     np.testing.assert_allclose(attended(make_mesh(1, 8)), attended(), atol=1e-5)
     with pytest.raises(InputError, match="use layout 'packed', or one device along the sequence"):
