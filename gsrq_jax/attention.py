@@ -178,23 +178,23 @@ def _by_blocks(
     if few >= slots:
         return part(query, cache, codec, turn, filled)
     few = -(-slots // -(-slots // few))
-    codes = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, -slots % few if i == 2 else 0) for i in range(x.ndim)]),
-        (cache.key_codes, cache.value_codes),
-    )
+    last = slots - few
 
-    def attend_from(first: Array | int) -> tuple[Array, Array]:
+    def attend_from(first: Array | int, until: int) -> tuple[Array, Array]:
         keys, values = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, axis=2), codes
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, axis=2),
+            (cache.key_codes, cache.value_codes),
         )
         some = cache.replace(key_codes=keys, value_codes=values)
         start = Turn(turn.first + first * turn.step, turn.step)
-        return part(query, some, codec, start, filled - first)
+        return part(query, some, codec, start, jnp.minimum(filled, until) - first)
 
     def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
-        return reference.merge([sofar, attend_from(i * few)])
+        return reference.merge([sofar, attend_from(i * few, last)])
 
-    return jax.lax.fori_loop(1, -(-filled.max() // few), further, attend_from(0))
+    # The last few, then those before them, whose number the steps need not divide: no copy is made.
+    rounds = -(-jnp.minimum(filled.max(), last) // few)
+    return jax.lax.fori_loop(0, rounds, further, attend_from(last, slots))
 
 
 def _floats_of_codes(spec: QuantSpec) -> int:
