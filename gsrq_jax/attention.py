@@ -19,7 +19,7 @@ from gsrq_jax.cache import (
     exact_tokens,
     outlier_slots,
 )
-from gsrq_jax.codebook import Codebooks, errors, unpack
+from gsrq_jax.codebook import Codebooks, errors, of_heads, unpack
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
@@ -161,8 +161,8 @@ def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tu
     coded = reference.attend_codes(
         framed,
         shift,
-        unpack(cache.key_codes, spec.key),
-        unpack(cache.value_codes, spec.value),
+        of_heads(unpack(cache.key_codes, spec.key), spec.key, axis=1),
+        of_heads(unpack(cache.value_codes, spec.value), spec.value, axis=1),
         codebooks.key,
         codebooks.value,
         blocks_after(spec, cache.length),

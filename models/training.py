@@ -79,6 +79,8 @@ class TrainConfig:
         stages: residual stages, instead of ``bits``.
         codewords: codewords of a stage, a power of two up to 65536.
         group: channels quantised together; whole heads if not given.
+        heads: adjacent KV heads that share every code: fewer errors at the same bits, and so many
+            times more work in decoding.
         frame: rotary frame of the keys: ``block``, ``pre`` (before RoPE) or ``post``.
         block: tokens that are encoded together.
         window: recent tokens that stay exact.
@@ -119,6 +121,7 @@ class TrainConfig:
     stages: int | None = None
     codewords: int = 256
     group: int | None = None
+    heads: int = 1
     frame: Frame = "block"
     block: int = 128
     window: int = 128
@@ -150,10 +153,10 @@ class TrainConfig:
         group = head_dim if self.group is None else self.group
         if self.stages is None:
             code = ResidualSpec.from_bits(
-                self.bits, head_dim, codewords=self.codewords, group=group
+                self.bits, head_dim, codewords=self.codewords, group=group, heads=self.heads
             )
         else:
-            code = ResidualSpec(head_dim, group, self.stages, self.codewords)
+            code = ResidualSpec(head_dim, group, self.stages, self.codewords, self.heads)
         return QuantSpec(
             key=code,
             value=code,
