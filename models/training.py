@@ -234,12 +234,20 @@ def _run(config: TrainConfig) -> None:
     """Everything up to ``report.json``."""
     began = time.monotonic()
 
+    def make_mesh(found: LlamaConfig) -> Mesh | None:
+        if config.heads < 1 or found.kv_heads % config.heads:
+            raise InputError(
+                f"--heads must divide the {found.kv_heads} KV heads of the model, got "
+                f"{config.heads}"
+            )
+        return sharding.make_mesh(found.kv_heads // config.heads, config.mesh)
+
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
-        mesh = sharding.make_mesh(found.kv_heads, config.mesh)
+        mesh = make_mesh(found)
         return None if mesh is None else sharding.shardings(mesh, params)
 
     model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
-    mesh = sharding.make_mesh(model.config.kv_heads, config.mesh)
+    mesh = make_mesh(model.config)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
     count = texts.calibrated(config)
