@@ -1,16 +1,18 @@
-"""What the TPU's own compiler makes of training on pods: memory, work and traffic of each chip.
+"""What the TPU's own compiler makes of our steps on pods: memory, work and traffic of each chip.
 
     pip install 'jax[tpu]'
     JAX_PLATFORMS=cpu python benchmarks/compile_for_pods.py
 
-Compiles the step that captures keys, values and sensitivities, and the one that fits a layer's
-codebooks, for shapes of LLaMA 3 on the topologies named, without a TPU. Writes
-`results/compiled-for-pods.json`, or ends with exit code 1 if a chip's memory does not suffice, or
-points, codes or codebooks are gathered, and exit code 2 if libtpu is not there.
+Compiles the step that captures keys, values and sensitivities, the one that fits a layer's
+codebooks, the reading of a prompt in chunks and the decode loop over a coded cache, for shapes of
+LLaMA 3 on the topologies named, without a TPU. Writes `results/compiled-for-pods.json`, and ends
+with exit code 1 if a chip's memory does not suffice or points, codes or codebooks are gathered, and
+exit code 2 if libtpu is not there. `docs/pods.md` has the table.
 """
 
 import collections
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -28,10 +30,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsrq_jax import sharded
 from gsrq_jax.calibration import DATA, MODEL, FitOptions, LayerSamples
+from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import llama, sharding, training
+from gsrq_jax.models import generation, llama, sharding, training
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
+from gsrq_jax.models.generation import DecodeState, Sampler
 from gsrq_jax.results import repeated, write_result
 from gsrq_jax.spec import QuantSpec
 
@@ -46,6 +51,7 @@ MODELS = {
         LLAMA_3_8B, hidden_size=8192, intermediate_size=28_672, layers=80, heads=64
     ),
 }
+STEPS = ("capture", "fit", "prefill", "decode")
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -55,25 +61,36 @@ class Config:
 
     Attributes:
         cases: topology and model of each, such as ``v5e:16x16=llama-3-70b``.
+        steps: of `STEPS`.
         length: tokens of a sequence, of which each step captures one for each part of the mesh's
             ``data`` axis.
         sequences: that a layer is fitted to.
         bits: nominal bits a number.
-        codewords: of a stage.
+        codewords: of a stage of codebooks that are fitted.
+        contexts: tokens of the caches that are read into and decoded from.
+        chunk: tokens of a prompt that are read at a time.
+        block: tokens of a cache's block.
+        cache_codewords: of a stage of a cache's codes.
         out: folder under which ``results`` lies.
     """
 
     cases: tuple[str, ...] = (
         "v5e:2x2=llama-3-8b",
+        "v5e:4x4=llama-3-8b",
         "v5e:16x16=llama-3-8b",
         "v5e:16x16=llama-3-70b",
         "v5p:4x4x4=llama-3-70b",
         "v6e:16x16=llama-3-70b",
     )
+    steps: tuple[str, ...] = STEPS
     length: int = 2048
     sequences: int = 512
     bits: float = 1.0
     codewords: int = 256
+    contexts: tuple[int, ...] = (131_072, 1_048_576)
+    chunk: int = 2048
+    block: int = 256
+    cache_codewords: int = 16
     out: pathlib.Path = ROOT
 
 
@@ -140,6 +157,73 @@ def fitted(model: LlamaConfig, mesh: Mesh, tokens: int, spec: QuantSpec) -> Any:
     )
 
 
+def placed(mesh: Mesh, axes: Any, tree: Any) -> Any:
+    """Shapes of a pytree with where they live; ``axes`` are a prefix of it."""
+
+    def of(axes: P, part: Any) -> Any:
+        sharding = NamedSharding(mesh, axes)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+        )
+
+    return jax.tree.map(of, axes, tree)
+
+
+def on_mesh(model: LlamaConfig, mesh: Mesh, spec: QuantSpec) -> tuple[Any, Any, Codebooks]:
+    """A bfloat16 model and the codebooks of its layers, without their arrays."""
+    graphdef, params = llama.abstract(model, jnp.bfloat16)
+    params = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        *(params, sharding.shardings(mesh, params)),
+    )
+    heads, of = (model.layers, model.kv_heads), jax.ShapeDtypeStruct
+    books: Any = Codebooks(
+        key=of((*heads, *spec.key.codebook_shape), jnp.bfloat16),
+        value=of((*heads, *spec.value.codebook_shape), jnp.bfloat16),
+        key_mean=of((*heads, model.head_dim), jnp.float32),
+        inv_freq=of((model.layers, model.head_dim // 2), jnp.float32),
+        spec=spec,
+    )
+    return graphdef, params, placed(mesh, sharded.codec_axes(books, stacked=True), books)
+
+
+def prefilled(model: LlamaConfig, mesh: Mesh, spec: QuantSpec, context: int, chunk: int) -> Any:
+    """The reading of one prompt that fills the cache, lowered."""
+    graphdef, params, books = on_mesh(model, mesh, spec)
+    tokens, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, context), (1,)))
+    step = functools.partial(generation.read, graphdef, chunk=chunk, max_length=context, mesh=mesh)
+    tokens, count = placed(mesh, P(), (tokens, count))
+    return jax.jit(step).lower(params, tokens, count, books)
+
+
+def decoded(model: LlamaConfig, mesh: Mesh, spec: QuantSpec, context: int) -> Any:
+    """The loop that writes one sequence greedily, lowered."""
+    graphdef, params, books = on_mesh(model, mesh, spec)
+    sampler = Sampler()
+
+    def state() -> DecodeState:
+        cache = sharded.init_cache(
+            mesh,
+            spec,
+            batch=1,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            max_length=context,
+            layers=model.layers,
+        )
+        logits, key = jnp.zeros((1, model.vocab_size)), jax.random.key(0)
+        return generation.start(cache, logits, key, max_new_tokens=256, sampler=sampler, eos=())
+
+    whole = jax.eval_shape(state)
+    axes = sharded.cache_axes(spec, stacked=True)
+    rest = placed(mesh, P(), whole.replace(cache=None))
+    step = functools.partial(generation.decode, graphdef, sampler=sampler, eos=(), mesh=mesh)
+    return jax.jit(step, donate_argnums=2).lower(
+        *(params, books, rest.replace(cache=placed(mesh, axes, whole.cache))),
+        placed(mesh, P(), jax.ShapeDtypeStruct((), jnp.int32)),
+    )
+
+
 def measured(lowered: Any, memory: int) -> dict[str, Any]:
     """What the compiler says of a step, for one chip of so many GiB.
 
@@ -173,11 +257,17 @@ def measured(lowered: Any, memory: int) -> dict[str, Any]:
 
 
 def gathered(row: dict[str, Any], whole: Callable[[str, int], bool]) -> dict[str, str]:
-    """The problem that something is exchanged whole, if it is: ``whole(shape, bytes)`` judges."""
+    """The problem that something is exchanged whole, if it is: ``whole(shape, bytes)`` judges.
+
+    Sums of floating numbers may be exchanged always.
+    """
     for x in row.get("collectives", []):
-        if x["kind"] != "all-reduce" and any(
-            whole(shape, x["nbytes"]) for shape in x["shape"].split()
-        ):
+        shapes = x["shape"].split()
+        if x["kind"] == "all-reduce":
+            wrong = any(shape.startswith(("u8[", "u32[")) and x["nbytes"] > 4 for shape in shapes)
+        else:
+            wrong = any(whole(shape, x["nbytes"]) for shape in shapes)
+        if wrong:
             return {"problem": f"unexpected {x['kind']} of {x['shape']}, {x['nbytes']:,} bytes"}
     return {}
 
@@ -185,7 +275,7 @@ def gathered(row: dict[str, Any], whole: Callable[[str, int], bool]) -> dict[str
 def compiled(
     case: str, config: Config, fits: dict[tuple[str, int, int], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows of one case: the capture, and the fit of a layer, which models share by ``fits``."""
+    """Rows of one case, a step each; the fit of a layer is one that models share, by ``fits``."""
     topology, _, name = case.partition("=")
     chip = topology.partition(":")[0]
     if name not in MODELS or chip not in MEMORY:
@@ -193,6 +283,8 @@ def compiled(
             f"cannot compile {case}; give a topology of {', '.join(MEMORY)}, =, and a model of "
             f"{', '.join(MODELS)}"
         )
+    if not set(config.steps) <= set(STEPS):
+        raise InputError(f"there are the steps {', '.join(STEPS)}, got {', '.join(config.steps)}")
     model = MODELS[name]
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -200,31 +292,47 @@ def compiled(
         raise InputError(f"libtpu does not give the topology {topology} ({error})") from error
     mesh = sharding.make_mesh(model.kv_heads, devices=devices)
     assert mesh is not None
-    spec = QuantSpec.from_bits(config.bits, model.head_dim, codewords=config.codewords)
-    tokens = config.sequences * (config.length - spec.sinks)
     heads = model.kv_heads // mesh.shape[MODEL]
-    facts = {"topology": topology, "model": name, "mesh": dict(mesh.shape)}
+    rows = []
 
-    # Parameters are gathered, layer by layer; keys and values stay with their sequences.
-    def samples(shape: str, _: int) -> bool:
-        return shape.endswith(tuple(f",{n},{heads},{model.head_dim}]" for n in lengths))
+    def note(
+        step: str, tokens: int, row: dict[str, Any], whole: Callable[[str, int], bool]
+    ) -> None:
+        facts = {"topology": topology, "model": name, "mesh": dict(mesh.shape)}
+        rows.append(facts | {"step": step, "tokens": tokens} | row | gathered(row, whole))
+        show(rows[-1])
 
-    lengths = config.length, config.length - spec.sinks
-    row = measured(captured(model, mesh, config.length), MEMORY[chip])
-    sizes = {"step": "capture", "tokens": mesh.shape[DATA] * config.length}
-    rows = [facts | sizes | row | gathered(row, samples)]
-    show(rows[-1])
+    spec = QuantSpec.from_bits(config.bits, model.head_dim, codewords=config.codewords)
+    if "capture" in config.steps:
+        lengths = config.length, config.length - spec.sinks
 
-    # Of a fit scores of draws are gathered; points, codes and codebooks are not.
-    def more_than_scores(_: str, nbytes: int) -> bool:
-        return nbytes > 4 * heads * config.codewords * mesh.shape[DATA]
+        # Parameters are gathered, layer by layer; keys and values stay with their sequences.
+        def samples(shape: str, _: int) -> bool:
+            return shape.endswith(tuple(f",{n},{heads},{model.head_dim}]" for n in lengths))
 
-    shape = (topology, model.kv_heads, model.head_dim)
-    if shape not in fits:
-        fits[shape] = measured(fitted(model, mesh, tokens, spec), MEMORY[chip])
-    row = fits[shape]
-    rows.append(facts | {"step": "fit", "tokens": tokens} | row | gathered(row, more_than_scores))
-    show(rows[-1])
+        row = measured(captured(model, mesh, config.length), MEMORY[chip])
+        note("capture", mesh.shape[DATA] * config.length, row, samples)
+    if "fit" in config.steps:
+        # Of a fit scores of draws are gathered; points, codes and codebooks are not.
+        def more_than_scores(_: str, nbytes: int) -> bool:
+            return nbytes > 4 * heads * config.codewords * mesh.shape[DATA]
+
+        tokens = config.sequences * (config.length - spec.sinks)
+        shape = (topology, model.kv_heads, model.head_dim)
+        if shape not in fits:
+            fits[shape] = measured(fitted(model, mesh, tokens, spec), MEMORY[chip])
+        note("fit", tokens, fits[shape], more_than_scores)
+    spec = QuantSpec.from_bits(
+        config.bits, model.head_dim, codewords=config.cache_codewords, block=config.block
+    )
+    # Generation exchanges sums alone: no weights either.
+    for context in config.contexts:
+        if "prefill" in config.steps:
+            row = measured(prefilled(model, mesh, spec, context, config.chunk), MEMORY[chip])
+            note("prefill", context, row, lambda *_: True)
+        if "decode" in config.steps:
+            row = measured(decoded(model, mesh, spec, context), MEMORY[chip])
+            note("decode", context, row, lambda *_: True)
     return rows
 
 
@@ -240,6 +348,17 @@ def show(row: dict[str, Any]) -> None:
         for x in row["collectives"][:6]:
             print(f"  {x['count']} × {x['kind']} {x['shape'][:100]}: {x['nbytes']:,} bytes")
     print(f"  PROBLEM: {row['problem']}" if "problem" in row else "  fits", flush=True)
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """One row of the table in docs/pods.md."""
+    exchanged = sum(x["count"] * x["nbytes"] for x in row["collectives"])
+    mesh = " × ".join(str(n) for n in row["mesh"].values())
+    return (
+        f"| {row['topology']} ({mesh}) | {row['model']} | {row['step']} | {row['tokens']:,} | "
+        f"{row['hbm_gib']:.2f} of {row['memory_gib']} | {row['flops']:.2e} | "
+        f"{row['bytes_accessed']:.2e} | {exchanged:,} |"
+    )
 
 
 def main(config: Config) -> None:

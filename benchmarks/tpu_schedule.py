@@ -1,11 +1,13 @@
-"""What TPU's own compiler says that decode attention over codes costs, without a TPU.
+"""What TPU's own compiler says that attention over codes and encoding cost, without a TPU.
 
     python benchmarks/tpu_schedule.py
 
-Needs `libtpu`. Compiles the kernel for LLaMA-3-8B's shapes, and JAX's own paged attention in
-bfloat16 beside it, counts the instruction bundles of the compiler's static schedule, one a cycle,
-and writes `results/tpu-schedule.json`. These are estimates: waiting for memory is not in them; what
-memory takes is the column beside them, bytes by bandwidth. Nothing here ran on a TPU.
+Needs `libtpu`. Compiles the decode kernel for LLaMA-3-8B's shapes, and JAX's own paged and ragged
+paged attention in bfloat16 beside it, counts the instruction bundles of the compiler's static
+schedule, one a cycle; the same for the encoding kernel, beside the estimates that XLA gives of the
+operations of our encoder in plain jnp. Writes `results/tpu-schedule.json`. These are estimates:
+waiting for memory is not in them; what memory takes is the column beside them, bytes by bandwidth.
+Nothing here ran on a TPU.
 """
 
 import dataclasses
@@ -26,12 +28,15 @@ import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
-from jax.sharding import SingleDeviceSharding
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from gsrq_jax.kernels import mosaic_tpu
+from gsrq_jax import residual
+from gsrq_jax.kernels import mosaic_tpu, mosaic_tpu_encode
 from gsrq_jax.results import write_result
 
 ROOT = pathlib.Path(__file__).parent.parent
+DECODING, ENCODING = "decode attention, a token and layer", "encoding, a token and layer"
 HEADS, GROUP, DIM = 8, 4, 128
 """KV heads, query heads of each, channels: LLaMA-3-8B."""
 
@@ -72,6 +77,8 @@ class Config:
         context: tokens of a sequence.
         page: tokens of a page of the bfloat16 baseline.
         span: tokens that the baseline takes at a time.
+        codes: stages and codewords of what is encoded; each is one bit.
+        vectors: of a KV head that are encoded.
         out: folder under which ``results`` lies.
     """
 
@@ -81,6 +88,8 @@ class Config:
     context: int = 131_072
     page: int = 512
     span: int = 2048
+    codes: tuple[tuple[int, int], ...] = ((32, 16), (16, 256))
+    vectors: int = 8192
     out: pathlib.Path = ROOT
 
 
@@ -102,18 +111,26 @@ def schedule(
 ) -> dict[int, int]:
     """Bundles of the kernel whose name begins with ``kernel``, once compiled for ``chip``."""
     shutil.rmtree(dump, ignore_errors=True)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
-    sharding = SingleDeviceSharding(device)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
-    jax.jit(function).lower(*shapes).compile()
+    compiled(function, shapes, chip)
     (file,) = (
         path
         for path in dump.rglob(f"*-{kernel}*final_bundles.txt")
         if "schedule-analysis" not in path.name
     )
     return bundles(file.read_text())
+
+
+def compiled(function: Callable, shapes: tuple, chip: Chip) -> Any:
+    """The function of arrays of these shapes, compiled for one device."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    # Some of JAX's kernels ask what chip they are for.
+    with jax.sharding.use_abstract_mesh(Mesh([device], ("chip",)).abstract_mesh):
+        lowered = jax.jit(function).lower(*shapes)
+    return lowered.compile()
 
 
 def ours(dump: pathlib.Path, chip: Chip, config: Config, block: int, stages: int) -> dict[str, Any]:
@@ -173,6 +190,86 @@ def bfloat16(dump: pathlib.Path, chip: Chip, config: Config) -> dict[str, Any]:
     }
 
 
+def ragged(dump: pathlib.Path, chip: Chip, config: Config) -> dict[str, Any]:
+    """One row: JAX's ragged paged attention, which takes all KV heads at once, on one core."""
+    of, pages = jax.ShapeDtypeStruct, config.context // config.page
+    found = schedule(
+        dump,
+        "ragged_paged_attention",
+        functools.partial(
+            ragged_paged_attention,
+            num_kv_pages_per_block=config.span // config.page,
+            num_queries_per_block=1,
+            vmem_limit_bytes=48 * 2**20,
+        ),
+        (
+            of((1, HEADS * GROUP, DIM), jnp.bfloat16),
+            of((pages, config.page, 2 * HEADS, DIM), jnp.bfloat16),
+            of((1,), jnp.int32),
+            of((1, pages), jnp.int32),
+            of((2,), jnp.int32),
+            of((1,), jnp.int32),
+        ),
+        chip,
+    )
+    step = found[max(found)]  # loops that are run through once are none in the schedule
+    return {
+        "implementation": "jax.experimental.pallas.ops.tpu.ragged_paged_attention",
+        "bits": 16,
+        "block": config.page,
+        **{"bundles_a_step": step, "tokens_a_step": config.span},
+        **times(chip, step / config.span / HEADS * chip.cores, 2 * 2 * DIM),
+    }
+
+
+def encoded(
+    dump: pathlib.Path, chip: Chip, config: Config, stages: int, codewords: int
+) -> list[dict[str, Any]]:
+    """Two rows: encoding keys and values by the kernel, and by our encoder through XLA."""
+    of = jax.ShapeDtypeStruct
+    words = of((HEADS, 1, stages, codewords, DIM), jnp.float32)
+    found = schedule(
+        dump,
+        "encode",
+        mosaic_tpu_encode.encode,
+        (of((HEADS, config.vectors, DIM), jnp.float32), words),
+        chip,
+    )
+    step = found[1] + found[2] * stages
+    kernel = step / mosaic_tpu_encode.TOKENS
+    few = config.vectors // 4  # all of which XLA takes at once
+    hlo = compiled(residual.encode, (of((HEADS, few, DIM), jnp.float32), words), chip).as_text()
+    plain = estimated(hlo, stages) / (HEADS * few) * chip.cores  # XLA's are of a chip
+    facts = {"bits": stages * (codewords.bit_length() - 1) / DIM, "codewords": codewords}
+    read = 4 * DIM  # and codes written: words by the kernel, bytes by XLA
+    return [
+        {"implementation": "kernels/mosaic_tpu_encode.py"}
+        | facts
+        | {"bundles_a_step": step, "tokens_a_step": mosaic_tpu_encode.TOKENS}
+        | dict(times(chip, 2 * kernel, 2 * (read + 4 * stages))),
+        {"implementation": "gsrq_jax.residual.encode (XLA)"}
+        | facts
+        | dict(times(chip, 2 * plain, 2 * (read + stages))),
+    ]
+
+
+def estimated(hlo: str, trips: int) -> int:
+    """Cycles that XLA estimates for a program whose one loop is run through so many times.
+
+    Operations of which it gives no estimate, gathers above all, are not in it.
+    """
+    parts: dict[str, str] = {}
+    for part in re.split(r"\n(?=%|ENTRY )", hlo):
+        parts[part.split(" ", 2)[1 if part.startswith("ENTRY") else 0]] = part
+    (entry,) = (part for part in parts.values() if part.startswith("ENTRY"))
+    (body,) = re.findall(r" while\(.*body=(%[\w.-]+)", entry)
+
+    def cycles(part: str) -> int:
+        return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', part)))
+
+    return cycles(entry) + trips * cycles(parts[body])
+
+
 def times(chip: Chip, cycles: float, nbytes: float) -> Mapping[str, float]:
     """Cycles of the schedule and of memory, a token and layer, from those of one KV head."""
     cycles, nbytes = cycles * HEADS / chip.cores, nbytes * HEADS
@@ -197,16 +294,23 @@ def main(config: Config) -> None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
         for name in config.chips:
             chip = CHIPS[name]
-            found = [bfloat16(dump, chip, config)]
+            found = [bfloat16(dump, chip, config), ragged(dump, chip, config)]
             found += [
                 ours(dump, chip, config, block, stages)
                 for stages in config.stages
                 for block in config.blocks
             ]
+            found = [{"what": DECODING} | row for row in found]
+            found += [
+                {"what": ENCODING} | row
+                for code in config.codes
+                for row in encoded(dump, chip, config, *code)
+            ]
             for row in found:
-                rows.append({"what": "decode attention, a token and layer", "chip": name} | row)
+                rows.append({"chip": name} | row)
+                size = f"{row['block']} tokens a block" if "block" in row else row["codewords"]
                 print(
-                    f"{name}  {row['bits']:>5g} bits  {row['block']} tokens a block  "
+                    f"{name}  {row['what']}  {row['bits']:>5g} bits  {size}  "
                     f"{row['cycles']:5.2f} cycles  {row['hbm_cycles']:5.2f} of memory  "
                     f"{row['implementation']}",
                     flush=True,

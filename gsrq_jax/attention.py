@@ -4,6 +4,7 @@ All of it takes rotated queries and keys. Shapes: B sequences, T new tokens, Q q
 heads (Q = H·q), d head_dim.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.cache import (
     KVCache,
+    Turn,
+    block_positions,
     blocks_after,
     check_spec,
     coded_tokens,
@@ -41,6 +44,7 @@ def attend(
     count: Int[Array, " B"] | None = None,
     *,
     implementation: Implementation | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "B T Q d"]:
     """Attention of new tokens over the cached past and, causally, over themselves.
 
@@ -62,6 +66,8 @@ def attend(
             tokens, ``fused`` where it is supported, else ``codes`` with a warning that says why,
             once; otherwise ``codes`` for one new token and codebooks whose frame shares its tables
             between the tokens of a block.
+        axis_name: mapped axis over which the cache's blocks are spread: each of its devices
+            attends to its own, and the softmax is one over all.
 
     Returns:
         In the dtype of q.
@@ -92,11 +98,15 @@ def attend(
         tiled = books is not None and books.spec.layout == "tiles"
         if implementation is None and not (tiled and tokens <= FEW):
             implementation = "codes" if tokens == 1 and books is not None else "decoded"
+        rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
         match implementation:
             case "fused" | "codes" | None if books is not None and tiled:
-                parts.append(_attend_tiles(query, cache, books, implementation))
+                coded = _attend_tiles(query, cache, books, turn, implementation)
             case "codes" if books is not None:
-                parts += _attend_codes(query, cache, books)
+                floats = rows * _floats_of_codes(books.spec)
+                coded = _by_blocks(_attend_codes, query, cache, books, turn, floats)
+                if cache.outliers is not None:
+                    parts.append(_attend_outliers(query, cache))
             case "fused":
                 raise InputError(
                     "implementation 'fused' is for a cache whose codes are in its layout; give the "
@@ -108,20 +118,32 @@ def attend(
                     "'pre' every token has a table of its own); use 'decoded'"
                 )
             case "decoded":
-                parts.append(_attend_decoded(query, cache, codec))
+                floats = rows * codec.spec.block
+                coded = _by_blocks(_attend_decoded, query, cache, codec, turn, floats)
             case _:
                 raise InputError(
                     f"unknown implementation {implementation!r}; choose 'fused', 'codes' or "
                     "'decoded'"
                 )
+        # What is exact is on all devices, so it joins what they have together, and counts once.
+        parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
 
 
 def _attend_tiles(
-    query: Array, cache: KVCache, codebooks: Codebooks, implementation: Implementation | None
+    query: Array,
+    cache: KVCache,
+    codebooks: Codebooks,
+    turn: Turn,
+    implementation: Implementation | None,
 ) -> tuple[Array, Array]:
     spec = codebooks.spec
+    if turn.step > 1:
+        raise InputError(
+            "codes in layout 'tiles' are attended to as blocks in order, which several devices do "
+            "not have; use layout 'packed', or one device along the sequence"
+        )
     kernels: dict[Implementation | None, decode.Implementation | None] = {
         "fused": "mosaic_gpu",
         "codes": "reference",
@@ -141,44 +163,89 @@ def _attend_tiles(
     )
 
 
-def _attend_codes(query: Array, cache: KVCache, codebooks: Codebooks) -> list[tuple[Array, Array]]:
+def _by_blocks(
+    part: Callable[..., tuple[Array, Array]],
+    query: Array,
+    cache: KVCache,
+    codec: Codec,
+    turn: Turn,
+    floats: int,
+) -> tuple[Array, Array]:
+    """``part(query, cache, codec, turn, filled)``, which holds so many floats a block, over some
+    blocks at a time, and only as far as any sequence goes."""
+    slots, few = cache.blocks, max(1, _FLOATS // floats)
+    filled = turn.filled(blocks_after(codec.spec, cache.length))
+    if few >= slots:
+        return part(query, cache, codec, turn, filled)
+    few = -(-slots // -(-slots // few))
+    last = slots - few
+
+    def attend_from(first: Array | int, until: int) -> tuple[Array, Array]:
+        keys, values = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, axis=2),
+            (cache.key_codes, cache.value_codes),
+        )
+        some = cache.replace(key_codes=keys, value_codes=values)
+        start = Turn(turn.first + first * turn.step, turn.step)
+        return part(query, some, codec, start, jnp.minimum(filled, until) - first)
+
+    def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
+        return reference.merge([sofar, attend_from(i * few, last)])
+
+    # The last few, then those before them, whose number the steps need not divide: no copy is made.
+    rounds = -(-jnp.minimum(filled.max(), last) // few)
+    return jax.lax.fori_loop(0, rounds, further, attend_from(last, slots))
+
+
+def _floats_of_codes(spec: QuantSpec) -> int:
+    """What `_attend_codes` holds of a block for each query: tables, and what is looked up."""
+    return max(c.codes * (spec.block + c.codewords) for c in (spec.key, spec.value))
+
+
+def _attend_codes(
+    query: Array, cache: KVCache, codebooks: Codebooks, turn: Turn, filled: Array
+) -> tuple[Array, Array]:
     spec = codebooks.spec
-    position = spec.sinks + jnp.arange(cache.blocks * spec.block).reshape(-1, spec.block)
+    position = block_positions(spec, turn.blocks(cache.blocks))
     start = origin(spec, position[:, 0])
     framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
     ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
     mean = codebooks.key_mean[:, None, None]
     shift = rotary.shift(mean, ahead, codebooks.inv_freq, spec.mean_every)
-    skip, exact = None, []
+    skip = None
     if cache.outliers is not None:
-        batch, tokens, heads = query.shape[:3]
-        shape = (batch, cache.blocks, spec.block, heads)
-        at, there = outlier_slots(cache, shape)
+        shape = (len(query), cache.blocks, spec.block, query.shape[2])
+        at = outlier_slots(cache, shape, turn)
         skip = jnp.moveaxis(jnp.zeros(shape, bool).at[at].set(True, mode="drop"), 3, 1)
-        # Every head has as many.
-        seen = jnp.broadcast_to(there[:, None, :, 0], (batch, tokens, there.shape[1]))
-        exact = [reference.attend_exact(query, cache.outliers.key, cache.outliers.value, seen)]
-    coded = reference.attend_codes(
+    return reference.attend_codes(
         framed,
         shift,
         of_heads(unpack(cache.key_codes, spec.key), spec.key, axis=1),
         of_heads(unpack(cache.value_codes, spec.value), spec.value, axis=1),
         codebooks.key,
         codebooks.value,
-        blocks_after(spec, cache.length),
+        filled,
         skip,
     )
-    return [coded, *exact]
 
 
-def _attend_decoded(query: Array, cache: KVCache, codec: Codec) -> tuple[Array, Array]:
-    keys, values = coded_tokens(cache, codec)
+def _attend_outliers(query: Array, cache: KVCache) -> tuple[Array, Array]:
+    assert cache.outliers is not None
+    there = cache.outliers.error[:, None, :, 0] > -jnp.inf  # every head has as many
+    seen = jnp.broadcast_to(there, (*query.shape[:2], there.shape[2]))
+    return reference.attend_exact(query, cache.outliers.key, cache.outliers.value, seen)
+
+
+def _attend_decoded(
+    query: Array, cache: KVCache, codec: Codec, turn: Turn, filled: Array
+) -> tuple[Array, Array]:
+    keys, values = coded_tokens(cache, codec, turn)
     query = query[..., None, :]
     return reference.attend_decoded(
         jnp.broadcast_to(query, (*query.shape[:-2], cache.blocks, query.shape[-1])),
         jnp.moveaxis(keys, 3, 1),
         jnp.moveaxis(values, 3, 1),
-        blocks_after(codec.spec, cache.length),
+        filled,
     )
 
 
@@ -315,6 +382,7 @@ def _outlier_until(error: Float[Array, "B T H"], spec: QuantSpec) -> Int[Array, 
 
 
 _OUTLIER_CHUNK = 128  # tokens whose errors are compared with all others at a time
+_FLOATS = 2**26  # that attention over coded blocks holds at a time
 _QUERY_CHUNK = 512  # rows of scores that exist at a time
 
 

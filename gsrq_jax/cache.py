@@ -43,6 +43,38 @@ class Outliers(NamedTuple):
     error: Array
 
 
+class Turn(NamedTuple):
+    """Which blocks of a sequence lie in the slots of a cache: ``first + step·i`` in slot i.
+
+    One device has them all, in order. Where the blocks are spread over devices each has every
+    ``step``-th, so that all have as many, give or take one, however long a sequence is.
+    """
+
+    first: Array | int = 0
+    step: int = 1
+
+    @classmethod
+    def of(cls, axis_name: str | None) -> "Turn":
+        """This device's, blocks being spread over that mapped axis."""
+        if axis_name is None:
+            return cls()
+        return cls(jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name))
+
+    def blocks(self, slots: int) -> Int[Array, " slots"]:
+        """The block in each slot."""
+        return self.first + self.step * jnp.arange(slots)
+
+    def slot(self, block: Int[Array, "..."], slots: int) -> Int[Array, "..."]:
+        """Where a block lies, ``slots`` if it is not one of these."""
+        slot = (block - self.first) // self.step
+        ours = ((block - self.first) % self.step == 0) & (slot >= 0)
+        return jnp.where(ours, jnp.minimum(slot, slots), slots)
+
+    def filled(self, blocks: Int[Array, "..."]) -> Int[Array, "..."]:
+        """How many slots the first so many blocks of a sequence fill."""
+        return jnp.maximum(blocks - self.first + self.step - 1, 0) // self.step
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -106,6 +138,7 @@ def init_cache(
     max_length: int,
     layers: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    axis_name: str | None = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -117,6 +150,7 @@ def init_cache(
         max_length: tokens that a sequence must be able to hold.
         layers: leading axis of a stacked cache; None for one layer.
         dtype: of the exact parts.
+        axis_name: mapped axis over which the blocks are spread; then this device's part.
 
     Raises:
         InputError: if ``head_dim`` is not the spec's, its codes are for another number of heads, or
@@ -146,6 +180,7 @@ def init_cache(
     else:
         sinks, ring = spec.sinks, spec.ring
         blocks = max(0, max_length - spec.sinks - spec.window) // spec.block
+        blocks = -(-blocks // Turn.of(axis_name).step)
         shapes = spec.code_shapes()
     if layers is not None and _by_layer(spec):
         key_codes, value_codes = (
@@ -161,7 +196,7 @@ def init_cache(
             for shape, n in zip(shapes, shares, strict=True)
         )
     outliers = None
-    if (kept := _outliers(spec)) > 0:
+    if (kept := outliers_kept(spec)) > 0:
         slots = (*lead, batch, kept, kv_heads)
         outliers = Outliers(
             exact(kept), exact(kept), jnp.zeros(slots, jnp.int32), jnp.full(slots, -jnp.inf)
@@ -179,7 +214,8 @@ def init_cache(
     )
 
 
-def _outliers(spec: CacheSpec | None) -> int:
+def outliers_kept(spec: CacheSpec | None) -> int:
+    """Slots of `Outliers`."""
     return spec.outliers if isinstance(spec, QuantSpec) else 0
 
 
@@ -188,6 +224,11 @@ def blocks_after(spec: CacheSpec | None, length: Int[Array, "..."]) -> Int[Array
     if spec is None:
         return jnp.zeros_like(length)
     return jnp.maximum(length - spec.sinks - spec.window, 0) // spec.block
+
+
+def block_positions(spec: CacheSpec, blocks: Int[Array, " N"]) -> Int[Array, "N b"]:
+    """Positions of the tokens of these blocks."""
+    return spec.sinks + spec.block * blocks[:, None] + jnp.arange(spec.block)
 
 
 def check_spec(cache: KVCache, codec: Codec | None) -> None:
@@ -213,6 +254,8 @@ def append(
     v: Float[Array, "*L B T H d"],
     codec: Codec | None = None,
     count: Int[Array, " B"] | None = None,
+    *,
+    axis_name: str | None = None,
 ) -> KVCache:
     """The cache with new tokens: one token, a prompt, or anything between, at any length so far.
 
@@ -229,6 +272,8 @@ def append(
             cache without a spec.
         count: new tokens of each sequence, at most T; the rest of k and v is padding and may be
             NaN. None means T each.
+        axis_name: mapped axis over which the cache's blocks are spread; each of its devices is
+            given the same tokens, and encodes the blocks that are its own.
 
     Raises:
         InputError: if shapes or specs do not fit, or, where lengths are concrete, if a sequence
@@ -268,6 +313,7 @@ def append(
                 v,
                 codec,
                 new,
+                Turn.of(axis_name),
             ),
             (cache.key_codes, cache.value_codes, cache.outliers),
         )
@@ -303,11 +349,11 @@ def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
 
 
 def _flush(
-    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array
+    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array, turn: Turn
 ) -> tuple[Codes, Codes, Outliers | None]:
     """Codes with the blocks added that fill once ``count`` new tokens have come, and outliers."""
     exact, blocks = cache.replace(key_codes=None, value_codes=None), cache.blocks
-    encode = functools.partial(_encoded_blocks, blocks=blocks)
+    encode = functools.partial(_encoded_blocks, blocks=blocks, turn=turn)
 
     def put(codes: Array, fresh: Array, target: Array) -> Array:  # [B, H, N, …], [B, M, H, …]
         row = jnp.arange(codes.shape[0])[:, None]
@@ -337,15 +383,18 @@ def _flush(
 
 
 def _encoded_blocks(
-    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array, *, blocks: int
+    cache: KVCache, k: Array, v: Array, codec: Codec, count: Array, *, blocks: int, turn: Turn
 ) -> tuple[tuple[Codes, Codes], Array, Outliers | None]:
     """One layer: codes ``[B, M, H, …]`` of blocks that may have filled, the slots ``[B, M]`` that
     they go to, ``blocks`` where they have not, and the outliers with these blocks among them."""
     spec = codec.spec
     tokens, ring = k.shape[1], cache.window_key.shape[1]
-    most = min(-(-tokens // spec.block), blocks)  # the window held window + block - 1 at most
+    # Of these blocks only; but who keeps outliers must know the errors of all.
+    ours = turn if cache.outliers is None else Turn()
+    most = -(-tokens // spec.block)  # the window held window + block - 1 at most
+    most = min(-(-most // ours.step), blocks * (turn.step // ours.step))
     first = blocks_after(spec, cache.length)[:, None]
-    index = first + jnp.arange(most)  # [B, M]
+    index = first + (ours.first - first) % ours.step + ours.step * jnp.arange(most)  # [B, M]
     offset = index[..., None] * spec.block + jnp.arange(spec.block)  # [B, M, b] position - sinks
     position = offset + spec.sinks
     from_ring = position < cache.length[:, None, None]
@@ -369,7 +418,7 @@ def _encoded_blocks(
             jnp.where(done[..., None, None], error, -jnp.inf),
         )
         outliers = _worst(outliers, new_ones)
-    return fresh, jnp.where(done, index, blocks), outliers
+    return fresh, jnp.where(done, turn.slot(index, blocks), blocks), outliers
 
 
 def _worst(old: Outliers, new: Outliers) -> Outliers:
@@ -481,35 +530,32 @@ def exact_tokens(
     ]
 
 
-def outlier_slots(
-    cache: KVCache, shape: tuple[int, ...]
-) -> tuple[tuple[Array, ...], Bool[Array, "B E H"]]:
-    """One layer's indices of the outliers in arrays ``[B, N, b, H]``, out of bounds where a slot
-    is not filled, and which slots are."""
+def outlier_slots(cache: KVCache, shape: tuple[int, ...], turn: Turn) -> tuple[Array, ...]:
+    """One layer's indices of the outliers in arrays ``[B, N, b, H]`` of the blocks that ``turn``
+    says; out of bounds for those of other blocks and for slots that are not filled."""
     assert cache.spec is not None
     assert cache.outliers is not None
     there = cache.outliers.error > -jnp.inf
     offset = cache.outliers.position - cache.spec.sinks
-    block = jnp.where(there, offset // cache.spec.block, shape[1])
+    block = jnp.where(there, turn.slot(offset // cache.spec.block, shape[1]), shape[1])
     row, head = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[3])
-    return (row, block, offset % cache.spec.block, head), there
+    return row, block, offset % cache.spec.block, head
 
 
 def coded_tokens(
-    cache: KVCache, codec: Codec
+    cache: KVCache, codec: Codec, turn: Turn | None = None
 ) -> tuple[Float[Array, "B N b H d"], Float[Array, "B N b H d"]]:
     """One layer's blocks written out, float32, outliers exact; those beyond the length mean
-    nothing."""
-    spec = codec.spec
-    batch, blocks = cache.length.shape[0], cache.blocks
-    position = spec.sinks + jnp.arange(blocks * spec.block).reshape(blocks, spec.block)
-    position = jnp.broadcast_to(position, (batch, *position.shape))
+    nothing. ``turn`` says which blocks they are; None means all."""
+    turn = turn or Turn()
+    position = block_positions(codec.spec, turn.blocks(cache.blocks))
+    position = jnp.broadcast_to(position, (cache.length.shape[0], *position.shape))
     keys, values = jax.tree.map(
         lambda x: jnp.swapaxes(x, 1, 2), (cache.key_codes, cache.value_codes)
     )
     keys, values = codec.decode(keys, values, position)
     if cache.outliers is not None:
-        at, _ = outlier_slots(cache, keys.shape)
+        at = outlier_slots(cache, keys.shape, turn)
         keys = keys.at[at].set(cache.outliers.key.astype(jnp.float32), mode="drop")
         values = values.at[at].set(cache.outliers.value.astype(jnp.float32), mode="drop")
     return keys, values

@@ -5,11 +5,13 @@ of b tokens, R stages, K codewords. Each function attends only to the coded past
 output with its log-sum-exp, so that exact parts can be merged into one softmax.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from gsrq_jax.kernels import rotary, tiles
@@ -174,13 +176,26 @@ def merge(
 ) -> tuple[Float[Array, "*s d"], Float[Array, "*s"]]:
     """One softmax over disjoint sets of keys from each set's output and log-sum-exp.
 
-    At least one set must be non-empty.
+    A set may be empty, and so may be all.
     """
-    lse = jnp.stack([part[1] for part in parts])
-    whole = jax.nn.logsumexp(lse, axis=0)
-    shares = jnp.exp(lse - whole)
-    out = sum(share[..., None] * part[0] for share, part in zip(shares, parts, strict=True))
-    return out, whole
+    out, lse = (jnp.stack(x) for x in zip(*parts, strict=True))
+    return _merged(out, lse, lambda x: jnp.max(x, axis=0), lambda x: jnp.sum(x, axis=0))
+
+
+def merge_over(
+    part: tuple[Float[Array, "*s d"], Float[Array, "*s"]], axis_name: str
+) -> tuple[Float[Array, "*s d"], Float[Array, "*s"]]:
+    """`merge` of the parts of all devices of a mapped axis, the same on each of them."""
+    most, total = (functools.partial(f, axis_name=axis_name) for f in (lax.pmax, lax.psum))
+    return _merged(*part, most, total)
+
+
+def _merged(
+    out: Array, lse: Array, most: Callable[[Array], Array], total: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    top = most(lse)
+    share = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0))
+    return _finish(total(share[..., None] * out), total(share), top)
 
 
 Exact = tuple[Float[Array, "B n H d"], Float[Array, "B n H d"], Bool[Array, "B T n"]]

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import tyro
+from flax import nnx
+from jax.sharding import Mesh
 
 from gsrq_jax import codebook, codec
 from gsrq_jax.errors import InputError
@@ -21,9 +23,11 @@ from gsrq_jax.models import (
     longbench_run,
     needle,
     processes,
+    sharding,
     text,
     training,
 )
+from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.spec import Layout
 
 Config = TypeVar("Config")
@@ -114,6 +118,10 @@ class GenerateConfig:
         seed: of the sampling.
         chat: use the model's chat template: ``auto`` where it has one, ``yes`` or ``no``.
         dtype: of the model.
+        mesh: devices over which the past, and heads, are spread, such as ``4 2``; by default all of
+            several processes (docs/pods.md), but one device of a single process.
+        chunk: tokens of the prompt that are read at a time, over the cache that those before them
+            left; by default all are read at once, exactly.
     """
 
     prompt: tyro.conf.Positional[str]
@@ -129,11 +137,13 @@ class GenerateConfig:
     seed: int = 0
     chat: Literal["auto", "yes", "no"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: tuple[int, int] | None = None
+    chunk: int | None = None
 
 
 def generate(arguments: list[str] | None = None) -> None:
     """``gsrq-generate``."""
-    run(GenerateConfig, _generate, arguments)
+    run(GenerateConfig, processes.joined()(_generate), arguments)
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -143,7 +153,17 @@ def _generate(config: GenerateConfig) -> None:
     for flag, given in (("--compare", config.compare), ("--layout", config.layout is not None)):
         if given and config.codebooks is None:
             raise InputError(f"{flag} needs --codebooks")
-    model = loading.load(config.model, dtype=config.dtype)
+
+    def mesh_for(found: LlamaConfig) -> Mesh | None:
+        if config.mesh is None and jax.process_count() == 1:
+            return None
+        return sharding.make_mesh(found.kv_heads, config.mesh)
+
+    def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
+        mesh = mesh_for(found)
+        return None if mesh is None else sharding.shardings(mesh, params)
+
+    model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
     tokenizer = model.needed_tokenizer()
     words = config.prompt
     if config.context is not None:
@@ -171,7 +191,9 @@ def _generate(config: GenerateConfig) -> None:
     for books in ways:
         print(f"--- {'full precision' if books is None else books.spec}", flush=True)
         generator = generation.Generator(
-            model.graphdef, model.params, books, sampler, model.config.eos_tokens
+            *(model.graphdef, model.params, books, sampler, model.config.eos_tokens),
+            mesh=mesh_for(model.config),
+            chunk=config.chunk,
         )
         _stream(generator, tokenizer, prompt, length, config)
 

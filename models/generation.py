@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32, Int, Key
 
+from gsrq_jax import sharded
 from gsrq_jax.attention import attend, causal
 from gsrq_jax.cache import KVCache, append, init_cache, layer_views, stack_layers
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import llama
+from gsrq_jax.models import llama, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ def prefill(
     *,
     max_length: int,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    mesh: Mesh | None = None,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Read prompts: exact attention, each layer's keys and values coded before the next layer.
 
@@ -102,6 +105,8 @@ def prefill(
         codec: a stacked codec, such as codebooks; None for an exact cache.
         max_length: tokens that the cache must hold.
         dtype: of the exact parts of the cache.
+        mesh: of `gsrq_jax.models.sharding.make_mesh`, over which parameters, codec and cache are
+            spread.
 
     Returns:
         Logits after each prompt's last token, and the cache.
@@ -110,7 +115,7 @@ def prefill(
     batch, length = tokens.shape
 
     def layer(q: Array, k: Array, v: Array, books: Codec | None):
-        empty = init_cache(
+        empty = _on(mesh, init_cache, sharded.init_cache)(
             spec,
             batch=batch,
             kv_heads=k.shape[2],
@@ -118,12 +123,77 @@ def prefill(
             max_length=max_length,
             dtype=dtype,
         )
-        return causal(q, k, v), append(empty, k, v, books, count)
+        grown = _on(mesh, append, sharded.append)(empty, k, v, books, count)
+        return _on(mesh, causal, sharded.causal)(q, k, v), grown
 
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    hidden, cache = llama.apply(graphdef, params, tokens, positions, layer, codec)
+    place = _on(mesh, lambda h: h, sharding.by_channels)
+    hidden, cache = llama.apply(graphdef, params, tokens, positions, layer, codec, place=place)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     return llama.logits(graphdef, params, last), stack_layers(cache)
+
+
+def read(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    codec: Codec | None,
+    *,
+    chunk: int,
+    max_length: int,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    mesh: Mesh | None = None,
+) -> tuple[Float32[Array, "B V"], KVCache]:
+    """Read prompts ``chunk`` tokens at a time, each chunk over the cache that those before it left.
+
+    For prompts too long for `prefill`, whose exact keys and values of a layer and hidden states are
+    there for all tokens at once. Here they are for a chunk; what is older than sinks and window is
+    seen as its codes, as in decoding, so that logits are not those of `prefill`.
+
+    Args:
+        graphdef: of the model.
+        params: of the model.
+        tokens: prompts, padded on the right; T a multiple of ``chunk``.
+        count: tokens of each prompt, at least 1.
+        codec: as for `prefill`.
+        chunk: tokens at a time.
+        max_length: as for `prefill`, and ``dtype`` and ``mesh``.
+        dtype: as there.
+        mesh: as there.
+
+    Returns:
+        Logits after each prompt's last token, and the cache.
+
+    Raises:
+        InputError: if the chunks do not fill T.
+    """
+    batch, length = tokens.shape
+    if chunk < 1 or length % chunk:
+        raise InputError(f"{length} tokens are not a number of chunks of {chunk}; pad them")
+    config = nnx.merge(graphdef, params).config
+    empty = _on(mesh, init_cache, sharded.init_cache)(
+        codec.spec if codec is not None else None,
+        batch=batch,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_length=max_length,
+        layers=config.layers,
+        dtype=dtype,
+    )
+
+    def step(carry: tuple[KVCache, Array], x: tuple[Array, Array]):
+        cache, logits = carry
+        part, start = x
+        now = jnp.clip(count - start, 0, chunk)
+        new, cache = extend(graphdef, params, part, now, cache, codec, mesh)
+        return (cache, jnp.where((now > 0)[:, None], new, logits)), None
+
+    parts = jnp.swapaxes(tokens.reshape(batch, -1, chunk), 0, 1)
+    logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
+    starts = jnp.arange(0, length, chunk)
+    (cache, logits), _ = jax.lax.scan(step, (empty, logits), (parts, starts))
+    return logits, cache
 
 
 def refilled(
@@ -171,10 +241,12 @@ def extend(
     count: Int[Array, " B"],
     cache: KVCache,
     codec: Codec | None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Read more tokens after those in the cache: one to decode, a chunk of a prompt, a new turn.
 
-    The layer loop only reads the cache; one `append` for all layers follows it.
+    The layer loop only reads the cache; one `append` for all layers follows it. With a mesh all of
+    it is spread, as `prefill` leaves it.
 
     Returns:
         Logits after each sequence's last new token (of the first where there is none), the cache.
@@ -183,11 +255,21 @@ def extend(
     views, view = layer_views(cache)
 
     def layer(q: Array, k: Array, v: Array, held: tuple[Any, Codec | None]):
-        return attend(q, k, v, view(held[0]), held[1], count), (k, v)
+        out = _on(mesh, attend, sharded.attend)(q, k, v, view(held[0]), held[1], count)
+        return out, (k, v)
 
-    hidden, (k, v) = llama.apply(graphdef, params, tokens, positions, layer, (views, codec))
+    place = _on(mesh, lambda h: h, sharding.by_channels)
+    hidden, (k, v) = llama.apply(
+        graphdef, params, tokens, positions, layer, (views, codec), place=place
+    )
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return llama.logits(graphdef, params, last), append(cache, k, v, codec, count)
+    grown = _on(mesh, append, sharded.append)(cache, k, v, codec, count)
+    return llama.logits(graphdef, params, last), grown
+
+
+def _on(mesh: Mesh | None, one: Callable, many: Callable) -> Callable:
+    """``one`` for a single device, or ``many`` on this mesh."""
+    return one if mesh is None else functools.partial(many, mesh)
 
 
 def decode(
@@ -199,6 +281,7 @@ def decode(
     *,
     sampler: Sampler,
     eos: tuple[int, ...],
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Up to ``steps`` more tokens in one loop; stops when every sequence is done.
 
@@ -209,7 +292,8 @@ def decode(
         left, state = carry
         alive = ~state.done
         logits, cache = extend(
-            graphdef, params, state.token[:, None], alive.astype(jnp.int32), state.cache, codec
+            *(graphdef, params, state.token[:, None], alive.astype(jnp.int32)),
+            *(state.cache, codec, mesh),
         )
         return left - 1, _take(state.replace(cache=cache), logits, sampler, eos)
 
@@ -270,6 +354,9 @@ class Generator:
         sampler: how tokens are chosen.
         eos: tokens that end a sequence.
         dtype: of the exact parts of the cache.
+        mesh: of `gsrq_jax.models.sharding.make_mesh`, over which parameters, codec and cache are
+            spread; None for one device. Every process of several makes the same calls.
+        chunk: tokens of prompts that are read at a time (`read`); None reads them at once.
     """
 
     graphdef: nnx.GraphDef
@@ -278,17 +365,49 @@ class Generator:
     sampler: Sampler = Sampler()
     eos: tuple[int, ...] = ()
     dtype: jax.typing.DTypeLike = jnp.bfloat16
+    mesh: Mesh | None = None
+    chunk: int | None = None
+
+    @functools.cached_property
+    def _placed(self) -> tuple[nnx.State, Codec | None]:
+        """Parameters and codec where the mesh has them."""
+        if self.mesh is None:
+            return self.params, self.codec
+        axes = sharded.codec_axes(self.codec, stacked=True)
+        return (
+            jax.device_put(self.params, sharding.shardings(self.mesh, self.params)),
+            jax.device_put(
+                self.codec, jax.tree.map(functools.partial(NamedSharding, self.mesh), axes)
+            ),
+        )
 
     @functools.cached_property
     def _prefill(self) -> Callable[..., tuple[Array, KVCache]]:
+        way = prefill if self.chunk is None else functools.partial(read, chunk=self.chunk)
         return jax.jit(
-            functools.partial(prefill, self.graphdef, dtype=self.dtype),
+            functools.partial(way, self.graphdef, dtype=self.dtype, mesh=self.mesh),
             static_argnames="max_length",
         )
 
     @functools.cached_property
+    def _start(self) -> Callable[..., DecodeState]:
+        def begin(cache: KVCache, logits: Array, seed: Array, max_new_tokens: int) -> DecodeState:
+            return start(
+                cache,
+                logits,
+                jax.random.key(seed),
+                max_new_tokens=max_new_tokens,
+                sampler=self.sampler,
+                eos=self.eos,
+            )
+
+        return jax.jit(begin, static_argnames="max_new_tokens", donate_argnums=0)
+
+    @functools.cached_property
     def _decode(self) -> Callable[..., DecodeState]:
-        step = functools.partial(decode, self.graphdef, sampler=self.sampler, eos=self.eos)
+        step = functools.partial(
+            decode, self.graphdef, sampler=self.sampler, eos=self.eos, mesh=self.mesh
+        )
         return jax.jit(step, donate_argnums=2)
 
     def __call__(
@@ -313,11 +432,14 @@ class Generator:
 
         Raises:
             InputError: if a prompt is empty or does not fit with its new tokens, or if
-                ``max_new_tokens`` or ``stride`` is less than 1. It comes with the first state.
+                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1. It comes with the first
+                state.
         """
         longest = max(map(len, prompts), default=0)
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"chunk must be at least 1, got {self.chunk}")
         stride = max_new_tokens if stride is None else stride
         if max_new_tokens < 1 or stride < 1:
             raise InputError(
@@ -328,23 +450,20 @@ class Generator:
                 f"a prompt of {longest} tokens with {max_new_tokens} new ones does not fit into a "
                 f"cache of {max_length}; shorten it or ask for a longer cache"
             )
-        padded = min(max_length, -(-longest // _BUCKET) * _BUCKET)
+        if self.chunk is None:
+            padded = min(max_length, -(-longest // _BUCKET) * _BUCKET)
+        else:
+            padded = -(-longest // self.chunk) * self.chunk
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        count = jnp.asarray([len(p) for p in prompts], jnp.int32)
-        logits, cache = self._prefill(self.params, tokens, count, self.codec, max_length=max_length)
-        state = start(
-            cache,
-            logits,
-            jax.random.key(seed),
-            max_new_tokens=max_new_tokens,
-            sampler=self.sampler,
-            eos=self.eos,
-        )
+        count = np.asarray([len(p) for p in prompts], np.int32)
+        params, codec = self._placed
+        logits, cache = self._prefill(params, tokens, count, codec, max_length=max_length)
+        state = self._start(cache, logits, np.uint32(seed), max_new_tokens=max_new_tokens)
         while not bool(state.done.all()):
             yield state
-            state = self._decode(self.params, self.codec, state, jnp.int32(stride))
+            state = self._decode(params, codec, state, np.int32(stride))
         yield state
 
 

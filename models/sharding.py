@@ -15,6 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from gsrq_jax.calibration import DATA, MODEL
 from gsrq_jax.errors import InputError
@@ -153,6 +154,17 @@ def shardings(mesh: Mesh, params: nnx.State) -> nnx.State:
             for path, leaf in nnx.to_flat_state(params)
         ]
     )
+
+
+def by_channels(mesh: Mesh, hidden: Float[Array, "B T hidden"]) -> Float[Array, "B T hidden"]:
+    """Hidden states spread as the weights that they meet are, where devices can share them evenly.
+
+    So weights stay where they are, and what is exchanged are sums of activations: for few tokens
+    by far the less.
+    """
+    if hidden.shape[-1] % mesh.shape[DATA]:
+        return hidden
+    return jax.lax.with_sharding_constraint(hidden, NamedSharding(mesh, P(None, None, DATA)))
 
 
 def replicated(mesh: Mesh, tree: Any) -> Any:

@@ -18,6 +18,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # have no others, and end the process at a flag that they do not know.)
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)
+# Where libtpu is: its compiler, in several workers at once and without a TPU host to ask.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # Tracing makes many objects and little garbage in cycles: look for it seldom.
 gc.set_threshold(100_000, 20, 50)
 

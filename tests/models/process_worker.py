@@ -1,9 +1,12 @@
 """One process of a run, for test_processes.py: ``process_worker.py WHAT FOLDER FLAGS …``.
 
-``die`` trains until the second layer is to be fitted, where process 3 is killed. ``train`` tries
-what several processes refuse, trains, and ends with bad input of process 1. Nothing is measured.
+``write`` generates, and puts what it prints into the folder. ``die`` trains until the second layer
+is to be fitted, where process 3 is killed. ``train`` tries what several processes refuse, trains,
+and ends with bad input of process 1. Nothing is measured.
 """
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -16,7 +19,7 @@ import tyro
 
 from gsrq_jax.calibration import SampleStore
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import evaluation, processes, report, training
+from gsrq_jax.models import commands, evaluation, processes, report, training
 
 what, folder, *flags = sys.argv[1:]
 evaluation.fidelity = lambda *_: evaluation.Fidelity(1, 1.0, 1.0, 0.0, 1.0)
@@ -50,6 +53,12 @@ def refused():
             yield str(error)
 
 
+if what == "write":
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        commands.generate(flags)
+    (pathlib.Path(folder) / f"written-{jax.process_index()}").write_text(said.getvalue())
+    sys.exit()
 with processes.joined():
     if what == "die":
         killed_at_layer_1()

@@ -27,9 +27,9 @@ SPEC = QuantSpec.from_bits(1, CONFIG.head_dim, codewords=16, block=8, window=8, 
 
 
 @functools.cache
-def model():
+def model(config: LlamaConfig = CONFIG):
     """Graph and float32 parameters, with queries and keys sharp enough for the past to matter."""
-    graphdef, shapes = llama.abstract(CONFIG)
+    graphdef, shapes = llama.abstract(config)
     rng = np.random.default_rng(0)
 
     def draw(path, shape):
@@ -44,10 +44,10 @@ def model():
     return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def codebooks(spec: QuantSpec = SPEC, seed: int = 1) -> Codebooks:
+def codebooks(spec: QuantSpec = SPEC, seed: int = 1, config: LlamaConfig = CONFIG) -> Codebooks:
     """Codewords drawn at the size of keys and values: coarse, so that codes are seen to be used."""
     rng = np.random.default_rng(seed)
-    lead = (CONFIG.layers, CONFIG.kv_heads)
+    lead = (config.layers, config.kv_heads)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=(*lead, *shape)), jnp.float32)
@@ -55,8 +55,8 @@ def codebooks(spec: QuantSpec = SPEC, seed: int = 1) -> Codebooks:
     return Codebooks(
         key=normal(*spec.key.codebook_shape),
         value=normal(*spec.value.codebook_shape),
-        key_mean=normal(CONFIG.head_dim),
-        inv_freq=jnp.broadcast_to(CONFIG.inv_freq, (CONFIG.layers, CONFIG.head_dim // 2)),
+        key_mean=normal(config.head_dim),
+        inv_freq=jnp.broadcast_to(config.inv_freq, (config.layers, config.head_dim // 2)),
         spec=spec,
     )
 

@@ -47,21 +47,44 @@ def test_what_should_not_be_gathered(command):
     }
 
 
+def test_codes_are_not_gathered_as_sums_either(command):
+    for shape, wrong in (("u8[4,256]", True), ("f32[4] u32[64]", True), ("f32[4,256]", False)):
+        hlo = f"  %a = ({shape.replace(' ', ', ')}) all-reduce(%x), channel_id=1"
+        row = {"collectives": [dataclasses.asdict(x) for x in command.collectives(hlo)]}
+        assert bool(command.gathered(row, lambda *_: True)) == wrong
+
+
 @pytest.mark.parametrize("case", ["v9:2x2=llama-3-8b", "v5e:2x2=llama-9", "v5e:2x2"])
 def test_cases_that_there_are_not(command, case):
     with pytest.raises(InputError, match=f"cannot compile {case}; give a topology of v5e, v5p"):
         command.compiled(case, command.Config(), {})
 
 
+def test_steps_that_there_are_not(command):
+    with pytest.raises(InputError, match="there are the steps capture, fit, prefill, decode, got"):
+        command.compiled("v5e:2x2=llama-3-8b", command.Config(steps=("decode", "dance")), {})
+
+
+def test_the_docs_have_the_results(command):
+    found = json.loads((BENCHMARKS.parent / "results" / "compiled-for-pods.json").read_text())
+    text = (BENCHMARKS.parent / "docs" / "pods.md").read_text()
+    rows = {(r["topology"], r["model"], r["step"], r["tokens"]): r for r in found["rows"]}
+    assert not any("problem" in row for row in rows.values())
+    assert {case[:2] for case in rows} == {tuple(c.split("=")) for c in command.Config().cases}
+    for row in rows.values():
+        assert command.table_row(row) in text.splitlines()
+
+
 def test_compiled_by_the_tpus_compiler(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU's compiler, is not installed")
     options = ("--cases", "v5e:2x2=llama-3-8b", "--bits", "0.125", "--sequences", "16")
+    options += ("--contexts", "8192")
     subprocess.run(
         [sys.executable, BENCHMARKS / "compile_for_pods.py", *options, "--out", tmp_path],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         check=True,
     )
     rows = json.loads((tmp_path / "results" / "compiled-for-pods.json").read_text())["rows"]
-    assert [row["step"] for row in rows] == ["capture", "fit"]
+    assert [row["step"] for row in rows] == ["capture", "fit", "prefill", "decode"]
     assert all(0 < row["hbm_gib"] < row["memory_gib"] for row in rows)

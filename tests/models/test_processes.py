@@ -14,12 +14,12 @@ import tiny
 
 from gsrq_jax import codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import processes
+from gsrq_jax.models import commands, processes
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
 
 
-def run(count, what, folder, *flags):
+def run(count, what, folder, *flags, devices=8):
     """Exit codes and stderr of so many processes, which run to their ends."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -33,6 +33,7 @@ def run(count, what, folder, *flags):
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
                 "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
                 "GSRQ_PROCESS_TIMEOUT": "10",
             },
             stdout=subprocess.DEVNULL,
@@ -87,6 +88,24 @@ def test_lost_resumed_and_equal(tiny_model, tiny_run, tmp_path):
         assert re.match(r"process 1 does not see what process 0 wrote to .*only-.; give a", shared)
         assert share.startswith("2 processes cannot share 9 sequences evenly; choose --tokens")
         assert "No such file" in once
+
+
+def test_text_of_two_processes_is_that_of_one(tiny_model, tiny_run, tmp_path, capsys):
+    """On a mesh of both, two devices each, a prompt in chunks."""
+    flags = ["--model", str(tiny_model), "--codebooks", str(tiny_run / "codebooks")]
+    flags += ["--max-new-tokens", "40", "--chunk", "16", "the past is " + "long " * 12]
+    commands.generate(flags)
+    want = capsys.readouterr().out
+    assert " tokens/s, cache " in want
+    codes, said = run(2, "write", tmp_path, *flags, "--mesh", "2", "2", devices=2)
+    assert codes == [0, 0], said
+    found, nothing = ((tmp_path / f"written-{i}").read_text() for i in range(2))
+    assert not nothing
+
+    def text(said):
+        return re.sub(r"^\[.*\]$", "", said, flags=re.MULTILINE)
+
+    assert text(found) == text(want)
 
 
 def test_a_process_of_its_own():
