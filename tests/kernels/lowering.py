@@ -188,4 +188,5 @@ if __name__ == "__main__":
 
         s = jax.ShapeDtypeStruct
         points, words = s((2, 4096, 128), jnp.float32), s((2, 1, 32, 16, 128), jnp.bfloat16)
-        print(compiled(lambda x, w: encode(x, w), (points, words), library))
+        with mock.patch.object(jax, "default_backend", return_value="gpu"):
+            print(compiled(lambda x, w: encode(x, w), (points, words), library))

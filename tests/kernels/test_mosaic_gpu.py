@@ -525,7 +525,9 @@ def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
 
 @supported
 def test_encoding_changes_residuals_in_place(without_a_gpu):
+    """Once for four stages of 16 codewords."""
     hlo = without_a_gpu("encode", {})
     stage = re.search(r"^%\S+ \(arg_tuple(?:.*\n)*?^\}", hlo, re.M).group()
-    assert "subtract_fusion" in stage
+    assert "f32[2,4096,64]" in stage
+    assert len(re.findall(r"= f32\[2,1,4096,128\]\S* fusion\(", stage)) == 1
     assert " copy(" not in stage
