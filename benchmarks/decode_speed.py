@@ -56,9 +56,6 @@ TOY = dataclasses.replace(
 )
 MODELS = {"llama-3-8b": LLAMA_3_8B, "toy": TOY}
 FULL = "bf16"
-ON_GPU = {"xla_gpu_enable_triton_gemm": False}
-"""For the decode loop: cuBLAS reads a layer's weights where they are, Triton's products of a slice
-of the stack a copy of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +325,7 @@ def random_params(shapes: Any) -> Any:
 
 def compiled(program: Any, *arguments: Any) -> tuple[Callable[..., Any], float]:
     """It, compiled for the arguments, and the most bytes that it has at a time."""
-    done = program.lower(*arguments).compile(compiler_options=ON_GPU if on_gpu() else None)
+    done = program.lower(*arguments).compile(compiler_options=generation.loop_options())
     m = done.memory_analysis()
     held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return done, float(held + m.temp_size_in_bytes)

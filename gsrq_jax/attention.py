@@ -22,7 +22,7 @@ from gsrq_jax.cache import (
     exact_tokens,
     outlier_slots,
 )
-from gsrq_jax.codebook import Codebooks, errors, unpack
+from gsrq_jax.codebook import Codebooks, errors, of_heads, unpack
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
@@ -88,11 +88,14 @@ def attend(
     step = jnp.arange(tokens)
     new = jnp.full((batch,), tokens) if count is None else count
     themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
-    exact = [(k, v, themselves)]
-    for keys, values, there in exact_tokens(cache):
-        seen = jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[1]))
-        exact.append((keys, values, seen))
-    parts = [reference.attend_sets(query, exact)]
+    sinks, window = (
+        (keys, values, jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[1])))
+        for keys, values, there in exact_tokens(cache)
+    )
+    # The new ones join the sinks, which are as few: two products less.
+    few = zip(sinks, (k, v, themselves), (1, 1, 2), strict=True)
+    first, second, seen = (jnp.concatenate([a, b], axis) for a, b, axis in few)
+    parts = [reference.attend_sets(query, [(first, second, seen), window])]
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
         tiled = books is not None and books.spec.layout == "tiles"
@@ -220,8 +223,8 @@ def _attend_codes(
     return reference.attend_codes(
         framed,
         shift,
-        unpack(cache.key_codes, spec.key),
-        unpack(cache.value_codes, spec.value),
+        of_heads(unpack(cache.key_codes, spec.key), spec.key, axis=1),
+        of_heads(unpack(cache.value_codes, spec.value), spec.value, axis=1),
         codebooks.key,
         codebooks.value,
         filled,

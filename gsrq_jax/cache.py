@@ -88,9 +88,10 @@ class KVCache:
         sink_key, sink_value: ``[B, S, H, d]``, the first tokens.
         window_key, window_value: ``[B, C, H, d]``, a ring of ``window + block`` slots.
         key_codes, value_codes: the codec's codes, arrays ``[B, H, N, *shape]``; for residual codes
-            uint8 ``[B, H, N, b, bytes]``. Where the spec gives layers stages of their own, a stack
-            has no axis of layers here but planes, uint8 ``[P, B, H, N, b]``: each byte of a token
-            in the first layer, then those of the second, and so on. `layer_views` takes them apart.
+            uint8 ``[B, H, N, b, bytes]``, where heads share codes once for all that do. Where the
+            spec gives layers stages of their own, a stack has no axis of layers here but planes,
+            uint8 ``[P, B, H, N, b]``: each byte of a token in the first layer, then those of the
+            second, and so on. `layer_views` takes them apart.
         length: int32 ``[B]``, tokens so far.
         outliers: `Outliers`, or None where the spec has none.
         spec: the quantisation, or None for a cache at full precision (S = N = 0).
@@ -152,7 +153,8 @@ def init_cache(
         axis_name: mapped axis over which the blocks are spread; then this device's part.
 
     Raises:
-        InputError: if ``head_dim`` is not the spec's or ``max_length`` is not positive.
+        InputError: if ``head_dim`` is not the spec's, its codes are for another number of heads, or
+            ``max_length`` is not positive.
     """
     if max_length < 1:
         raise InputError(f"max_length must be at least 1, got {max_length}")
@@ -162,6 +164,12 @@ def init_cache(
             "train codebooks for this model"
         )
     lead = () if layers is None else (layers,)
+    shares = (1, 1) if spec is None else spec.code_heads
+    if any(kv_heads % n for n in shares):
+        raise InputError(
+            f"the spec is for codes that {max(shares)} KV heads share, and there are {kv_heads}; "
+            "train codebooks for this model"
+        )
 
     def exact(slots: int) -> Array:
         return jnp.zeros((*lead, batch, slots, kv_heads, head_dim), dtype)
@@ -176,12 +184,16 @@ def init_cache(
         shapes = spec.code_shapes()
     if layers is not None and _by_layer(spec):
         key_codes, value_codes = (
-            jnp.zeros((len(planes), batch, kv_heads, blocks, spec.block), jnp.uint8)
-            for planes in _planes(spec, layers)
+            jnp.zeros((len(planes), batch, kv_heads // n, blocks, spec.block), jnp.uint8)
+            for planes, n in zip(_planes(spec, layers), shares, strict=True)
         )
     else:
-        key_codes, value_codes = jax.tree.map(
-            lambda s: jnp.zeros((*lead, batch, kv_heads, blocks, *s.shape), s.dtype), shapes
+        key_codes, value_codes = (
+            jax.tree.map(
+                lambda s, n=n: jnp.zeros((*lead, batch, kv_heads // n, blocks, *s.shape), s.dtype),
+                shape,
+            )
+            for shape, n in zip(shapes, shares, strict=True)
         )
     outliers = None
     if (kept := outliers_kept(spec)) > 0:

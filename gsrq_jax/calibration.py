@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from gsrq_jax import residual
-from gsrq_jax.codebook import Codebooks, under
+from gsrq_jax.codebook import Codebooks, apart, of_heads, together, under
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import to_frame
 from gsrq_jax.kmeans import AxisName
@@ -169,11 +169,18 @@ def fit_layer(
         rng: Array, x: Array, code: ResidualSpec, norms: Array | None, metric: Array | None
     ) -> tuple[Array, residual.FitReport]:
         points = jnp.moveaxis(x.astype(jnp.float32), 1, 0)
+        points = together(points if metric is None else under(metric, points), code)
+        weights = None
+        if norms is not None:
+            weights = log_smooth(jnp.moveaxis(norms, 1, 0), axis_name=axis_name)
+            # Heads that share codes weigh a token by their mean.
+            weights = together(weights[..., None], code).mean(axis=-1)
+        dim = code.dim * code.heads
         words, report = residual.fit(
             rng,
-            points if metric is None else under(metric, points),
-            code,
-            None if norms is None else log_smooth(jnp.moveaxis(norms, 1, 0), axis_name=axis_name),
+            points,
+            ResidualSpec(dim, code.group * code.heads, code.stages, code.codewords),
+            weights,
             rule=options.rule,
             shape_update=options.shape_update,
             iterations=options.iterations,
@@ -182,6 +189,10 @@ def fit_layer(
             refits=options.refits,
             axis_name=axis_name,
             problem_axis=head_axis,
+        )
+        words, report = (
+            apart(words, code),
+            jax.tree.map(lambda x: of_heads(x, code, axis=0), report),
         )
         return words if metric is None else under(jnp.linalg.inv(metric), words), report
 

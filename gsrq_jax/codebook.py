@@ -35,7 +35,9 @@ from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 FORMAT = "gsrq-jax codebooks"
-VERSION = 2  # 1 had neither metrics nor stages by layer
+# 1 had neither metrics nor stages by layer; 2 neither layouts, mean keys at knots nor codes that
+# heads share.
+VERSION = 3
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +52,7 @@ class Codebooks:
     axes, ``value`` has ``spec.value.codebook_shape``, all arrays agree on ``L`` and ``H``,
     codewords are float32 or bfloat16, the other arrays float32, and all numbers are finite. Where
     the spec gives layers stages of their own, codewords of those that a layer does not have are 0.
+    Where heads share codes, each has its own part of every codeword.
 
     Attributes:
         key: codewords of the keys in the frame of ``spec``, ``[L, H, G, R, K, g]``.
@@ -98,12 +101,13 @@ class Codebooks:
         of tiles, any number of whole tiles).
 
         Returns:
-            uint8 ``[*lead, H, b, bytes]``, or as tiles uint32 ``[*lead, H, tiles, words]``.
+            uint8 ``[*lead, H, b, bytes]``, or as tiles uint32 ``[*lead, H, tiles, words]``; H being
+            the heads over those that share a code.
         """
         framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
         v, spec = v.astype(jnp.float32), self.spec
-        keys = _encode(framed, self.key, self.key_metric, spec.beam)
-        values = _encode(v, self.value, self.value_metric, spec.beam)
+        keys = _encode(framed, self.key, self.key_metric, spec.key, spec.beam)
+        values = _encode(v, self.value, self.value_metric, spec.value, spec.beam)
         if spec.layout == "tiles":
             keys, values = keys[..., 0, :], values[..., 0, :]
             return tiles.keys_to_tiles(keys, spec.key.codewords), tiles.values_to_tiles(values)
@@ -119,7 +123,10 @@ class Codebooks:
             values = tiles.values_from_tiles(value_codes, spec.value.stages)
             keys, values = keys[..., None, :], values[..., None, :]
         else:
-            keys, values = unpack(key_codes, spec.key), unpack(value_codes, spec.value)
+            keys, values = (
+                of_heads(unpack(packed, code), code, axis=-4)
+                for packed, code in ((key_codes, spec.key), (value_codes, spec.value))
+            )
         framed = _decode(keys, self.key)
         keys = from_frame(framed, positions, spec, self.key_mean, self.inv_freq)
         return keys, _decode(values, self.value)
@@ -183,14 +190,48 @@ def _pack(
     return packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
 
 
-def _encode(x: Array, codewords: Array, metric: Array | None, beam: int) -> Array:
-    """``[*lead, b, H, d]`` to codes ``[*lead, H, b, G, R]``."""
+def of_heads(codes: Array, code: ResidualSpec, *, axis: int) -> Array:
+    """The codes of each head on its own: those that heads share, once for each of them."""
+    return codes if code.heads == 1 else jnp.repeat(codes, code.heads, axis=axis)
+
+
+def together(
+    vectors: Float[Array, "H *n g"], code: ResidualSpec
+) -> Float[Array, "H/heads *n heads*g"]:
+    """Vectors (or codewords) of the heads that share codes, one after the other."""
+    if code.heads == 1:
+        return vectors
+    heads = len(vectors)
+    if heads % code.heads:
+        raise InputError(
+            f"{heads} KV heads (of a device) are not a multiple of the {code.heads} that share "
+            "codes; choose another number of heads, or another mesh"
+        )
+    split = vectors.reshape(heads // code.heads, code.heads, *vectors.shape[1:])
+    return jnp.moveaxis(split, 1, -2).reshape(*split.shape[:1], *split.shape[2:-1], -1)
+
+
+def apart(
+    vectors: Float[Array, "H/heads *n heads*g"], code: ResidualSpec
+) -> Float[Array, "H *n g"]:
+    """The inverse of `together`."""
+    if code.heads == 1:
+        return vectors
+    split = vectors.reshape(*vectors.shape[:-1], code.heads, -1)
+    return jnp.moveaxis(split, -2, 1).reshape(-1, *split.shape[1:-2], split.shape[-1])
+
+
+def _encode(
+    x: Array, codewords: Array, metric: Array | None, code: ResidualSpec, beam: int
+) -> Array:
+    """``[*lead, b, H, d]`` to codes ``[*lead, H/heads, b, G, R]``."""
     heads, dim = x.shape[-2:]
     points = jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(x.shape[:-2]), dim)
     if metric is not None:
         points, codewords = under(metric, points), under(metric, codewords.astype(jnp.float32))
+    points, codewords = together(points, code), together(codewords, code)
     codes = residual.encode(points, codewords, beam=beam)
-    return jnp.moveaxis(codes.reshape(heads, *x.shape[:-2], *codes.shape[-2:]), 0, -4)
+    return jnp.moveaxis(codes.reshape(len(codes), *x.shape[:-2], *codes.shape[-2:]), 0, -4)
 
 
 def under(metric: Float[Array, "H d d"], x: Float[Array, "H *n d"]) -> Float[Array, "H *n d"]:
@@ -242,6 +283,12 @@ def validate(codebooks: Codebooks) -> None:
         "value_metric": (*lead, heads, spec.head_dim, spec.head_dim),
     }
     by_layer = {"key": spec.key_stages, "value": spec.value_stages}
+    for name, code in (("key", spec.key), ("value", spec.value)):
+        if heads % code.heads:
+            raise InputError(
+                f"{name} codebooks are of {heads} KV heads, not a multiple of the {code.heads} "
+                "that the spec codes together"
+            )
     for name, code in (("key", spec.key), ("value", spec.value)):
         if f"{name}_metric" in arrays and code.groups > 1:
             raise InputError(f"{name}_metric is for whole heads; quantise them or leave it out")

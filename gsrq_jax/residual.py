@@ -424,8 +424,9 @@ def encode(
         codewords: ``[*lead, groups, stages, K, g]``, ``groups·g = d``, ``K`` at most 65536.
         beam: partial sums kept, 1 to 32; 1 is greedy: the nearest codeword of each stage in turn.
         chunk: vectors (of each lead) handled at a time, for which ``[*lead, groups, chunk, K]``
-            floats are held, ``beam + 1`` times as many with a beam. None means as many as make
-            64 MiB, over all leads and groups, or one.
+            floats are held, ``beam + 1`` times as many with a beam, and without one those of up
+            to `_AHEAD` codewords. None means as many as make 64 MiB, over all leads and groups, or
+            one.
 
     Returns:
         ``[*lead, n, groups, stages]`` uint8, or uint16 where ``K`` is above 256.
@@ -448,6 +449,8 @@ def encode(
     def of_chunk(x: Array) -> Array:
         """``[c, *lead, d]`` to ``[c, *lead, G, R]``."""
         x = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], groups, group), 0, -2)
+        if beam == 1 and _stages_at_once(by_stage) > 1:
+            return jnp.moveaxis(_greedy(x, by_stage, dtype), (-1, 0), (0, -1))
 
         def stage(state: tuple[Array, Array], words: Array):
             residuals, error, parent, code = _expand(*state, words)
@@ -466,9 +469,58 @@ def encode(
         return jnp.moveaxis(codes[..., 0], (-1, 0), (0, -1))
 
     if chunk is None:
-        chunk = max(1, _FLOATS // (math.prod(lead) * groups * _slots(beam) * k))
+        held = k * (_slots(beam) if beam > 1 else _stages_at_once(by_stage))
+        chunk = max(1, _FLOATS // (math.prod(lead) * groups * held))
     codes = _in_chunks(of_chunk, chunk, jnp.moveaxis(x, -2, 0))
     return checkpoint_name(jnp.moveaxis(codes, 0, -3), CODES)
+
+
+_AHEAD = 64  # codewords of stages whose scores a greedy search makes at once, but on a CPU
+
+
+def _stages_at_once(by_stage: Array) -> int:
+    if jax.default_backend() == "cpu":  # whose cache holds what is read again
+        return 1
+    return max(1, min(len(by_stage), _AHEAD // by_stage.shape[-2]))
+
+
+def _greedy(
+    x: Float[Array, "*lead n g"], by_stage: Float[Array, "R *lead K g"], dtype: jnp.dtype
+) -> UInt[Array, "R *lead n"]:
+    """Codes ``[R, *lead, n]``, the nearest codeword of each stage in turn.
+
+    Of few codewords several stages are scored by one product. What the codewords chosen on the way
+    change in the scores of those that follow are products of codewords, so that vectors are read
+    and changed once for all of these stages.
+    """
+    stages, *lead, k, group = by_stage.shape
+    ahead = _stages_at_once(by_stage)
+    spare = [(0, -stages % ahead)] + [(0, 0)] * (by_stage.ndim - 1)
+    together = jnp.pad(by_stage, spare).reshape(-1, ahead, *lead, k, group)
+
+    def step(residual: Array, words: Array) -> tuple[Array, Array]:  # words [ahead, *lead, K, g]
+        flat = jnp.moveaxis(words, 0, -3).reshape(*lead, ahead * k, group)
+        gains = scores(residual, flat)
+        exact = lax.Precision.HIGHEST
+        changes = 2 * jnp.einsum("...kd,...ld->...kl", flat, flat, precision=exact)
+        parts = [slice(i * k, (i + 1) * k) for i in range(ahead)]
+
+        def row(table: Array, code: Array) -> Array:
+            index = code[..., None].astype(jnp.int32)
+            return jnp.take_along_axis(table, index, -2, mode="promise_in_bounds")
+
+        codes: list[Array] = []
+        for own in parts:
+            gain = gains[..., own]
+            for before, code in zip(parts, codes, strict=False):
+                gain = gain - row(changes[..., before, own], code)
+            codes.append(jnp.argmax(gain, -1).astype(dtype))
+        for of_stage, code in zip(words, codes, strict=True):
+            residual = residual - row(of_stage, code)
+        return residual, jnp.stack(codes)
+
+    _, codes = lax.scan(step, x, together)
+    return codes.reshape(-1, *codes.shape[2:])[:stages]
 
 
 # The beam: slots 0 … beam − 1 hold partial sums, best first, and one more the greedy one. (A beam

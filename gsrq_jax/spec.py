@@ -41,6 +41,9 @@ class ResidualSpec:
         group: channels quantised together; divides ``dim``. ``dim`` itself is the default choice.
         stages: residual stages, each one codeword index per group.
         codewords: codewords of a stage, a power of two from 2 to 65536.
+        heads: adjacent KV heads that share every code, each with codewords of its own: the vectors
+            of a token in all of them are one vector to the encoder (ours). What heads have in
+            common is then stored once, and attention has so many times more codes to read a head.
 
     Raises:
         InputError: if the numbers do not fit each other.
@@ -50,6 +53,7 @@ class ResidualSpec:
     group: int
     stages: int
     codewords: int = 256
+    heads: int = 1
 
     def __post_init__(self):
         if self.dim < 1 or self.group < 1 or self.dim % self.group:
@@ -63,21 +67,33 @@ class ResidualSpec:
             raise InputError(
                 f"codewords must be a power of two from 2 to 65536, got {self.codewords}"
             )
+        if self.heads < 1:
+            raise InputError(f"heads must be at least 1, got {self.heads}")
+        if self.heads > 1 and self.groups > 1:
+            raise InputError(
+                f"codes of {self.heads} heads are for whole heads; leave out the group or heads"
+            )
 
     @classmethod
     def from_bits(
-        cls, bits: float, dim: int, *, codewords: int = 256, group: int | None = None
+        cls,
+        bits: float,
+        dim: int,
+        *,
+        codewords: int = 256,
+        group: int | None = None,
+        heads: int = 1,
     ) -> Self:
         """The spec with ``bits`` bits a number, or an error naming the nearest rates that exist."""
         group = dim if group is None else group
-        probe = cls(dim=dim, group=group, stages=1, codewords=codewords)
+        probe = cls(dim=dim, group=group, stages=1, codewords=codewords, heads=heads)
         stages = bits / probe.bits
         if not (stages >= 1 and stages % 1 == 0):  # nan and inf fail one of the two
             low = int(stages) if 1 < stages < math.inf else 0
             nearest = " and ".join(f"{n * probe.bits:g}" for n in (low, low + 1) if n)
             raise InputError(
-                f"{bits:g} bits cannot be had with {codewords} codewords on groups of {group} "
-                f"channels, where a stage costs {probe.bits:g} bits; "
+                f"{bits:g} bits cannot be had with {codewords} codewords on groups of "
+                f"{group * heads} channels, where a stage costs {probe.bits:g} bits; "
                 + (f"the nearest rates are {nearest}" if low else f"the lowest rate is {nearest}")
             )
         return dataclasses.replace(probe, stages=int(stages))
@@ -99,13 +115,13 @@ class ResidualSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one packed vector."""
+        """Bytes of one packed vector, of `heads` heads."""
         return -(-self.codes * self.code_bits // 8)
 
     @property
     def bits(self) -> float:
         """Nominal bits a number."""
-        return self.stages * self.code_bits / self.group
+        return self.stages * self.code_bits / (self.group * self.heads)
 
     @property
     def codebook_shape(self) -> tuple[int, int, int, int]:
@@ -157,11 +173,16 @@ class CacheSpec:
         return 8 * stored / (2 * self.block * self.head_dim)
 
     def code_shapes(self) -> tuple[Any, Any]:
-        """What one head keeps of one block of keys, and of values.
+        """What one head, or `code_heads` of them, keeps of one block of keys, and of values.
 
         Pytrees of ``jax.ShapeDtypeStruct``.
         """
         raise NotImplementedError
+
+    @property
+    def code_heads(self) -> tuple[int, int]:
+        """KV heads that share the codes of keys, and of values."""
+        return 1, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +276,8 @@ class QuantSpec(CacheSpec):
             ("frame", self.frame, ("block",)),
             ("groups of channels", self.key.groups, (1,)),
             ("groups of channels", self.value.groups, (1,)),
+            ("heads of a code of keys", self.key.heads, (1,)),
+            ("heads of a code of values", self.value.heads, (1,)),
             ("codewords of a stage of keys", self.key.codewords, (16, 256)),
             ("codewords of a stage of values", self.value.codewords, (16,)),
             (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
@@ -275,10 +298,11 @@ class QuantSpec(CacheSpec):
         *,
         codewords: int = 256,
         group: int | None = None,
+        heads: int = 1,
         **fields: Any,
     ) -> Self:
         """Keys and values alike at ``bits`` nominal bits a number; ``fields`` are the others."""
-        code = ResidualSpec.from_bits(bits, head_dim, codewords=codewords, group=group)
+        code = ResidualSpec.from_bits(bits, head_dim, codewords=codewords, group=group, heads=heads)
         return cls(key=code, value=code, **fields)
 
     @property
@@ -296,8 +320,16 @@ class QuantSpec(CacheSpec):
         """See `CacheSpec.stored_bits`; mean over layers."""
         if self.layout == "tiles":
             return super().stored_bits
-        stored = sum(statistics.fmean(code.nbytes for code in codes) for codes in self.layer_codes)
+        stored = sum(
+            statistics.fmean(code.nbytes / code.heads for code in codes)
+            for codes in self.layer_codes
+        )
         return 8 * stored / (2 * self.head_dim)
+
+    @property
+    def code_heads(self) -> tuple[int, int]:
+        """See `CacheSpec.code_heads`."""
+        return self.key.heads, self.value.heads
 
     @property
     def layer_codes(self) -> tuple[tuple[ResidualSpec, ...], tuple[ResidualSpec, ...]]:
@@ -333,7 +365,8 @@ class QuantSpec(CacheSpec):
             split = "" if c.groups == 1 else f" × {c.groups} groups"
             least = c.stages if by_layer is None else min(by_layer)
             stages = f"{c.stages}" if least == c.stages else f"{least} to {c.stages}"
-            return f"{stages} stages × {c.codewords} codewords{split}"
+            together = "" if c.heads == 1 else f" for {c.heads} heads together"
+            return f"{stages} stages × {c.codewords} codewords{split}{together}"
 
         key, value = code(self.key, self.key_stages), code(self.value, self.value_stages)
         both = key if key == value else f"keys {key}, values {value}"

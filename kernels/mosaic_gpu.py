@@ -554,7 +554,7 @@ def _rows_to_heads(problem: Problem, x: Array) -> Array:
 
 def put_together(
     problem: Problem,
-    histogram: Float[Array, "pairs parts S 16 4"],
+    histogram: Float[Array, "pairs parts 4 S 16"],
     scale: Int[Array, "pairs parts 4"],
     value_codewords: Float[Array, "H 1 S 16 d"],
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
@@ -565,14 +565,13 @@ def put_together(
     p = problem
     top = scale.max(axis=1, keepdims=True)
     weight = jnp.exp2((scale - top).astype(jnp.float32))  # [pairs, parts, 4]
-    mass = jnp.einsum("psvkr,psr->pvkr", histogram, weight)
-    total = mass[:, 0].sum(axis=1)  # [pairs, 4]
+    mass = jnp.einsum("psrvk,psr->prvk", histogram, weight)
+    total = mass[:, :, 0].sum(axis=-1)  # [pairs, 4]
     some = total > 0
-    per_head = mass.reshape(p.heads, -1, p.value_stages, 16, ROWS)
     out = jnp.einsum(
-        "hpvkr,hvkd->hprd",
-        per_head,
-        value_codewords[:, 0].astype(jnp.float32),
+        "hnc,hcd->hnd",
+        mass.reshape(p.heads, -1, p.value_stages * 16),
+        value_codewords.reshape(p.heads, -1, p.dim).astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     ).reshape(-1, ROWS, p.dim)
     safe = jnp.where(some, total, 1)
@@ -607,7 +606,7 @@ def fused_kernel(problem: Problem, config: Config) -> Any:
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((*parts, problem.value_stages, 16, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, ROWS, problem.value_stages, 16), jnp.float32),
             jax.ShapeDtypeStruct((*parts, ROWS), jnp.int32),
         ],
         scratch_types=[plgpu.SMEM((memory.nbytes,), jnp.uint8)],
@@ -908,11 +907,12 @@ class FusedKernel:
         stage = (octet << 3) + (warp.lane >> 2)
         real = warp.less(stage, p.value_stages)
         part = warp.block * teams + team
-        place = self.at.histogram + warp.wide(part) * (p.value_stages * 16 * ROWS * 4)
-        place = place + warp.wide((stage << 4) * (ROWS * 4) + row * 4)
-        for i, x in enumerate(done[3:]):
-            code = i // 2 + 8 * (i % 2)
-            warp.store_global(place, x, code * ROWS * 4, where=real)
+        of_codes = 16 * 4
+        place = self.at.histogram + warp.wide(part) * (ROWS * p.value_stages * of_codes)
+        place = place + warp.wide((row * p.value_stages + stage) * of_codes)
+        in_order = [*done[3::2], *done[4::2]]
+        for code in range(0, 16, 4):
+            warp.store_global(place, in_order[code : code + 4], code * 4, where=real)
         first = warp.equal(octet, 0) & warp.less(warp.lane, ROWS)
         place = self.at.scale + warp.wide(part * (ROWS * 4) + row * 4)
-        warp.store_global(place, done[2], where=first)
+        warp.store_global(place, [done[2]], where=first)

@@ -217,7 +217,7 @@ def places(warp: Any, form: KeyTable, base: Any) -> Places:
 def look_up(warp: Any, form: KeyTable, where: Places, units: list) -> list:
     """Sums of the entries of a lane's token, one for each row, as bits of floats (see `MAGIC`).
 
-    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 36) = 1050, of which 256 LDS.64.
+    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 30) = 1010, of which 256 LDS.64.
 
     Args:
         warp: who does it.

@@ -292,11 +292,12 @@ class Warp:
         return self._many(self._ptx(code, kind * n, address, effects=True))
 
     def store_global(
-        self, address: Value, value: Value, offset: int = 0, where: Value | None = None
+        self, address: Value, values: Sequence[Value], offset: int = 0, where: Value | None = None
     ) -> None:
-        """A word to global memory, in the lanes where the condition holds."""
-        store = f"st.global.{_SUFFIX[value.kind]} [$0+{offset}], $1;"
-        self._guarded(store, (address, value), where)
+        """1, 2 or 4 words to global memory, in the lanes where the condition holds."""
+        n = len(values)
+        store = f"st.global{_vector(n)}.{_SUFFIX[values[0].kind]} [$0+{offset}], {_list(1, n)};"
+        self._guarded(store, (address, *values), where)
 
     # --- tensor cores -------------------------------------------------------------------------
 

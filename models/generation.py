@@ -304,6 +304,20 @@ def decode(
     return jax.lax.while_loop(more, body, (steps, state))[1]
 
 
+ON_GPU: dict[str, Any] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_disable_hlo_passes": "dot-merger",
+}
+"""XLA's options for the decode loop on a GPU. Its layers read weights out of a stack: cuBLAS does
+so where they are, Triton's products, and those of q, k and v put together, from a copy in every
+step."""
+
+
+def loop_options() -> dict[str, Any] | None:
+    """`ON_GPU` there, None elsewhere: the ``compiler_options`` of `jax.jit` for `decode`."""
+    return ON_GPU if jax.default_backend() == "gpu" else None
+
+
 def start(
     cache: KVCache,
     logits: Float[Array, "B V"],
@@ -408,7 +422,7 @@ class Generator:
         step = functools.partial(
             decode, self.graphdef, sampler=self.sampler, eos=self.eos, mesh=self.mesh
         )
-        return jax.jit(step, donate_argnums=2)
+        return jax.jit(step, donate_argnums=2, compiler_options=loop_options())
 
     def __call__(
         self,

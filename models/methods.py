@@ -115,6 +115,7 @@ _OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
     "outliers": ("encoder", "outliers", int),
     "refits": ("fit", "refits", int),
     "k": ("spec", "codewords", int),
+    "heads": ("spec", "heads", int),
     "block": ("spec", "block", int),
     "every": ("spec", "mean_every", int),
     "pre": ("spec", "frame", "pre"),

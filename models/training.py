@@ -79,6 +79,8 @@ class TrainConfig:
         stages: residual stages, instead of ``bits``.
         codewords: codewords of a stage, a power of two up to 65536.
         group: channels quantised together; whole heads if not given.
+        heads: adjacent KV heads that share every code: fewer errors at the same bits, and so many
+            times more work in decoding.
         frame: rotary frame of the keys: ``block``, ``pre`` (before RoPE) or ``post``.
         block: tokens that are encoded together.
         window: recent tokens that stay exact.
@@ -119,6 +121,7 @@ class TrainConfig:
     stages: int | None = None
     codewords: int = 256
     group: int | None = None
+    heads: int = 1
     frame: Frame = "block"
     block: int = 128
     window: int = 128
@@ -150,10 +153,10 @@ class TrainConfig:
         group = head_dim if self.group is None else self.group
         if self.stages is None:
             code = ResidualSpec.from_bits(
-                self.bits, head_dim, codewords=self.codewords, group=group
+                self.bits, head_dim, codewords=self.codewords, group=group, heads=self.heads
             )
         else:
-            code = ResidualSpec(head_dim, group, self.stages, self.codewords)
+            code = ResidualSpec(head_dim, group, self.stages, self.codewords, self.heads)
         return QuantSpec(
             key=code,
             value=code,
@@ -231,12 +234,20 @@ def _run(config: TrainConfig) -> None:
     """Everything up to ``report.json``."""
     began = time.monotonic()
 
+    def make_mesh(found: LlamaConfig) -> Mesh | None:
+        if config.heads < 1 or found.kv_heads % config.heads:
+            raise InputError(
+                f"--heads must divide the {found.kv_heads} KV heads of the model, got "
+                f"{config.heads}"
+            )
+        return sharding.make_mesh(found.kv_heads // config.heads, config.mesh)
+
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
-        mesh = sharding.make_mesh(found.kv_heads, config.mesh)
+        mesh = make_mesh(found)
         return None if mesh is None else sharding.shardings(mesh, params)
 
     model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
-    mesh = sharding.make_mesh(model.config.kv_heads, config.mesh)
+    mesh = make_mesh(model.config)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
     count = texts.calibrated(config)

@@ -36,6 +36,15 @@ LAYOUTS = {
     "before rope": QuantSpec.from_bits(1, DIM, codewords=16, frame="pre", block=8, window=8),
     "after rope": QuantSpec.from_bits(1, DIM, codewords=16, frame="post", block=8, window=8),
     "outliers": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, sinks=4, outliers=3),
+    "heads together": QuantSpec.from_bits(1, DIM, codewords=16, heads=2, block=8, window=8),
+    "heads of keys together": QuantSpec(
+        key=ResidualSpec(DIM, DIM, 6, 16, heads=2),
+        value=ResidualSpec(DIM, DIM, 4, 16),
+        block=8,
+        window=5,
+        sinks=2,
+        outliers=3,
+    ),
     "many outliers": QuantSpec.from_bits(
         1, DIM, codewords=16, frame="pre", block=8, window=8, sinks=1, outliers=11
     ),
@@ -369,6 +378,15 @@ def test_stacked_vmapped_and_scanned_layers_agree():
         np.testing.assert_array_equal(got[1], want)
 
 
+def test_heads_together_keep_their_codes_once():
+    spec = LAYOUTS["heads together"]
+    cache = empty(spec)
+    assert cache.key_codes.shape[:2] == cache.value_codes.shape[:2] == (2, 1)
+    separate = empty(LAYOUTS["whole head"])
+    assert cache.key_codes.shape[2] == separate.key_codes.shape[2]
+    assert cache.key_codes.size == separate.key_codes.size
+
+
 def test_ragged_batch_equals_each_sequence_alone():
     spec = LAYOUTS["whole head"]
     rng = np.random.default_rng(10)
@@ -494,6 +512,8 @@ def test_refusals():
         attend(q[:, :1], k[:, :1], v[:, :1], empty(spec, layers=2), books)
     with pytest.raises(InputError, match="train codebooks for this model"):
         init_cache(spec, batch=1, kv_heads=1, head_dim=64, max_length=10)
+    with pytest.raises(InputError, match="2 KV heads share, and there are 3; train codebooks"):
+        init_cache(LAYOUTS["heads together"], batch=1, kv_heads=3, head_dim=DIM, max_length=10)
     pre = LAYOUTS["before rope"]
     with pytest.raises(InputError, match="table of its own"):
         attend(

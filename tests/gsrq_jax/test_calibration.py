@@ -81,6 +81,33 @@ def test_beam_and_refits(samples):
         fit(samples, options=dataclasses.replace(FEW, refits=-1))
 
 
+def test_what_heads_have_in_common_is_coded_once(samples):
+    """Two heads that hold the same: together they are coded as well as one at twice the bits."""
+    k, v, positions = samples
+    v = jnp.concatenate([v[:, :1], v[:, :1]], axis=1)
+    weights = jnp.asarray(np.random.default_rng(2).uniform(size=v.shape[:2]), jnp.float32)
+
+    def found(**code):
+        spec = dataclasses.replace(SPEC, value=dataclasses.replace(CODE, **code))
+        return fit((k, v, positions), spec, v_norms=weights)
+
+    apart, separate = found()
+    shared, together = found(stages=4, heads=2)
+    assert shared.spec.bits == apart.spec.bits
+    assert shared.value.shape == (2, 1, 4, 16, D)
+    np.testing.assert_allclose(shared.value[0], shared.value[1], atol=1e-5)
+    assert together.value.error.shape == (2, 1, 4)
+    np.testing.assert_array_equal(together.value.error[0], together.value.error[1])
+    assert (together.value.error[:, 0, -1] < 0.8 * separate.value.error[:, 0, -1]).all()
+    codes = shared.encode(k, v, positions)
+    assert codes[1].shape == (1, N, 2)
+    _, old = shared.decode(*codes, positions)
+    _, old_apart = apart.decode(*apart.encode(k, v, positions), positions)
+    assert (relative_error(v, old) < 0.8 * relative_error(v, old_apart)).all()
+    with pytest.raises(InputError, match=r"2 KV heads .* multiple of the 3 that share codes"):
+        found(heads=3)
+
+
 def test_keys_that_are_not_centred(samples):
     k, v, positions = samples
     spec = dataclasses.replace(SPEC, frame="pre")

@@ -225,9 +225,9 @@ def test_other_head_size(tmp_path):
 
 def test_newer_format(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(codebook, "VERSION", 3)
+        m.setattr(codebook, "VERSION", 4)
         save(tmp_path / "books", make(), model=MODEL)
-    with pytest.raises(InputError, match=r"format 3, newer than format 2.*upgrade") as error:
+    with pytest.raises(InputError, match=r"format 4, newer than format 3.*upgrade") as error:
         load(tmp_path / "books")
     one_line(error)
 
@@ -485,6 +485,52 @@ def test_codes_are_the_nearest_in_the_metric():
     np.testing.assert_array_equal(first.T, jnp.sum(moved**2, -1).argmin(-1))
     plain = dataclasses.replace(books, value_metric=None)
     assert (jax.jit(lambda b: b.encode(v, v, at))(plain)[1] != codes).any()
+
+
+def test_heads_together_are_one_vector_to_the_encoder():
+    rng = np.random.default_rng(3)
+    code = ResidualSpec(8, 8, stages=2, codewords=16, heads=2)
+    spec = QuantSpec(key=code, value=dataclasses.replace(code, stages=1))
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    metric = normal(4, 8, 8)
+    books = Codebooks(
+        key=normal(4, *spec.key.codebook_shape),
+        value=normal(4, *spec.value.codebook_shape),
+        key_mean=jnp.zeros((4, 8)),
+        inv_freq=jnp.zeros(4),
+        spec=spec,
+        value_metric=metric,
+    )
+    validate(books)
+    v, at = normal(40, 4, 8), jnp.arange(40)
+    packed = jax.jit(lambda b: b.encode(v, v, at))(books)
+    assert [x.shape for x in packed] == [(2, 40, 1), (2, 40, 1)]
+    keys, values = (
+        codebook.unpack(x, code)[:, :, 0]
+        for x, code in zip(packed, (spec.key, spec.value), strict=True)
+    )
+
+    def squares(x):  # of pairs of heads: [b, H, …, d] -> [b, 2, …]
+        x = jnp.sum(x**2, axis=-1)
+        return x.reshape(40, 2, 2, *x.shape[2:]).sum(axis=2)
+
+    left = v
+    for stage in range(2):
+        want = squares(left[:, :, None] - books.key[:, 0, stage]).argmin(-1)  # [b, 2]
+        np.testing.assert_array_equal(keys[..., stage].T, want)
+        left = left - jnp.stack([books.key[h, 0, stage][want[:, h // 2]] for h in range(4)], 1)
+    moved = jnp.einsum("hde,bhke->bhkd", metric, v[:, :, None] - books.value[:, 0, 0])
+    np.testing.assert_array_equal(values[..., 0].T, squares(moved).argmin(-1))
+    old, _ = books.decode(*packed, at)
+    np.testing.assert_allclose(old, v - left, atol=1e-5)
+    odd = dataclasses.replace(
+        jax.tree.map(lambda x: x[:3] if x.ndim > 1 else x, books), value_metric=None
+    )
+    with pytest.raises(InputError, match="of 3 KV heads, not a multiple of the 2 that the spec"):
+        validate(odd)
 
 
 def test_errors_are_measured_in_the_metrics():

@@ -215,3 +215,16 @@ def test_bad_input():
             encode(x, codewords)
     with pytest.raises(InputError, match="do not fit codes"):
         decode(jnp.zeros((5, 2, 2), jnp.uint8), random_codewords())
+
+
+@pytest.mark.parametrize(("codewords", "stages", "groups"), [(16, 9, 1), (4, 17, 2), (64, 3, 1)])
+def test_stages_scored_together_are_the_same_codes(monkeypatch, codewords, stages, groups):
+    """As on a GPU, where several stages of few codewords share one product."""
+    rng = np.random.default_rng(codewords)
+    x = rng.normal(size=(2, 500, 32)).astype(np.float32)
+    words = rng.normal(size=(2, groups, stages, codewords, 32 // groups)) * stages**-0.5
+    want = encode(x, words.astype(np.float32))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got = jax.jit(lambda x, w: encode(x, w, chunk=128))(x, words.astype(np.float32))
+    np.testing.assert_array_equal(got, want)
+    assert got.dtype == want.dtype == np.uint8

@@ -93,6 +93,8 @@ def test_rates_that_cannot_be_had_name_those_that_can(bits, says):
         ({"codewords": 1}, "got 1"),
         ({"codewords": 24}, "power of two from 2 to 65536, got 24"),
         ({"codewords": 131072}, "got 131072"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"heads": 2}, "codes of 2 heads are for whole heads; leave out the group or heads"),
     ],
 )
 def test_residual_specs_that_do_not_fit(fields, says):
@@ -159,6 +161,8 @@ def test_json_from_before_there_was_a_beam_or_a_layout():
     data = QuantSpec(CODE, CODE, beam=8).to_json()
     for name in ("beam", "mean_every", "layout"):
         del data[name]
+    for side in ("key", "value"):
+        del data[side]["heads"]
     assert QuantSpec.from_json(data) == QuantSpec(CODE, CODE)
 
 
@@ -169,6 +173,10 @@ def test_from_bits_passes_fields_on_and_prints():
     assert str(spec) == text
     assert str(dataclasses.replace(spec, beam=8)) == f"{text}, beam 8"
     assert str(dataclasses.replace(spec, outliers=3)) == f"{text}, 3 outliers exact"
+    together = QuantSpec.from_bits(1, 64, heads=3)
+    assert (together.key.stages, together.bits, together.stored_bits) == (24, 1, 1)
+    assert together.code_heads == (3, 3)
+    assert "24 stages × 256 codewords for 3 heads together, head 64" in str(together)
     mixed = str(QuantSpec(CODE, ResidualSpec(dim=8, group=8, stages=2, codewords=16)))
     assert "keys 1 stages × 16 codewords × 2 groups, values 2 stages × 16 codewords" in mixed
 

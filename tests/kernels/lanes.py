@@ -199,8 +199,8 @@ class Lanes:
         words = self._words(self.memory.octets, address + np.uint64(offset), n)
         return list(words.view(np.uint32 if kind == "r" else np.float32))
 
-    def store_global(self, address, value, offset=0, where=None):
-        self._store(self.memory.octets, address, [value], offset, where)
+    def store_global(self, address, values, offset=0, where=None):
+        self._store(self.memory.octets, address, values, offset, where)
 
     # --- tensor cores
 

@@ -103,7 +103,7 @@ def assemble(arguments, library, every):
     compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
 
 
-def compiled(function, arguments, library, **options):
+def compiled(function, arguments, library, how=None, **options):
     """A function of arguments without numbers after XLA's passes for an H100, as text."""
     from jax._src import xla_bridge
     from jax.experimental import topologies
@@ -120,7 +120,8 @@ def compiled(function, arguments, library, **options):
     )
     with mock.patch.object(mosaic_gpu, "check_device"):
         lowered = jax.jit(function, **options).lower(*arguments)
-    return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0}).as_text()
+    how = {"xla_gpu_autotune_level": 0} | (how or {})
+    return lowered.compile(compiler_options=how).as_text()
 
 
 def decode_loop(batch=2, context=4096, layers=3):
@@ -179,10 +180,13 @@ if __name__ == "__main__":
         attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
         print(compiled(lambda x: attend(**x), (arguments,), library))
     elif what == "loop":
-        print(compiled(*decode_loop(), library, donate_argnums=2))
+        from gsrq_jax.models.generation import ON_GPU
+
+        print(compiled(*decode_loop(), library, ON_GPU, donate_argnums=2))
     else:
         from gsrq_jax.residual import encode
 
         s = jax.ShapeDtypeStruct
         points, words = s((2, 4096, 128), jnp.float32), s((2, 1, 32, 16, 128), jnp.bfloat16)
-        print(compiled(lambda x, w: encode(x, w), (points, words), library))
+        with mock.patch.object(jax, "default_backend", return_value="gpu"):
+            print(compiled(lambda x, w: encode(x, w), (points, words), library))

@@ -114,7 +114,7 @@ def on_lanes(x, config=None, first=4, every=1):
     inputs = before(x["query"], x["mean"], x["inv_freq"], x["key_codewords"])
     memory = Memory()
     parts = problem.pairs, config.splits * config.teams(problem.value_stages)
-    histogram = np.full((*parts, problem.value_stages, 16, 4), np.nan, np.float32)
+    histogram = np.full((*parts, 4, problem.value_stages, 16), np.nan, np.float32)
     scale = np.full((*parts, 4), 2**30, np.int32)
     arrays = [x["key_tiles"], x["value_tiles"], *inputs, x["blocks"], histogram, scale]
     places = [memory.put(np.asarray(a)) for a in arrays]
@@ -209,8 +209,8 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
     for row, bad in enumerate((np.nan, 1e6, np.inf)):
         x["query"][row, 0, 0, 1, 5] = bad
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
-    histogram, scale = np.zeros((3, 1, 4, 16, 4), np.float32), np.zeros((3, 1, 4), np.int32)
-    histogram[:2, :, :, 0] = 1  # the third sequence has nothing coded
+    histogram, scale = np.zeros((3, 1, 4, 4, 16), np.float32), np.zeros((3, 1, 4), np.int32)
+    histogram[:2, ..., 0] = 1  # the third sequence has nothing coded
     monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
     out, lse = mosaic_gpu.attend_tiles(**jax.tree.map(jnp.asarray, x))
     fine = [True, False, True, False, True, True]
@@ -268,9 +268,9 @@ def test_put_together_weighs_parts_by_their_scales():
     scale = rng.integers(-3, 3, (2, 3, 4)).astype(np.int32)
     scale[:, 2] = mosaic_gpu.EMPTY
     p[:, 2] = 0
-    histogram = np.zeros((2, 3, 3, 16, 4), np.float32)
+    histogram = np.zeros((2, 3, 4, 3, 16), np.float32)
     for at in np.ndindex(2, 3, 6, 3):
-        histogram[at[0], at[1], at[3], codes[at]] += p[at[:3]]
+        histogram[at[0], at[1], :, at[3], codes[at]] += p[at[:3]]
     out, lse = mosaic_gpu.put_together(problem, histogram, scale, codewords)
     weight = p * 2.0 ** scale[:, :, None].astype(np.float64)  # EMPTY ones are 0
     values = sum(codewords[np.arange(2)[:, None, None], 0, r, codes[..., r]] for r in range(3))
@@ -512,18 +512,22 @@ def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
 
 @supported
 def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
-    """No layer's codes are cut out of the stack for the kernel, and none are copied."""
+    """No layer's codes or weights are cut out of the stack, and no codes are copied."""
     hlo = without_a_gpu("loop", {})
     assert "mosaic_gpu" in hlo, hlo[-2000:]
     codes = r"u32\[(?:1,|3,)?2,2,7,4,512\]"
     made = re.findall(rf"%(\S+) = {codes}\S* (?:fusion|copy|copy-start|slice)\(", hlo)
     assert len(made) == 2, made  # keys' and values', written once a block
     assert all("scatter" in name for name in made), made
+    assert re.search(r"= bf16\[3,256,1024\]", hlo)
+    assert not re.search(r"= bf16\[(?:1,)?(?:256|1024),(?:256|1024)\]\S* fusion\(", hlo)
 
 
 @supported
 def test_encoding_changes_residuals_in_place(without_a_gpu):
+    """Once for four stages of 16 codewords."""
     hlo = without_a_gpu("encode", {})
     stage = re.search(r"^%\S+ \(arg_tuple(?:.*\n)*?^\}", hlo, re.M).group()
-    assert "subtract_fusion" in stage
+    assert "f32[2,4096,64]" in stage
+    assert len(re.findall(r"= f32\[2,1,4096,128\]\S* fusion\(", stage)) == 1
     assert " copy(" not in stage

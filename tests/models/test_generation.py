@@ -16,7 +16,7 @@ from gsrq_jax.cache import append, init_cache, layer_views, materialize
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, generation, llama
 from gsrq_jax.models.generation import Generator, Sampler
-from gsrq_jax.spec import ResidualSpec
+from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 LENGTH, NEW = 64, 30
 LONG = {"max_new_tokens": 12, "max_length": 320}
@@ -24,8 +24,11 @@ PROMPTS = [
     np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (5, 34, 1, 19)
 ]
 SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(1.0)}
-CACHES = {"exact": None, "coded": codebooks()}
-caches = pytest.mark.parametrize("cache", CACHES)
+TOGETHER = QuantSpec.from_bits(
+    1, CONFIG.head_dim, codewords=16, heads=2, block=8, window=8, sinks=2
+)
+CACHES = {"exact": None, "coded": codebooks(), "together": codebooks(TOGETHER)}
+caches = pytest.mark.parametrize("cache", ["exact", "coded"])
 materialize_layers = jax.jit(jax.vmap(materialize))
 append = jax.jit(append)
 
@@ -92,9 +95,10 @@ def test_exact_loop_is_greedy_continuation_of_the_recomputed_prefix(row):
     assert whole("exact")[0][row].tolist() == want
 
 
-def test_coded_loop_is_what_the_cache_says_at_every_step():
+@pytest.mark.parametrize("cache", ["coded", "together"])
+def test_coded_loop_is_what_the_cache_says_at_every_step(cache):
     """Prompts read exactly, then every token through sinks, codes and window as they then were."""
-    books, (new, _) = CACHES["coded"], whole("coded")
+    books, (new, _) = CACHES[cache], whole(cache)
     tokens, _ = padded([[*p, *row] for p, row in zip(PROMPTS, new.tolist(), strict=True)])
     prompt = np.array([len(p) for p in PROMPTS])
     at = np.arange(LENGTH)

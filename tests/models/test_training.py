@@ -536,13 +536,24 @@ def test_stages_go_where_they_are_missed(allocated, deaf):
     np.testing.assert_allclose(both, jnp.swapaxes(both, -1, -2), atol=1e-3 * jnp.abs(both).max())
 
 
-def test_sides_alone(tiny_model, tmp_path, model):
+def test_sides_alone_of_heads_together(tiny_model, tmp_path, model):
     flags = ["--model", str(tiny_model), "--out", str(tmp_path), *tiny.FLAGS]
-    commands.train([*flags, "--allocate", "sides", "--bits", "2"])
+    commands.train([*flags, "--allocate", "sides", "--bits", "2", "--heads", "2"])
     spec = codebook.load(tmp_path / "codebooks", model=model.fingerprint).spec
     assert spec.key_stages is None
-    assert spec.key.stages + spec.value.stages == 8
-    assert spec.bits == 2
+    assert spec.code_heads == (2, 2)
+    assert spec.key.stages + spec.value.stages == 2 * 8
+    assert spec.bits == spec.stored_bits == 2
+
+
+@pytest.mark.parametrize("heads", ["3", "0", "4"])
+def test_heads_that_cannot_be_together(tiny_model, tmp_path, capsys, heads):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match="2"):
+        commands.train(["--model", str(tiny_model), "--out", str(out), "--heads", heads])
+    said = f"--heads must divide the 2 KV heads of the model, got {heads}"
+    assert said in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_allocation_goes_on_where_it_was(allocated, tmp_path, monkeypatch):
