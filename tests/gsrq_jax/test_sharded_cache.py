@@ -28,6 +28,9 @@ SPECS = {
     "window and sinks": dataclasses.replace(SPEC, window=5, sinks=2),
     "outliers": dataclasses.replace(SPEC, outliers=5, window=3, sinks=1),
     "pre": dataclasses.replace(SPEC, frame="pre", sinks=3),
+    "heads together": QuantSpec.from_bits(
+        1, DIM, codewords=16, heads=2, block=BLOCK, window=4, sinks=0
+    ),
 }
 MESHES = ((8, 1), (4, 2), (1, 8), (2, 4))
 
@@ -103,7 +106,7 @@ def agree(many, one, mesh):
     data, model = mesh.shape["data"], mesh.shape["model"]
     codes = [jax.tree.leaves((x.key_codes, x.value_codes)) for x in (held, want)]
     for a, b in zip(*codes, strict=True):
-        part = HEADS // model, a.shape[2] // data
+        part = a.shape[1] // model, a.shape[2] // data
         assert a.sharding.shard_shape(a.shape)[1:3] == part
         a = in_order(a, data)
         for row, n in enumerate(filled):
