@@ -62,3 +62,8 @@ def test_what_cannot_be(study, tiny_model, tmp_path, changes, says):
         changes = changes | {"text": str(tmp_path / "short")}
     with pytest.raises(InputError, match=says):
         next(study.run(study.Config(model=str(tiny_model), length=48, **changes)))
+
+
+def test_committed_document_is_that_of_the_file(study):
+    data = json.loads((ROOT / "results/heads-together.json").read_text())
+    assert (ROOT / "docs/heads-together.md").read_text() == study.markdown(data)
