@@ -125,8 +125,7 @@ def test_is_the_cache_of_one_device(name, shape):
     agree(run(codebooks(SPECS[name]), SPECS[name], mesh), one(name), mesh)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("name", ["codes", "outliers"])
+@pytest.mark.parametrize(("name", "tokens"), [("outliers", 1), ("codes", 3)])
 def test_some_blocks_at_a_time(name, tokens, monkeypatch):
     """Of 12 blocks, 3 a device, 5 and 2 at a time: as codes, or decoded for several tokens."""
     spec, want = SPECS[name], one(name, tokens)
