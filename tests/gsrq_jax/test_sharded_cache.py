@@ -32,7 +32,7 @@ SPECS = {
         1, DIM, codewords=16, heads=2, block=BLOCK, window=4, sinks=0
     ),
 }
-MESHES = ((8, 1), (4, 2), (1, 8), (2, 4))
+MESHES = ((8, 1), (2, 4))  # tests/models/test_sharded_decode.py has the others
 
 
 def make_mesh(data, model):
