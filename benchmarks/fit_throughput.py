@@ -14,8 +14,6 @@ import functools
 import importlib.util
 import json
 import pathlib
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -29,7 +27,7 @@ from gsrq_jax.calibration import FitOptions, fit_layer
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import commands
 from gsrq_jax.models.config import LLAMA_3_8B
-from gsrq_jax.results import write_result
+from gsrq_jax.results import repeated, write_result
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -298,20 +296,13 @@ def main(config: Config) -> None:
     file = config.out / "results" / "fit-throughput.json"
     if not config.table:
         rows = []
-        command = shlex.join(["python", "benchmarks/fit_throughput.py", *_flags(sys.argv[1:])])
+        program = "benchmarks/fit_throughput.py"
+        command = f"python {repeated(program, instead={}, without=('--out',))}"
         for row in measure(config):
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_result(file, rows, command=command)
     print(table(json.loads(file.read_text(encoding="utf-8"))))
-
-
-def _flags(words: list[str]) -> list[str]:
-    """The command line without where results go."""
-    if "--out" not in words:
-        return words
-    at = words.index("--out")
-    return words[:at] + words[at + 2 :]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.kernels.precision import in_pieces
 
 Rule = Literal["kmeans", "spherical", "gskm"]
 ShapeUpdate = Literal["unit", "raw"]
@@ -465,21 +466,11 @@ def cell_sums(values: Array, code: Array, k: int) -> Array:
 
     def by_product(values: Array, code: Array) -> Array:
         one_hot = (code == jnp.arange(k)[:, None]).astype(jnp.bfloat16)
-        sums = jnp.matmul(one_hot, _three_pieces(values), preferred_element_type=jnp.float32)
+        pieces = jnp.concatenate(in_pieces(values, 3, jnp.bfloat16), axis=1)
+        sums = jnp.matmul(one_hot, pieces, preferred_element_type=jnp.float32)
         return sums.reshape(k, 3, -1).sum(axis=1)
 
     return lax.platform_dependent(values, code, cpu=by_rows, default=by_product)
-
-
-def _three_pieces(x: Array) -> Array:
-    """``[n, 3 f]`` bfloat16 numbers that add up to ``[n, f]`` float32 ones."""
-    pieces = []
-    for _ in range(3):
-        # Not a conversion and its inverse, which XLA would leave out.
-        piece = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        pieces.append(piece.astype(jnp.bfloat16))
-        x = x - piece
-    return jnp.concatenate(pieces, axis=1)
 
 
 def _chunks(x: Array, chunk: int) -> Array:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from gsrq_jax.kernels import pieces, rotary
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
+from gsrq_jax.kernels.precision import in_pieces
 from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
 
 SHARED_BYTES = 227 * 1024 - 2048
@@ -502,8 +503,8 @@ def mean_shares(
 
 def _exact_product(rows: Float[Array, "n d"], columns: Float[Array, "m d"]) -> Float[Array, "n m"]:
     """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
-    high, low = _parts(rows)
-    upper, lower = _parts(columns)
+    high, low = in_pieces(rows, 2, jnp.float16)
+    upper, lower = in_pieces(columns, 2, jnp.float16)
     left, right = _beside(high, low, high), _beside(upper, upper, lower)
     return jnp.einsum("npd,mpd->nm", left, right, preferred_element_type=jnp.float32)
 
@@ -514,13 +515,6 @@ def _beside(*parts: Float[Array, "*n d"]) -> Float[Array, "*n parts d"]:
     for i, part in enumerate(parts[:-1]):
         out = jnp.where(index == i, part[..., None, :], out)
     return out
-
-
-def _parts(x: Array) -> tuple[Array, Array]:
-    """The float16 next to each number, and what is left over, as float16."""
-    # Not two conversions: XLA would take one for the inverse of the other, and the rest for 0.
-    high = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=5, mantissa_bits=10)
-    return high.astype(jnp.float16), (x - high).astype(jnp.float16)
 
 
 def finished_table(

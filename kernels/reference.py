@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from gsrq_jax.kernels import rotary, tiles
+from gsrq_jax.kernels.precision import in_pieces
 
 
 def attend_codes(
@@ -241,9 +242,7 @@ def _times(left: Float[Array, "..."], right: Float[Array, "..."], equation: str)
     if right.dtype != jnp.bfloat16:
         exact = jax.lax.Precision.HIGHEST
         return jnp.einsum(equation, left, right.astype(left.dtype), precision=exact)
-    # Not two conversions: XLA would take one for the inverse of the other, and the rest for 0.
-    high = jax.lax.reduce_precision(left, exponent_bits=8, mantissa_bits=7)
-    both = jnp.stack([high, left - high]).astype(jnp.bfloat16)
+    both = jnp.stack(in_pieces(left, 2, jnp.bfloat16))
     equation = "p" + equation.replace("->", "->p")
     return jnp.einsum(equation, both, right, preferred_element_type=jnp.float32).sum(axis=0)
 

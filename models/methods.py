@@ -10,6 +10,7 @@ Residual codes take options after their name, each with a ``+``, as in ``gsrq@1+
 - ``outliers16`` keeps that many coded tokens of each head exact; folders take it, too;
 - ``refits2`` fits all stages anew together so often, and trains with the beam;
 - ``k16`` has that many codewords a stage;
+- ``heads3`` codes so many adjacent KV heads together;
 - ``pre``, ``post`` or ``block512`` is another rotary frame, ``uncentred`` keeps the mean key in;
 - ``every16`` rotates the mean key at every 16th token (see `gsrq_jax.spec.QuantSpec`);
 - ``kgradient``, ``kqueries``, ``vgradient``, ``voutput`` are metrics of keys and values, and
