@@ -297,13 +297,20 @@ class QuantSpec(CacheSpec):
         head_dim: int,
         *,
         codewords: int = 256,
+        value_codewords: int | None = None,
         group: int | None = None,
         heads: int = 1,
         **fields: Any,
     ) -> Self:
-        """Keys and values alike at ``bits`` nominal bits a number; ``fields`` are the others."""
-        code = ResidualSpec.from_bits(bits, head_dim, codewords=codewords, group=group, heads=heads)
-        return cls(key=code, value=code, **fields)
+        """Keys and values at ``bits`` nominal bits a number each, alike but for the codewords of a
+        stage, where ``value_codewords`` is given; ``fields`` are the others."""
+
+        def code(codewords: int) -> ResidualSpec:
+            return ResidualSpec.from_bits(
+                bits, head_dim, codewords=codewords, group=group, heads=heads
+            )
+
+        return cls(key=code(codewords), value=code(value_codewords or codewords), **fields)
 
     @property
     def head_dim(self) -> int:

@@ -9,7 +9,7 @@ Residual codes take options after their name, each with a ``+``, as in ``gsrq@1+
 - ``beam8`` encodes with a beam of that width; folders of codebooks take it, too;
 - ``outliers16`` keeps that many coded tokens of each head exact; folders take it, too;
 - ``refits2`` fits all stages anew together so often, and trains with the beam;
-- ``k16`` has that many codewords a stage;
+- ``k16`` has that many codewords a stage, ``vk16`` those of values alone;
 - ``heads3`` codes so many adjacent KV heads together;
 - ``pre``, ``post`` or ``block512`` is another rotary frame, ``uncentred`` keeps the mean key in;
 - ``every16`` rotates the mean key at every 16th token (see `gsrq_jax.spec.QuantSpec`);
@@ -116,6 +116,7 @@ _OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
     "outliers": ("encoder", "outliers", int),
     "refits": ("fit", "refits", int),
     "k": ("spec", "codewords", int),
+    "vk": ("spec", "value_codewords", int),
     "heads": ("spec", "heads", int),
     "block": ("spec", "block", int),
     "every": ("spec", "mean_every", int),

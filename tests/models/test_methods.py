@@ -156,10 +156,10 @@ def test_a_beam_is_another_encoder_for_the_same_codebooks(codecs, model, work, m
 
 
 OPTIONS = {
-    "gsrq@0.25+k16+pre+uncentred": {"codewords": 16, "frame": "pre", "block": 128},
-    "gsrq@0.5+k16+pre+uncentred": {"codewords": 16, "frame": "pre", "block": 128},
-    "gsrq@0.5+block64+refits1+beam2": {"codewords": 256, "frame": "block", "block": 64},
-    "gsrq@0.25+kqueries+voutput+power1": {"codewords": 256, "frame": "block", "block": 128},
+    "gsrq@0.25+k16+pre+uncentred": {"codewords": (16, 16), "frame": "pre", "block": 128},
+    "gsrq@0.5+k16+pre+uncentred": {"codewords": (16, 16), "frame": "pre", "block": 128},
+    "gsrq@0.5+block64+refits1+beam2+vk16": {"codewords": (256, 16), "frame": "block", "block": 64},
+    "gsrq@0.25+kqueries+voutput+power1": {"codewords": (256, 256), "frame": "block", "block": 128},
 }
 
 
@@ -168,7 +168,8 @@ def test_options(model, work):
     found = methods.resolve(OPTIONS, model, CALIBRATION, work, window=8, sinks=2)
     for name, want in OPTIONS.items():
         spec = found[name].spec
-        assert dict(codewords=spec.key.codewords, frame=spec.frame, block=spec.block) == want
+        codewords = spec.key.codewords, spec.value.codewords
+        assert dict(codewords=codewords, frame=spec.frame, block=spec.block) == want
         assert spec.bits == float(name.partition("@")[2].partition("+")[0])
     low, high, refitted, metrics = found.values()
     np.testing.assert_array_equal(low.key, high.key[..., :2, :, :])
@@ -179,7 +180,7 @@ def test_options(model, work):
     assert metrics.key_metric.shape == metrics.value_metric.shape == (2, 2, 32, 32)
     off = metrics.key_metric * (1 - np.eye(32))
     assert abs(off).max() < 1e-6  # of the queries: pairs alone
-    assert methods.title(list(OPTIONS)[2]) == "GSRQ, block64, refits1, beam 2"
+    assert methods.title(list(OPTIONS)[2]) == "GSRQ, block64, refits1, vk16, beam 2"
 
 
 def test_fits_are_kept(codecs, model, work, monkeypatch):
