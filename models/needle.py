@@ -411,7 +411,8 @@ def measure(config: NeedleConfig) -> pathlib.Path:
                 for row in _rows(config, model, samples, cache, caches[cache], answered)
             ]
             file = config.out / f"{fidelity.file_name(name)}.json"
-            write_result(file, rows, command=repeated("gsrq-needle", instead={"--method": name}))
+            command = repeated("gsrq-needle", instead={"--method": name}, without=("--work",))
+            write_result(file, rows, command=command)
         print(render(config.out))
     return config.out
 
