@@ -6,6 +6,7 @@ With ``--check`` nothing is written; the exit code says whether the page is that
 import json
 import pathlib
 import re
+import statistics
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -108,31 +109,72 @@ def standing(rows: list[Row]) -> str:
 
 
 def scores_table(rows: list[Row]) -> str:
-    """LongBench's scores, a line a method and window, a column a task."""
-    tasks = list(dict.fromkeys(r["dataset"] for r in rows))
-    ways = {(r["method"], r["window"]): r for r in rows}
-    cells = {(r["method"], r["window"], r["dataset"]): r for r in rows}
-    counts = {r["dataset"]: r["n"] for r in rows}
+    """LongBench's averages, a line a method, a column a window."""
+    rows = [row for row in rows if row["dataset"] == "average"]
+    windows = _windows(rows)
+    cells = {(r["method"], r["window"]): r for r in rows}
     lines = [
-        "| method | stored bits | W | " + " | ".join(f"{t} ({counts[t]})" for t in tasks) + " |",
-        "| --- " * (3 + len(tasks)) + "|",
+        "| method | bits | stored | " + " | ".join(f"W = {w}" for w in windows) + " |",
+        "| --- | --- | --- |" + " --- |" * len(windows),
     ]
-    for (method, window), row in ways.items():
-        parts = []
-        for task in tasks:
-            cell = cells.get((method, window, task))
-            between = "" if task != "average" or not cell else _between(cell)
-            parts.append(f"{cell['value']:.2f}{between}" if cell else "–")
-        lines.append(
-            f"| {row['title']} | {row['bits_stored']:.3g} | {'–' if window is None else window} | "
-            + " | ".join(parts)
-            + " |"
-        )
+    for row in _ordered(rows):
+        own = [cells.get((row["method"], w), cells.get((row["method"], None))) for w in windows]
+        parts = [f"{c['value']:.2f} [{c['low']:.1f}, {c['high']:.1f}]" if c else "–" for c in own]
+        lines.append(f"| {_facts(row)} | " + " | ".join(parts) + " |")
     return "\n".join(lines)
 
 
-def _between(cell: Row) -> str:
-    return f" [{cell['low']:.1f}, {cell['high']:.1f}]" if "low" in cell else ""
+def tasks_table(rows: list[Row], window: int) -> str:
+    """LongBench's scores at one window, a line a method, a column a task."""
+    rows = [row for row in rows if row["window"] in (window, None)]
+    tasks = list(dict.fromkeys(r["dataset"] for r in rows if r["dataset"] != "average"))
+    cells = {(r["method"], r["dataset"]): r for r in rows}
+    counts = {r["dataset"]: r["n"] for r in rows}
+    lines = [
+        "| method | bits | stored | " + " | ".join(f"{t} ({counts[t]})" for t in tasks) + " |",
+        "| --- " * (3 + len(tasks)) + "|",
+    ]
+    for row in _ordered(rows):
+        own = [cells.get((row["method"], task)) for task in tasks]
+        parts = [f"{cell['value']:.2f}" if cell else "–" for cell in own]
+        lines.append(f"| {_facts(row)} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
+def needle_table(rows: list[Row]) -> str:
+    """Right answers over all depths, and their log-probability: a line a method, a column a W."""
+    windows = _windows([row for row in rows if row["method"] != "full"])
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in rows:
+        both = found.setdefault((row["method"], row["window"]), {"needle": [], "logp": []})
+        both[row["metric"]].append(row["value"])
+    lines = [
+        "| method | bits | stored | " + " | ".join(f"W = {w}" for w in windows) + " |",
+        "| --- | --- | --- |" + " --- |" * len(windows),
+    ]
+    for row in _ordered(rows):
+        own = [found.get((row["method"], w if row["method"] != "full" else 0)) for w in windows]
+        parts = [
+            f"{statistics.fmean(x['needle']):.0%} · {statistics.fmean(x['logp']):.2f}" if x else "–"
+            for x in own
+        ]
+        lines.append(f"| {_facts(row)} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
+def _windows(rows: list[Row]) -> list[int]:
+    return sorted({row["window"] for row in rows if row["window"] is not None}, reverse=True)
+
+
+def _ordered(rows: list[Row]) -> list[Row]:
+    """A row of each method, most stored bits first."""
+    return sorted(
+        {row["method"]: row for row in rows}.values(), key=lambda r: (-r["bits_stored"], r["title"])
+    )
+
+
+def _facts(row: Row) -> str:
+    return f"{row['title']} | {row['bits']:.3g} | {row['bits_stored']:.3g}"
 
 
 def is_refined(row: Row) -> bool:
@@ -253,24 +295,27 @@ def page() -> str:
             commands(trained),
         ]
     scores = files("longbench/*.json")
-    if scores:
-        parts += [
-            "## LongBench",
-            "Scores of each task (number of samples), their average with a bootstrap 95 % interval "
-            "over samples. Prompts are read at full precision, answers written over the cache.",
-            scores_table([row for content in scores for row in content["rows"]]),
-        ]
-    needle = ROOT / "results" / "needle" / "needle.md"
-    if needle.exists():
-        parts += ["## Needle retrieval", _demoted(needle.read_text(encoding="utf-8"))]
-    parts += ["## Commands", commands([*data, *elsewhere, *scores])]
+    of_tasks = [row for content in scores for row in content["rows"]]
+    needles = files("needle/*.json")
+    asked = [row for content in needles for row in content["rows"]]
+    parts += [
+        "## LongBench",
+        "Average over tasks with a bootstrap 95 % interval over samples. Prompts are read at full "
+        "precision, answers written over the cache.",
+        scores_table(of_tasks),
+        "### Scores of each task, W = 128",
+        "In brackets the number of samples.",
+        tasks_table(of_tasks, 128),
+        "## Needle retrieval",
+        f"{asked[0]['dataset']}, {asked[0]['length']:,} tokens, one of them asked for, "
+        f"{asked[0]['n']} times at each of five depths. The context is read exactly and put into "
+        "each method's cache; question and answer are read over that. Each cell: answers that "
+        "greedy decoding writes without a fault · mean log-probability of a token of the true "
+        "answer, nats. By depth: [needle.md](../results/needle/needle.md).",
+        needle_table(asked),
+    ]
+    parts += ["## Commands", commands([*data, *elsewhere, *scores, *needles])]
     return "\n\n".join(parts) + "\n"
-
-
-def _demoted(text: str) -> str:
-    """A report without its title and pictures, to stand in a section."""
-    lines = [line for line in text.splitlines() if not line.startswith(("# ", "!["))]
-    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines).strip()
 
 
 if __name__ == "__main__":
