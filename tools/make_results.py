@@ -108,6 +108,20 @@ def standing(rows: list[Row]) -> str:
     return first + (". The others:\n\n" + "\n".join(lines) if lines else ".")
 
 
+def repeats(rows: list[Row], again: list[Row]) -> str:
+    """What the same commands gave on another card: how much of a difference is chance."""
+    first = {(r["method"], r["window"]): r for r in rows}
+    pairs = [
+        f"{r['title']} at {r['bits']:.3g}, W = {r['window']}: {_rise(r['rise'])} "
+        f"instead of {_rise(first[r['method'], r['window']]['rise'])}"
+        for r in again
+    ]
+    return (
+        "The same commands once more on another card, from the fit on, where sums differ in their "
+        "roundings: " + "; ".join(pairs) + "."
+    )
+
+
 def scores_table(rows: list[Row]) -> str:
     """LongBench's averages, a line a method, a column a window."""
     rows = [row for row in rows if row["dataset"] == "average"]
@@ -278,6 +292,9 @@ def page() -> str:
             fidelity_table(of_length),
             standing(of_length),
         ]
+        again = fidelity_rows(files(f"repeats/{length}/*.json"))
+        if again:
+            parts.append(repeats(of_length, again))
         if length == 2048:
             parts.append("![rate and distortion](results.png)")
     trained, elsewhere = files("training/*.json"), files("second-domain/*/*-w*.json")
@@ -314,7 +331,10 @@ def page() -> str:
         "answer, nats. By depth: [needle.md](../results/needle/needle.md).",
         needle_table(asked),
     ]
-    parts += ["## Commands", commands([*data, *elsewhere, *scores, *needles])]
+    parts += [
+        "## Commands",
+        commands([*data, *files("repeats/*/*.json"), *elsewhere, *scores, *needles]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
