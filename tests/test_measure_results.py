@@ -1,0 +1,65 @@
+"""The tool that measures everything: jobs in order, each once, again after a failure."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+PATH = pathlib.Path(__file__).parents[1] / "tools" / "measure_results.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("measure_results", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["measure_results"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["measure_results"]
+
+
+def test_every_job_once(tool, tmp_path):
+    """Jobs wait for what they need, memory is never given twice, what ended is not run again."""
+
+    def job(name, code, **fields):
+        return tool.Job(name, ("-c", f"import os, pathlib; {code}"), **fields)
+
+    note = "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'])"
+    jobs = [
+        job("user", f"assert pathlib.Path('made').exists(); {note}", needs=("made",)),
+        job("maker", f"pathlib.Path('made').write_text('x'); {note}", keep=("made", "a/b.json")),
+        job("broken", "raise SystemExit(3)"),
+        job("waits", "pass", needs=("never",)),
+    ]
+    results = tmp_path / "results"
+    failed = tool.run(jobs, tmp_path, results, ["5"], 46.0)  # room for one at a time
+    assert failed == ["broken", "waits"]
+    assert (results / "a" / "b.json").read_text() == "x"
+    assert (tmp_path / "user.log").read_text() == "5 0.500\n"
+    mended = [*jobs[:2], job("broken", "print('well')"), dataclasses.replace(jobs[3], needs=())]
+    assert tool.run(mended, tmp_path, results, ["5"], 100.0) == []
+    assert (tmp_path / "broken.log").read_text() == "well\n"
+    assert (tmp_path / "user.log").read_text() == "5 0.500\n"
+
+
+def test_another_run_has_it(tool, tmp_path):
+    """A job that another process runs is left to it."""
+    held = tool._locked(tmp_path / "one.lock")
+    jobs = [tool.Job("one", ("-c", "pass")), tool.Job("two", ("-c", "pass"))]
+    assert tool.run(jobs, tmp_path, tmp_path, ["0"], 100.0) == []
+    assert not (tmp_path / "one.done").exists()
+    assert (tmp_path / "two.done").exists()
+    held.close()
+
+
+def test_jobs_of_the_tables(tool):
+    """Each has a name of its own; who needs a fit is not the one that makes it."""
+    jobs = list(tool.peers(tool.Inputs("m.gguf", "a.txt", "b.txt", "d")))
+    assert len({job.name for job in jobs}) == len(jobs)
+    makers = {job.command[job.command.index("--work") + 1] for job in jobs if not job.needs}
+    for job in jobs:
+        work = job.command[job.command.index("--work") + 1]
+        assert work in makers
+        assert all(need.startswith(f"{work}/") for need in job.needs)
