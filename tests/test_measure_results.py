@@ -56,8 +56,12 @@ def test_another_run_has_it(tool, tmp_path):
 
 def test_jobs_of_the_tables(tool):
     """Each has a name of its own; who needs a fit is not the one that makes it."""
-    jobs = list(tool.peers(tool.Inputs("m.gguf", "a.txt", "b.txt", "d")))
-    assert len({job.name for job in jobs}) == len(jobs)
+    inputs = tool.Inputs("m.gguf", "a.txt", "b.txt", "d")
+    every = [job for make in tool.SETS.values() for job in make(inputs)]
+    assert len({job.name for job in every}) == len(every)
+    made = {job.keep[0] for job in every if job.keep is not None}
+    assert all(set(job.needs) <= made for job in tool.trained(inputs) if job.name[-4:] != "gsrq")
+    jobs = list(tool.peers(inputs))
     makers = {job.command[job.command.index("--work") + 1] for job in jobs if not job.needs}
     for job in jobs:
         work = job.command[job.command.index("--work") + 1]

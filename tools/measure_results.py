@@ -174,6 +174,78 @@ def ablations(inputs: Inputs) -> Iterator[Job]:
                 )
 
 
+WINDOWED = ("--distill.windows", *WINDOWS, "--distill.steps", "210")
+TRAINED: dict[str, tuple[str, ...]] = {
+    f"gsrq-{bits:g}": ("--preset", "balanced", "--bits", f"{bits:g}", *WINDOWED)
+    for bits in (1, 0.75, 0.5, 0.375, 0.25)
+} | {
+    "gsrq-1-heads3": ("--preset", "balanced", "--bits", "1", "--heads", "3", *WINDOWED),
+    "gsrq-1-window0": (
+        *("--preset", "balanced", "--bits", "1", "--allocate", "uniform", "--window", "0"),
+        *("--distill.windows", "0", "--distill.steps", "210"),
+    ),
+}
+
+
+def trained(inputs: Inputs) -> Iterator[Job]:
+    """Codebooks that are refined, all that is measured of them, and the recipe's second domain."""
+    second = ("--eval-text", "python-source", "--length", "2048", "--sequences", "24")
+    yield Job(
+        "second-domain-gsrq",
+        (
+            *(*inputs.common, *second, "--work", "work-gsrq", "--window", "128"),
+            *("--out", "results/second-domain", *_methods(tuple(f"gsrq@{x:g}" for x in RATES))),
+        ),
+        FIDELITY,
+        ("work-gsrq/gsrq@2.npz",),
+        memory=18,
+    )
+    for name, flags in TRAINED.items():
+        books = f"{name}/codebooks"
+        texts = ("--text", inputs.calibrate, "--mix", "sampled", "--eval-text", inputs.test)
+        distilled = ("--distill.text", inputs.calibrate, "sampled", "--distill.tokens", "524288")
+        yield Job(
+            f"train-{name}",
+            (
+                *("train_codebooks.py", "--model", inputs.model, *texts, "--eval-sequences", "2"),
+                *(*distilled, *flags, "--out", name),
+            ),
+            memory=60,
+            precision="tensorfloat32",
+            keep=(f"{name}/report.json", f"training/{name}.json"),
+        )
+        # Its report is there when all of the run is.
+        needs, both = (f"{name}/report.json",), _methods((books, f"{books}+beam8"))
+        test = ("--eval-text", inputs.test, "--length", "2048", "--sequences", "24")
+        for kind, flags in {
+            "fidelity": (*test, "--window", *WINDOWS, "--out", "results/fidelity"),
+            "second-domain": (*second, "--window", "128", "--out", "results/second-domain"),
+        }.items():
+            command = (*inputs.common, *flags, *both)
+            yield Job(f"{kind}-{name}", command, FIDELITY, needs, memory=18)
+        out = f"longbench-{name}"
+        yield Job(
+            out,
+            (
+                *("eval_longbench.py", *inputs.common, "--data", inputs.longbench),
+                *("--max-length", "7500", "--buckets", "1", "--batch", "20", "--keep", "decoded"),
+                *("--window", "128", "--out", out, *_methods((f"{books}+beam8",))),
+            ),
+            needs=needs,
+            keep=(f"{out}/report.json", f"longbench/{name}.json"),
+        )
+        yield Job(
+            f"needle-{name}",
+            (
+                *(*inputs.common, "--text", inputs.test, "--lengths", "8192", "--batch", "10"),
+                *("--window", "128", "--out", "results/needle", *_methods((f"{books}+beam8",))),
+            ),
+            NEEDLE,
+            needs,
+            memory=14,
+        )
+
+
 class Running(NamedTuple):
     """A job that was started."""
 
@@ -264,10 +336,12 @@ def _finish(one: Running, work: pathlib.Path, results: pathlib.Path) -> bool:
 
 
 def prepare(work: pathlib.Path, **paths: str) -> Inputs:
-    """Links to what jobs read, and to where their results go, in the folder that they run in."""
+    """The folder that jobs run in, with what they read and where their results go."""
     work.mkdir(parents=True, exist_ok=True)
     links = {pathlib.Path(path).name: pathlib.Path(path).resolve() for path in paths.values()}
-    links |= {name: ROOT / name for name in ("results", "eval_longbench.py", "train_codebooks.py")}
+    links["results"] = ROOT / "results"
+    for script in ("eval_longbench.py", "train_codebooks.py"):
+        shutil.copyfile(ROOT / script, work / script)
     for name, target in links.items():
         if not target.exists():
             raise SystemExit(f"error: there is no {target}")
@@ -278,6 +352,7 @@ def prepare(work: pathlib.Path, **paths: str) -> Inputs:
 
 SETS: dict[str, Callable[[Inputs], Iterator[Job]]] = {
     "peers": peers,
+    "trained": trained,
     "ablations": ablations,
 }
 
@@ -300,10 +375,11 @@ def main() -> None:
     inputs = prepare(
         given.work, **{f.name: getattr(given, f.name) for f in dataclasses.fields(Inputs)}
     )
-    jobs = sorted(
-        (job for make in SETS.values() for job in make(inputs)),
-        key=lambda job: (bool(job.needs), -job.memory),
-    )
+    jobs = [
+        job
+        for make in SETS.values()
+        for job in sorted(make(inputs), key=lambda job: (bool(job.needs), -job.memory))
+    ]
     jobs = [job for job in jobs if any(fnmatch.fnmatch(job.name, only) for only in given.only)]
     if given.list:
         print(*(f"{job.name}: {' '.join(job.command)}" for job in jobs), sep="\n")
