@@ -176,11 +176,11 @@ def ablations(inputs: Inputs) -> Iterator[Job]:
 
 WINDOWED = ("--distill.windows", *WINDOWS, "--distill.steps", "210")
 TRAINED: dict[str, tuple[str, ...]] = {
-    f"gsrq-{bits:g}": ("--preset", "balanced", "--bits", f"{bits:g}", *WINDOWED)
+    f"gsrq-trained-{bits:g}": ("--preset", "balanced", "--bits", f"{bits:g}", *WINDOWED)
     for bits in (1, 0.75, 0.5, 0.375, 0.25)
 } | {
-    "gsrq-1-heads3": ("--preset", "balanced", "--bits", "1", "--heads", "3", *WINDOWED),
-    "gsrq-1-window0": (
+    "gsrq-trained-1-heads3": ("--preset", "balanced", "--bits", "1", "--heads", "3", *WINDOWED),
+    "gsrq-trained-1-window0": (
         *("--preset", "balanced", "--bits", "1", "--allocate", "uniform", "--window", "0"),
         *("--distill.windows", "0", "--distill.steps", "210"),
     ),
