@@ -225,6 +225,57 @@ def refined_table(rows: list[Row], elsewhere: list[Row]) -> str:
     return "\n".join(lines)
 
 
+GROUPS = {  # options of a method's name, by what they change
+    "Codewords of a stage": ("k", "vk"),
+    "Rotary frame of keys": ("pre", "post", "block", "uncentred", "every"),
+    "Metric by which codes are chosen": ("kgradient", "kqueries", "vgradient", "voutput", "power"),
+    "KV heads that share codes": ("heads",),
+    "Tokens kept exact": ("outliers",),
+    "Encoder and refits": ("beam", "refits"),
+}
+
+
+def ablations(changed: list[Row], rows: list[Row]) -> list[str]:
+    """For each part of the recipe a table of what changing it does, the recipe itself first."""
+    found = {(r["method"], r["length"], r["window"]): r for r in [*rows, *changed]}
+    windows = sorted({r["window"] for r in changed}, reverse=True)
+    lengths = sorted({r["length"] for r in changed})
+
+    def group(method: str) -> str:
+        words = {re.sub("[0-9.]+$", "", option) for option in method.split("+")[1:]}
+        return next(title for title, options in GROUPS.items() if words & set(options))
+
+    parts = []
+    for title in GROUPS:
+        names = [r["method"] for r in changed if group(r["method"]) == title]
+        if not names:
+            continue
+        bases = sorted({name.partition("+")[0] for name in names}, reverse=True)
+        shown = [
+            m
+            for base in bases
+            for m in dict.fromkeys([base, *sorted(names)])
+            if m.partition("+")[0] == base
+        ]
+        columns = [
+            (length, window)
+            for length in lengths
+            for window in windows
+            if any((name, length, window) in found for name in names)
+        ]
+        lines = [
+            "| method | bits | " + " | ".join(f"{n}, W = {w}" for n, w in columns) + " |",
+            "| --- | --- |" + " --- |" * len(columns),
+        ]
+        for method in shown:
+            cells = [found.get((method, *column)) for column in columns]
+            row = next(cell for cell in cells if cell)
+            rises = " | ".join(_rise(cell["rise"]) if cell else "–" for cell in cells)
+            lines.append(f"| {row['title']} | {row['bits']:.3g} | {rises} |")
+        parts += [f"### {title}", "\n".join(lines)]
+    return parts
+
+
 def commands(data: Iterable[dict[str, Any]]) -> str:
     """Every file's command, card, versions and date; ``W`` is a row's window."""
 
@@ -311,6 +362,14 @@ def page() -> str:
             refined_table([r for r in rows if r["length"] == 2048], fidelity_rows(elsewhere)),
             commands(trained),
         ]
+    ablated = files("ablation/*/*-w*.json")
+    if ablated:
+        parts += [
+            "## What each part is worth",
+            "The paper's recipe with one part changed, without distillation: rise of perplexity by "
+            "tokens of a sequence and window.",
+            *ablations(fidelity_rows(ablated), rows),
+        ]
     scores = files("longbench/*.json")
     of_tasks = [row for content in scores for row in content["rows"]]
     needles = [content for content in files("needle/*.json") if "rows" in content]
@@ -333,7 +392,7 @@ def page() -> str:
     ]
     parts += [
         "## Commands",
-        commands([*data, *files("repeats/*/*.json"), *elsewhere, *scores, *needles]),
+        commands([*data, *files("repeats/*/*.json"), *elsewhere, *ablated, *scores, *needles]),
     ]
     return "\n\n".join(parts) + "\n"
 
