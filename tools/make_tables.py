@@ -80,9 +80,17 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def heads() -> str:
+    """KV heads that share codes, beside the recipe, as docs/results.md has them."""
+    changed = make_results.fidelity_rows(make_results.files("ablation/2048/*heads3*-w*.json"))
+    rows = make_results.fidelity_rows(make_results.files("fidelity/2048/gsrq@*-w*.json"))
+    return make_results.ablations(changed, rows)[-1]
+
+
 def filled(readme: str) -> str:
     """The README with its tables as the files have them."""
-    for name, content in (("demo", demo()), ("results", runs()), ("peers", peers())):
+    for name, make in (("demo", demo), ("results", runs), ("heads", heads), ("peers", peers)):
+        content = make()
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
         readme, found = pattern.subn(lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", readme)
