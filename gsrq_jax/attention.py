@@ -142,11 +142,6 @@ def _attend_tiles(
     implementation: Implementation | None,
 ) -> tuple[Array, Array]:
     spec = codebooks.spec
-    if turn.step > 1:
-        raise InputError(
-            "codes in layout 'tiles' are attended to as blocks in order, which several devices do "
-            "not have; use layout 'packed', or one device along the sequence"
-        )
     kernels: dict[Implementation | None, decode.Implementation | None] = {
         "fused": "mosaic_gpu",
         "codes": "reference",
@@ -159,8 +154,9 @@ def _attend_tiles(
         cache.value_codes,
         codebooks.key,
         codebooks.value,
-        blocks_after(spec, cache.length),
-        first=spec.sinks,
+        turn.filled(blocks_after(spec, cache.length)),
+        first=spec.sinks + spec.block * turn.first,
+        stride=turn.step,
         every=spec.mean_every,
         implementation=kernels.get(implementation),
     )

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -22,7 +22,8 @@ def attend_tiles(
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
     *,
-    first: int = 0,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
     every: int = 1,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
@@ -37,7 +38,8 @@ def attend_tiles(
         key_codewords: of this layer.
         value_codewords: of this layer.
         blocks: valid blocks of each sequence; the others are not read.
-        first: position of the first coded token.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
         implementation: ``mosaic_gpu``, the fused kernel, or ``reference``, plain jnp. None takes
             the kernel where it is supported, and else the reference with a warning that says why,
@@ -47,18 +49,19 @@ def attend_tiles(
         InputError: if the implementation asked for is unknown or does not support this.
     """
     arrays = (query, mean, inv_freq, key_tiles, value_tiles, key_codewords, value_codewords, blocks)
+    where: dict[str, Any] = {"first": first, "stride": stride}
     match implementation:
         case "mosaic_gpu":
-            return mosaic_gpu.attend_tiles(*arrays, first=first, every=every)
+            return mosaic_gpu.attend_tiles(*arrays, **where, every=every)
         case "reference":
-            return reference.attend_tiles(*arrays, first=first, every=every)
+            return reference.attend_tiles(*arrays, **where, every=every)
         case None:
             try:
-                mosaic_gpu.check_supported(*arrays, every=every)
+                mosaic_gpu.check_supported(*arrays, stride=stride, every=every)
             except InputError as error:
                 _say(str(error))
-                return reference.attend_tiles(*arrays, first=first, every=every)
-            return mosaic_gpu.attend_tiles(*arrays, first=first, every=every)
+                return reference.attend_tiles(*arrays, **where, every=every)
+            return mosaic_gpu.attend_tiles(*arrays, **where, every=every)
     raise InputError(
         f"unknown implementation {implementation!r}; choose 'mosaic_gpu' or 'reference'"
     )

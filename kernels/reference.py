@@ -96,7 +96,8 @@ def attend_tiles(
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
     *,
-    first: int = 0,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
     every: int = 1,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
@@ -112,7 +113,9 @@ def attend_tiles(
         key_codewords: of this layer.
         value_codewords: of this layer.
         blocks: valid blocks of each sequence; the others are not read.
-        first: position of the first coded token; block n starts ``n b`` after it.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
+            stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
     """
     key_stages, codewords = key_codewords.shape[2:4]
@@ -122,7 +125,7 @@ def attend_tiles(
     if mean is None:
         mean = jnp.zeros((heads, query.shape[-1]))
     return attend_codes(
-        rotary.rotate(query[..., None, :], -(first + b * jnp.arange(n)), inv_freq),
+        rotary.rotate(query[..., None, :], -(first + stride * b * jnp.arange(n)), inv_freq),
         rotary.shift(mean[:, None, None], jnp.arange(b), inv_freq, every),
         keys[..., None, :],
         values[..., None, :],
