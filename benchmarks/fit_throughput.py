@@ -186,6 +186,8 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
     """Rows, as they are found."""
     if config.repeats < 1:
         raise InputError(f"--repeats must be at least 1, got {config.repeats}")
+    if "layer" in config.parts:
+        yield layer(config)
     for shape in config.shapes:
         problems, n, d, k = _numbers(shape)
         at = jax.random.split(jax.random.key(0))
@@ -210,8 +212,6 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
                     "spread": spread,
                     "rate": problems * n * k / took,
                 }
-    if "layer" in config.parts:
-        yield layer(config)
 
 
 def layer(config: Config) -> dict[str, Any]:

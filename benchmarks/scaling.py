@@ -116,18 +116,18 @@ class Config:
 
 
 class Job(NamedTuple):
-    """One measurement: a program to compile, and what to do with it.
+    """One measurement: programs to compile, and what to do with them.
 
     Attributes:
         facts: of its row.
-        lowered: the program; None for a job that compiles what it needs itself.
-        measure: what it does with the compiled program; more of the row.
+        lowered: the programs.
+        measure: what it does with the compiled programs; more of the row.
         options: of the compiler.
     """
 
     facts: dict[str, Any]
-    lowered: Any
-    measure: Callable[[Any], dict[str, Any]]
+    lowered: tuple[Any, ...]
+    measure: Callable[..., dict[str, Any]]
     options: dict[str, Any] | None = None
 
 
@@ -182,13 +182,12 @@ def drawn(tree: Any, seed: int, size: Callable[[tuple[int, ...]], float] = lambd
     (by default of variance 1 or so)."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        structure,
-        [
-            _drawn(k, size(x.shape), x.shape, x.dtype, x.sharding)
+    with ThreadPoolExecutor() as pool:  # compiled beside each other
+        waiting = [
+            pool.submit(_drawn, k, size(x.shape), x.shape, x.dtype, x.sharding)
             for k, x in zip(keys, leaves, strict=True)
-        ],
-    )
+        ]
+        return jax.tree.unflatten(structure, [x.result() for x in waiting])
 
 
 def weights(tree: Any) -> Any:
@@ -274,40 +273,46 @@ def timed(run: Callable[[], Any], repeats: int) -> dict[str, float]:
 def agree(config: Config, mesh: Mesh, context: int) -> Job:
     """How far attention over one layer's cache on the mesh is from one device's."""
     sizes, spec = config.sizes, config.spec
-    device = Mesh([[mesh.devices.flat[0]]], mesh.axis_names)
+    device, n = Mesh([[mesh.devices.flat[0]]], mesh.axis_names), mesh.shape[DATA]
     one = dataclasses.replace(sizes, layers=1)
-    axes = NamedSharding(mesh, sharded.VECTORS)
+    spread = cache_on(mesh, config, context, None)
+    whole = cache_on(device, config, spec.block * spread.blocks, None)
+    stack = books_on(device, one, spec)
 
-    def measure(_: Any) -> dict[str, float]:
-        def first(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x[0], tree)
+    def vectors(on: Mesh) -> list[jax.ShapeDtypeStruct]:
+        heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+        shapes = [(1, 1, h, sizes.head_dim) for h in heads]
+        return [shape_of(on, shape, jnp.float32, *sharded.VECTORS) for shape in shapes]
 
-        books = first(random_books(books_on(device, one, spec), one))
-        blocks = cache_on(mesh, config, context, None)
-        whole = filled(cache_on(device, config, spec.block * blocks.blocks, None), context)
-        n = mesh.shape[DATA]
-        order = np.concatenate([Turn(i, n).blocks(whole.blocks // n) for i in range(n)])
-        dealt = whole.replace(
-            key_codes=whole.key_codes[:, :, order], value_codes=whole.value_codes[:, :, order]
-        )
-        spread = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), dealt, blocks)
-        shared = jax.tree.map(
-            lambda x, w: jax.device_put(x, w.sharding),
-            books,
-            placed(mesh, sharded.codec_axes(books, stacked=False), books),
+    def of_layer(on: Mesh) -> Codebooks:
+        books = jax.eval_shape(lambda x: jax.tree.map(lambda y: y[0], x), stack)
+        return placed(on, sharded.codec_axes(books, stacked=False), books)
+
+    programs = (
+        jax.jit(attention.attend).lower(*vectors(device), whole, of_layer(device)),
+        jax.jit(functools.partial(sharded.attend, mesh)).lower(
+            *vectors(mesh), spread, of_layer(mesh)
+        ),
+    )
+
+    def put(tree: Any, like: Any) -> Any:
+        return jax.tree.map(lambda x, of: jax.device_put(x, of.sharding), tree, like)
+
+    def measure(alone: Any, together: Any) -> dict[str, float]:
+        books = jax.tree.map(lambda x: x[0], random_books(stack, one))
+        cache = filled(whole, context)
+        order = np.concatenate([Turn(i, n).blocks(cache.blocks // n) for i in range(n)])
+        dealt = cache.replace(
+            key_codes=cache.key_codes[:, :, order], value_codes=cache.value_codes[:, :, order]
         )
         rng = np.random.default_rng(0)
-        q, k, v = (
-            rng.standard_normal((1, 1, heads, sizes.head_dim), np.float32)
-            for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-        )
-        want = np.asarray(jax.jit(attention.attend)(q, k, v, whole, books))
-        vectors = (jax.device_put(x, axes) for x in (q, k, v))
-        got = np.asarray(jax.jit(functools.partial(sharded.attend, mesh))(*vectors, spread, shared))
-        error = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+        qkv = [rng.standard_normal(x.shape, np.float32) for x in vectors(device)]
+        want = np.asarray(alone(*put(qkv, vectors(device)), cache, put(books, of_layer(device))))
+        got = together(*put(qkv, vectors(mesh)), put(dealt, spread), put(books, of_layer(mesh)))
+        error = np.linalg.norm(np.asarray(got) - want, axis=-1) / np.linalg.norm(want, axis=-1)
         return {"error": float(error.max())}
 
-    return Job({"part": "agree", "what": CODED, "context": context}, None, measure)
+    return Job({"part": "agree", "what": CODED, "context": context}, programs, measure)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -356,7 +361,7 @@ def coded_loop(config: Config, mesh: Mesh, context: int) -> Job:
         return held | rates(run, config)
 
     facts = {"part": "decode", "what": CODED, "context": context, "layers": sizes.layers}
-    return Job(facts, lowered, measure, generation.loop_options())
+    return Job(facts, (lowered,), measure, generation.loop_options())
 
 
 @functools.lru_cache(maxsize=1)
@@ -461,7 +466,7 @@ def exact_loop(config: Config, mesh: Mesh, context: int) -> Job:
         return held | rates(run, config)
 
     facts = {"part": "decode", "what": EXACT, "context": context, "layers": sizes.layers}
-    return Job(facts, lowered, measure, generation.loop_options())
+    return Job(facts, (lowered,), measure, generation.loop_options())
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -504,7 +509,7 @@ def fit(config: Config, mesh: Mesh, tokens: int, scaling: str) -> Job:
         return rows | timed(run, config.repeats)
 
     facts = {"part": "fit", "what": scaling, "tokens": tokens, "stages": spec.key.stages}
-    return Job(facts, lowered, measure)
+    return Job(facts, (lowered,), measure)
 
 
 def capture(config: Config, mesh: Mesh) -> Job:
@@ -526,7 +531,7 @@ def capture(config: Config, mesh: Mesh) -> Job:
         return took | {"tokens_per_second": rate, "weight_bytes": bytes_of(arrays)}
 
     facts = {"part": "capture", "tokens": sequences * config.length, "layers": sizes.layers}
-    return Job(facts, step.lower(params, tokens), measure)
+    return Job(facts, (step.lower(params, tokens),), measure)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -567,14 +572,10 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
         waiting = []
         for on, make in jobs(config):
             job = make()
-            compiled = None
-            if job.lowered is not None:
-                options = {"compiler_options": job.options} if job.options else {}
-                compiled = pool.submit(job.lowered.compile, **options)
-            waiting.append((on, job._replace(lowered=None), compiled))
+            compiled = [pool.submit(x.compile, compiler_options=job.options) for x in job.lowered]
+            waiting.append((on, job._replace(lowered=()), compiled))
     for on, job, compiled in waiting:
-        row = job.facts | on
-        yield row | job.measure(None if compiled is None else compiled.result())
+        yield job.facts | on | job.measure(*(x.result() for x in compiled))
 
 
 def file_of(config: Config) -> pathlib.Path:

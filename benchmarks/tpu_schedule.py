@@ -33,6 +33,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gsrq_jax import residual
 from gsrq_jax.kernels import mosaic_tpu, mosaic_tpu_encode
+from gsrq_jax.kernels.words import words_of
 from gsrq_jax.results import write_result
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -137,12 +138,12 @@ def ours(dump: pathlib.Path, chip: Chip, config: Config, block: int, stages: int
     """One row: the kernel over codes."""
     of, blocks = jax.ShapeDtypeStruct, config.context // block
     tiling = mosaic_tpu.tiling_of(GROUP, blocks, block)
-    words = -(-stages // mosaic_tpu.PER_WORD)
+    words = words_of(stages)
     codes = of((1, HEADS, config.context * words // 128, 128), jnp.int32)
     found = schedule(
         dump,
         "attend_codes",
-        functools.partial(mosaic_tpu.attend_words, tiling=tiling),
+        functools.partial(mosaic_tpu.fused_kernel, tiling=tiling),
         (
             of((1, HEADS, blocks * tiling.rows, DIM), jnp.float32),
             of((HEADS, block, DIM), jnp.float32),
