@@ -38,7 +38,7 @@ from gsrq_jax.models import generation, llama, sharding, training
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.models.generation import DecodeState, Sampler
 from gsrq_jax.results import repeated, write_result
-from gsrq_jax.spec import QuantSpec
+from gsrq_jax.spec import Layout, QuantSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
@@ -71,6 +71,7 @@ class Config:
         chunk: tokens of a prompt that are read at a time.
         block: tokens of a cache's block.
         cache_codewords: of a stage of a cache's codes.
+        layout: of these codes; in ``words`` decoding is the fused TPU kernel's.
         out: folder under which ``results`` lies.
     """
 
@@ -91,6 +92,7 @@ class Config:
     chunk: int = 2048
     block: int = 256
     cache_codewords: int = 16
+    layout: Layout = "words"
     out: pathlib.Path = ROOT
 
 
@@ -323,7 +325,11 @@ def compiled(
             fits[shape] = measured(fitted(model, mesh, tokens, spec), MEMORY[chip])
         note("fit", tokens, fits[shape], more_than_scores)
     spec = QuantSpec.from_bits(
-        config.bits, model.head_dim, codewords=config.cache_codewords, block=config.block
+        config.bits,
+        model.head_dim,
+        codewords=config.cache_codewords,
+        block=config.block,
+        layout=config.layout,
     )
     # Generation exchanges sums alone: no weights either.
     for context in config.contexts:

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int32
 
-from gsrq_jax.kernels import rotary
+from gsrq_jax.kernels import devices, rotary
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.words import CODEWORDS, LANES, PER_WORD, words_of
 
@@ -121,16 +121,13 @@ def _refused(what: str, given: object, supported: str) -> InputError:
 def check_device() -> None:
     """Refuse what the kernel cannot be compiled for.
 
-    The device is the abstract mesh's if that has one, else jax's first.
-
     Raises:
         InputError: naming what there is.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if not device.device_kind.startswith("TPU"):
+    if not devices.on_tpu():
         raise InputError(
-            f"the fused TPU kernels are for TPUs, this is {device.device_kind}; use another "
-            "implementation"
+            f"the fused TPU kernel is for TPUs, this is {devices.device().device_kind}; use "
+            "another implementation"
         )
 
 

@@ -161,11 +161,11 @@ def test_of_a_cache_is_the_reference(T, q, stride):
 def test_which_is_taken(monkeypatch):
     x, options = laid_out()
     decode._say.cache_clear()
-    with pytest.warns(UserWarning, match="fused TPU kernels are for TPUs, this is cpu; use"):
+    with pytest.warns(UserWarning, match="fused TPU kernel is for TPUs, this is cpu; use"):
         got = decode.attend_words(**x, **options)
     want = decode.attend_words(**x, **options, implementation="reference")
     np.testing.assert_array_equal(got[0], want[0])
-    with pytest.raises(InputError, match="fused TPU kernels are for TPUs, this is cpu"):
+    with pytest.raises(InputError, match="fused TPU kernel is for TPUs, this is cpu"):
         decode.attend_words(**x, **options, implementation="fused")
     taken = []
     monkeypatch.setattr(mosaic_tpu, "check_device", lambda: None)
