@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 import sys
@@ -28,7 +29,7 @@ from gsrq_jax.models import (
     training,
 )
 from gsrq_jax.models.config import LlamaConfig
-from gsrq_jax.spec import Layout
+from gsrq_jax.spec import Layout, QuantSpec
 
 Config = TypeVar("Config")
 
@@ -154,10 +155,17 @@ def _generate(config: GenerateConfig) -> None:
         if given and config.codebooks is None:
             raise InputError(f"{flag} needs --codebooks")
 
+    together = 1
+    if config.codebooks is not None:
+        spec = QuantSpec.from_json(codebook.read_metadata(config.codebooks)["spec"])
+        together = math.lcm(*spec.code_heads)
+
     def mesh_for(found: LlamaConfig) -> Mesh | None:
         if config.mesh is None and jax.process_count() == 1:
             return None
-        return sharding.make_mesh(found.kv_heads, config.mesh)
+        if found.kv_heads % together:  # another model's codebooks, which will be refused as such
+            return sharding.make_mesh(found.kv_heads, config.mesh)
+        return sharding.make_mesh(found.kv_heads, config.mesh, together=together)
 
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
         mesh = mesh_for(found)

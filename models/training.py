@@ -240,7 +240,7 @@ def _run(config: TrainConfig) -> None:
                 f"--heads must divide the {found.kv_heads} KV heads of the model, got "
                 f"{config.heads}"
             )
-        return sharding.make_mesh(found.kv_heads // config.heads, config.mesh)
+        return sharding.make_mesh(found.kv_heads, config.mesh, together=config.heads)
 
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
         mesh = make_mesh(found)

@@ -48,7 +48,11 @@ def test_what_should_not_be_gathered(command):
 
 
 def test_codes_are_not_gathered_as_sums_either(command):
-    for shape, wrong in (("u8[4,256]", True), ("f32[4] u32[64]", True), ("f32[4,256]", False)):
+    for shape, wrong in (
+        ("u8[4,256]", True),
+        ("f32[4] s32[64]", True),
+        ("f32[4,256] s32[8]", False),
+    ):
         hlo = f"  %a = ({shape.replace(' ', ', ')}) all-reduce(%x), channel_id=1"
         row = {"collectives": [dataclasses.asdict(x) for x in command.collectives(hlo)]}
         assert bool(command.gathered(row, lambda *_: True)) == wrong
