@@ -209,11 +209,6 @@ def train(config: TrainConfig) -> pathlib.Path:
     """
     out, books = config.out, config.out / "codebooks"
     processes.check_same(plain(config) | results.versions())
-    if jax.process_count() > 1 and (config.distill.steps or SAMPLED in config.mix):
-        raise InputError(
-            "several processes can neither sample nor distil; give --distill.steps 0 and no "
-            f"--mix {SAMPLED}, or start one process"
-        )
 
     def show() -> None:
         found = report.render(out)
@@ -248,6 +243,10 @@ def _run(config: TrainConfig) -> None:
 
     model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
     mesh = make_mesh(model.config)
+    together = mesh if jax.process_count() > 1 else None
+    devices = None if together is None else list(together.devices.flat)
+    if devices is not None and config.distill.steps:
+        distillation.sharing(config.distill, devices)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
     count = texts.calibrated(config)
@@ -263,7 +262,12 @@ def _run(config: TrainConfig) -> None:
         processes.once(lambda: work.mkdir(exist_ok=True))
         processes.check_shared(work)
         write = functools.partial(
-            distillation.sample, model, length=config.length, seed=config.seed, work=work
+            distillation.sample,
+            model,
+            length=config.length,
+            seed=config.seed,
+            work=work,
+            mesh=together,
         )
         tokens, rows = texts.calibration, texts.distillation
         if texts.written:
@@ -288,7 +292,13 @@ def _run(config: TrainConfig) -> None:
             if texts.to_distil:
                 rows = text.interleaved([rows, write(texts.to_distil, name="distil")])
             codebooks, refinement = distillation.refine(
-                model, codebooks, rows, config.distill, seed=config.seed, work=work
+                model,
+                codebooks,
+                rows,
+                config.distill,
+                seed=config.seed,
+                work=work,
+                devices=devices,
             )
         codebook.save(
             config.out / "codebooks",

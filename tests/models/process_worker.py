@@ -2,7 +2,8 @@
 
 ``write`` generates, and puts what it prints into the folder. ``die`` trains until the second layer
 is to be fitted, where process 3 is killed. ``train`` tries what several processes refuse, trains,
-and ends with bad input of process 1. Nothing is measured.
+and ends with bad input of process 1. ``distil`` trains until codebooks are saved, where it is
+interrupted. Nothing is measured.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from gsrq_jax.errors import InputError
 from gsrq_jax.models import commands, evaluation, processes, report, training
 
 what, folder, *flags = sys.argv[1:]
-evaluation.fidelity = lambda *_: evaluation.Fidelity(1, 1.0, 1.0, 0.0, 1.0)
+if what != "distil":
+    evaluation.fidelity = lambda *_: evaluation.Fidelity(1, 1.0, 1.0, 0.0, 1.0)
 report.render = lambda out: json.loads((out / "report.json").read_text())
 
 
@@ -59,6 +61,13 @@ if what == "write":
         commands.generate(flags)
     (pathlib.Path(folder) / f"written-{jax.process_index()}").write_text(said.getvalue())
     sys.exit()
+if what == "distil":
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    training.codebook.save = stopped
+    commands.train(flags)
 with processes.joined():
     if what == "die":
         killed_at_layer_1()
