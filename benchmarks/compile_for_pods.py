@@ -5,9 +5,10 @@
 
 Compiles the step that captures keys, values and sensitivities, the one that fits a layer's
 codebooks, the reading of a prompt in chunks and the decode loop over a coded cache, for shapes of
-LLaMA 3 on the topologies named, without a TPU. Writes `results/compiled-for-pods.json`, and ends
-with exit code 1 if a chip's memory does not suffice or points, codes or codebooks are gathered, and
-exit code 2 if libtpu is not there. `docs/pods.md` has the table.
+LLaMA 3 on the topologies named, without a TPU. Writes `results/compiled-for-pods.json` (for
+``--layout words``, in which decoding is the fused kernel's, `compiled-for-pods-fused.json`), and
+ends with exit code 1 if a chip's memory does not suffice or points, codes or codebooks are
+gathered, and exit code 2 if libtpu is not there. `docs/pods.md` has the tables.
 """
 
 import collections
@@ -92,7 +93,7 @@ class Config:
     chunk: int = 2048
     block: int = 256
     cache_codewords: int = 16
-    layout: Layout = "words"
+    layout: Layout = "packed"
     out: pathlib.Path = ROOT
 
 
@@ -377,8 +378,9 @@ def main(config: Config) -> None:
         )
     fits: dict[tuple[str, int, int], dict[str, Any]] = {}
     rows = [row for case in config.cases for row in compiled(case, config, fits)]
+    names = {"words": "-fused"}
     write_result(
-        config.out / "results" / "compiled-for-pods.json",
+        config.out / "results" / f"compiled-for-pods{names.get(config.layout, '')}.json",
         rows,
         command="JAX_PLATFORMS=cpu python "
         + repeated("benchmarks/compile_for_pods.py", instead={}, without=("--out",)),

@@ -121,9 +121,8 @@ def attend_tiles(
     key_stages, codewords = key_codewords.shape[2:4]
     keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)[..., None, :]
     values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])[..., None, :]
-    books = key_codewords, value_codewords
-    where = {"first": first, "stride": stride, "every": every}
-    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, **where)
+    books, where = (key_codewords, value_codewords), (first, stride, every)
+    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, *where)
 
 
 def attend_words(
@@ -148,9 +147,8 @@ def attend_words(
         words.from_words(codes, *codewords.shape[1:3])
         for codes, codewords in ((key_words, key_codewords), (value_words, value_codewords))
     )
-    books = key_codewords, value_codewords
-    where = {"first": first, "stride": stride, "every": every}
-    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, **where)
+    books, where = (key_codewords, value_codewords), (first, stride, every)
+    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, *where)
 
 
 def _attend_blocks(
@@ -162,7 +160,6 @@ def _attend_blocks(
     key_codewords: Float[Array, "H G R K g"],
     value_codewords: Float[Array, "H G R K g"],
     blocks: Int[Array, " B"],
-    *,
     first: int | Int[Array, ""],
     stride: int,
     every: int,

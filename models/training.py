@@ -346,7 +346,7 @@ def _share(sequences: int) -> tuple[slice, str]:
     if rest:
         raise InputError(
             f"{count} processes cannot share {sequences} sequences evenly; choose --tokens so that "
-            "there is a multiple of so many"
+            "their number is a multiple of the processes"
         )
     return slice(index * each, (index + 1) * each), f"samples-{index}-of-{count}"
 

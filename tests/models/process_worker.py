@@ -20,7 +20,7 @@ import tyro
 
 from gsrq_jax.calibration import SampleStore
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import commands, evaluation, processes, report, training
+from gsrq_jax.models import commands, evaluation, processes, report, sharding, training
 
 what, folder, *flags = sys.argv[1:]
 if what != "distil":
@@ -43,10 +43,16 @@ def refused():
     index = jax.process_index()
     own = pathlib.Path(folder) / f"only-{index}"
     own.mkdir()
+    mesh = sharding.make_mesh(2)  # a device of each process
     for check in (
         lambda: processes.check_same({"seed": index}),
+        lambda: processes.check_same({"seed": 0} | {"jax": f"0.1{index}"}),
         lambda: processes.check_shared(own),
         lambda: training._share(9),
+        lambda: training._share(1),
+        lambda: sharding.make_mesh(2, (5, 1)),
+        lambda: sharding.make_mesh(2, (1, 2), [jax.devices()[0], jax.devices()[8]]),
+        lambda: sharding.for_tokens(mesh, 7),
         lambda: processes.once(lambda: (own / "not" / "there").touch()),
     ):
         try:

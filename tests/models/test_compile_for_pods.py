@@ -83,12 +83,13 @@ def test_compiled_by_the_tpus_compiler(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU's compiler, is not installed")
     options = ("--cases", "v5e:2x2=llama-3-8b", "--bits", "0.125", "--sequences", "16")
-    options += ("--contexts", "8192")
+    options += ("--contexts", "8192", "--layout", "words")
     subprocess.run(
         [sys.executable, BENCHMARKS / "compile_for_pods.py", *options, "--out", tmp_path],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         check=True,
     )
-    rows = json.loads((tmp_path / "results" / "compiled-for-pods.json").read_text())["rows"]
+    file = tmp_path / "results" / "compiled-for-pods-fused.json"
+    rows = json.loads(file.read_text())["rows"]
     assert [row["step"] for row in rows] == ["capture", "fit", "prefill", "decode"]
     assert all(0 < row["hbm_gib"] < row["memory_gib"] for row in rows)
