@@ -69,8 +69,9 @@ def test_steps_that_there_are_not(command):
         command.compiled("v5e:2x2=llama-3-8b", command.Config(steps=("decode", "dance")), {})
 
 
-def test_the_docs_have_the_results(command):
-    found = json.loads((BENCHMARKS.parent / "results" / "compiled-for-pods.json").read_text())
+@pytest.mark.parametrize("name", ["compiled-for-pods", "compiled-for-pods-fused"])
+def test_the_docs_have_the_results(command, name):
+    found = json.loads((BENCHMARKS.parent / "results" / f"{name}.json").read_text())
     text = (BENCHMARKS.parent / "docs" / "pods.md").read_text()
     rows = {(r["topology"], r["model"], r["step"], r["tokens"]): r for r in found["rows"]}
     assert not any("problem" in row for row in rows.values())
