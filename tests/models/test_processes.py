@@ -126,7 +126,7 @@ def test_two_processes_sample_and_distil_as_one(tiny_model, tmp_path, monkeypatc
     out = tmp_path / "run"
     flags = ["--model", str(tiny_model), "--out", str(out), *tiny.FLAGS, "--tokens", "256"]
     flags += ["--distill.text", "sampled", "--distill.tokens", "192", "--distill.steps", "2"]
-    flags += ["--distill.check-every", "1", "--distill.batch", "2"]
+    flags += ["--distill.check-every", "1", "--distill.batch", "2", "--weights", "none"]
 
     def stopped(*_, **__):
         raise KeyboardInterrupt

@@ -34,7 +34,7 @@ def lost_process():
 def test_rows_and_table(scaling, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["scaling.py", "--model", "toy", "--out", "x"])
     sizes = {"layers": 1, "contexts": (768,), "steps": 2, "block": 128, "repeats": 1}
-    sizes |= {"tokens": 128, "bits": 0.25, "passes": 2, "captured": 1, "length": 16}
+    sizes |= {"parts": ("agree", "decode", "capture"), "captured": 1, "length": 16}
     config = scaling.Config(model="toy", meshes=("2x1",), out=tmp_path, **sizes)
     scaling.main(config)
     data = json.loads((tmp_path / "results/scaling-8.json").read_text())
@@ -44,22 +44,35 @@ def test_rows_and_table(scaling, tmp_path, monkeypatch, capsys):
         ("agree", "1 bit"),
         ("decode", "1 bit"),
         ("decode", "bf16"),
-        ("fit", "strong"),
-        ("fit", "weak"),
         ("capture", None),
     ]
-    agree, coded, exact, strong, weak, capture = rows
+    agree, coded, exact, capture = rows
     assert agree["error"] < 1e-5
     assert coded["tokens_per_second"] == pytest.approx(2 / coded["seconds"])
     # A device's half of 768 tokens; coded, 3 blocks of 2 bytes a token, and sinks and window.
     assert exact["cache_bytes"] == 2 * 384 * 4 * 16 * 2
     ring = 4 + 128 + 128
     assert coded["cache_bytes"] == pytest.approx(2 * ring * 4 * 16 * 2 + 2 * 3 * 4 * 128 * 2, abs=8)
-    assert (strong["tokens"], weak["tokens"], capture["tokens"]) == (128, 256, 32)
+    assert capture["tokens"] == 2 * 16
     assert f"| {agree['error']:.1e} |" in capsys.readouterr().out
-    assert f"| 2 × 1 | 256 | {weak['seconds']:.3f} | – |" in scaling.table(rows)
-    one = strong | {"mesh": "1x1", "devices": 1, "seconds": 4 * strong["seconds"]}
+    assert f"| 2 × 1 | 32 | {capture['seconds']:.3f} | – |" in scaling.table(rows)
+    one = capture | {"mesh": "1x1", "devices": 1, "seconds": 4 * capture["seconds"]}
     assert "| 4.00 × |" in scaling.table([*rows, one])
+
+
+def test_what_is_fitted(scaling):
+    """As many tokens on every mesh, or as many for each device along ``data``."""
+    config = scaling.Config(model="toy", parts=("fit",), meshes=("1x2", "2x1"), tokens=64)
+    made = [(on["mesh"], make.args[2:]) for on, make in scaling.jobs(config)]
+    assert made == [
+        ("1x2", (64, "strong")),
+        ("2x1", (64, "strong")),
+        ("2x1", (128, "weak")),
+    ]
+    job = scaling.fit(dataclasses.replace(config, bits=0.25), scaling.mesh_of("2x1"), 64, "strong")
+    assert job.facts == {"part": "fit", "what": "strong", "tokens": 64, "stages": 1}
+    (lowered,) = job.lowered
+    assert "all_reduce" in lowered.as_text()
 
 
 @pytest.mark.parametrize("mesh", ["4", "axb", "0x1", "4x4"])
