@@ -3,7 +3,7 @@
     python benchmarks/lost_process.py --model MODEL --text TEXT
 
 Runs `train_codebooks.py` five times: *one* process on one device; *together*, one process on
-several; *apart*, as many processes of one device each; *lost*, the same, whose last process is
+all; *apart*, several processes of one device each; *lost*, the same, whose last process is
 killed after some layers, which the others have to notice; and *resumed*, the same command again.
 The first four run beside each other: nothing here is a time of training. Compares their codebooks:
 *resumed* is to be what *apart* is, and all what *one* is but for rounding. Writes
@@ -26,7 +26,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from gsrq_jax import codebook
@@ -45,8 +44,8 @@ class Config:
         model: as `train_codebooks.py` takes it, and ``text``.
         text: as there.
         flags: of the training, in one string.
-        processes: of *apart* and *lost*, and devices of *together*.
-        devices: numbers of the GPUs to be used, as many as processes.
+        processes: of *apart* and *lost*.
+        devices: numbers of the GPUs to be used, at least as many as processes.
         layers: that are fitted before a process is killed.
         timeout: seconds after which a process is lost, as ``GSRQ_PROCESS_TIMEOUT``.
         limit: seconds that a training may take.
@@ -83,7 +82,9 @@ class Run:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        program = [sys.executable, ROOT / "train_codebooks.py", "--out", self.folder]
+        # train_codebooks.py, also where the package is only on PYTHONPATH.
+        train = "from gsrq_jax.models import commands; commands.train()"
+        program = [sys.executable, "-P", "-c", train, "--out", self.folder]
         program += ["--model", config.model, "--text", config.text, *shlex.split(config.flags)]
         self.started = []
         for index, own in enumerate(devices):
@@ -203,7 +204,7 @@ def measure(config: Config, work: pathlib.Path) -> list[dict[str, Any]]:
     runs = [
         lost,
         Run(config, work, "one", [devices[:1]]),
-        Run(config, work, "together", [devices[:n]]),
+        Run(config, work, "together", [devices]),
         Run(config, work, "apart", each),
     ]
     rows = []
@@ -223,9 +224,11 @@ def measure(config: Config, work: pathlib.Path) -> list[dict[str, Any]]:
         ("apart", "one"),
         ("lost resumed", "apart"),
     ):
-        processes = 1 if name == "together" else n
+        used = {"processes": n, "devices": n}
+        if name == "together":
+            used = {"processes": 1, "devices": len(devices)}
         found = difference(folders[name], folders[like])
-        rows.append({"run": name, "processes": processes, "compared_with": like} | found)
+        rows.append({"run": name} | used | {"compared_with": like} | found)
     return rows
 
 
@@ -241,7 +244,8 @@ def table(data: Mapping[str, Any]) -> str:
             )
             continue
         lines.append(
-            f"{r['run']} ({r['processes']} processes) beside {r['compared_with']}: "
+            f"{r['run']} ({r['processes']} processes, {r['devices']} devices) beside "
+            f"{r['compared_with']}: "
             + (
                 "the same codebooks"
                 if r["equal"]
@@ -263,7 +267,7 @@ def main(config: Config) -> None:
             work.mkdir(parents=True)
             rows = measure(config, work)
         program = repeated("benchmarks/lost_process.py", instead={}, without=("--out", "--work"))
-        write_result(file, rows, command=f"python {program}", devices=len(jax.devices()))
+        write_result(file, rows, command=f"python {program}")
     print(table(json.loads(file.read_text(encoding="utf-8"))))
 
 

@@ -43,6 +43,12 @@ def test_rows_and_table(benchmark, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == benchmark.table(data)
 
 
+def test_the_docs_have_the_results(benchmark):
+    text = (ROOT / "docs" / "several-gpus.md").read_text()
+    data = json.loads((ROOT / "results" / "fit-throughput.json").read_text())
+    assert benchmark.table(data) in text
+
+
 @pytest.mark.parametrize("shape", ["8", "1x2x3", "axbxcxd", "1x8x8x16", "0x8x8x8"])
 def test_shapes_that_cannot_be(benchmark, shape):
     with pytest.raises(InputError, match=f"--shapes takes .*, got {shape}"):

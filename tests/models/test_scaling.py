@@ -83,6 +83,12 @@ def test_meshes_that_cannot_be(scaling, mesh):
         scaling.mesh_of(mesh)
 
 
+def test_the_docs_have_the_results(scaling):
+    text = (ROOT / "docs" / "several-gpus.md").read_text()
+    rows = json.loads((ROOT / "results" / "scaling-1.json").read_text())["rows"]
+    assert scaling.table(rows) in text
+
+
 def test_what_differs_between_runs(lost_process, tiny_run, tmp_path):
     found = lost_process.difference(tiny_run, tiny_run)
     assert found == {"first_layer": 0, "other_layers": 0, "distortion": 0, "equal": True}
