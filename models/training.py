@@ -243,6 +243,7 @@ def _run(config: TrainConfig) -> None:
 
     model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
     mesh = make_mesh(model.config)
+    # Where several processes sample and distil; one does it on its own devices.
     together = mesh if jax.process_count() > 1 else None
     devices = None if together is None else list(together.devices.flat)
     if devices is not None and config.distill.steps:
