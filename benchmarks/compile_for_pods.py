@@ -5,9 +5,10 @@
 
 Compiles the step that captures keys, values and sensitivities, the one that fits a layer's
 codebooks, the reading of a prompt in chunks and the decode loop over a coded cache, for shapes of
-LLaMA 3 on the topologies named, without a TPU. Writes `results/compiled-for-pods.json`, and ends
-with exit code 1 if a chip's memory does not suffice or points, codes or codebooks are gathered, and
-exit code 2 if libtpu is not there. `docs/pods.md` has the table.
+LLaMA 3 on the topologies named, without a TPU. Writes `results/compiled-for-pods.json` (for
+``--layout words``, in which decoding is the fused kernel's, `compiled-for-pods-fused.json`), and
+ends with exit code 1 if a chip's memory does not suffice or points, codes or codebooks are
+gathered, and exit code 2 if libtpu is not there. `docs/pods.md` has the tables.
 """
 
 import collections
@@ -38,7 +39,7 @@ from gsrq_jax.models import generation, llama, sharding, training
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.models.generation import DecodeState, Sampler
 from gsrq_jax.results import repeated, write_result
-from gsrq_jax.spec import QuantSpec
+from gsrq_jax.spec import Layout, QuantSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
@@ -71,6 +72,7 @@ class Config:
         chunk: tokens of a prompt that are read at a time.
         block: tokens of a cache's block.
         cache_codewords: of a stage of a cache's codes.
+        layout: of these codes; in ``words`` decoding is the fused TPU kernel's.
         out: folder under which ``results`` lies.
     """
 
@@ -91,6 +93,7 @@ class Config:
     chunk: int = 2048
     block: int = 256
     cache_codewords: int = 16
+    layout: Layout = "packed"
     out: pathlib.Path = ROOT
 
 
@@ -264,7 +267,9 @@ def gathered(row: dict[str, Any], whole: Callable[[str, int], bool]) -> dict[str
     for x in row.get("collectives", []):
         shapes = x["shape"].split()
         if x["kind"] == "all-reduce":
-            wrong = any(shape.startswith(("u8[", "u32[")) and x["nbytes"] > 4 for shape in shapes)
+            # Codes are bytes or words; a few words are where the largest logits are.
+            codes = [shape for shape in shapes if shape.startswith(("u8[", "u32[", "s32["))]
+            wrong = any(_nbytes(shape) > 64 for shape in codes)
         else:
             wrong = any(whole(shape, x["nbytes"]) for shape in shapes)
         if wrong:
@@ -323,7 +328,11 @@ def compiled(
             fits[shape] = measured(fitted(model, mesh, tokens, spec), MEMORY[chip])
         note("fit", tokens, fits[shape], more_than_scores)
     spec = QuantSpec.from_bits(
-        config.bits, model.head_dim, codewords=config.cache_codewords, block=config.block
+        config.bits,
+        model.head_dim,
+        codewords=config.cache_codewords,
+        block=config.block,
+        layout=config.layout,
     )
     # Generation exchanges sums alone: no weights either.
     for context in config.contexts:
@@ -369,8 +378,9 @@ def main(config: Config) -> None:
         )
     fits: dict[tuple[str, int, int], dict[str, Any]] = {}
     rows = [row for case in config.cases for row in compiled(case, config, fits)]
+    names = {"words": "-fused"}
     write_result(
-        config.out / "results" / "compiled-for-pods.json",
+        config.out / "results" / f"compiled-for-pods{names.get(config.layout, '')}.json",
         rows,
         command="JAX_PLATFORMS=cpu python "
         + repeated("benchmarks/compile_for_pods.py", instead={}, without=("--out",)),

@@ -16,6 +16,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -96,17 +97,22 @@ def seconds(run: Run, repeats: int, wait: Callable[[Any], Any]) -> tuple[float, 
 def ours(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
     """k-means and GSKM of `gsrq_jax.kmeans`."""
     points, words = jax.device_put(x), jax.device_put(centroids)
-    assign = jax.jit(jax.vmap(kmeans.assign))
-    yield Way("assign", "gsrq_jax", lambda: assign(points, words))
     rng = jax.random.split(jax.random.key(0), len(x))
-    for rule in ("kmeans", "gskm"):
+    rules = ("kmeans", "gskm")
+
+    def sweeps(rule: str, count: int) -> Callable[..., Any]:
         fit = functools.partial(getattr(kmeans, rule), codewords=centroids.shape[1])
+        return lambda r, x, c: fit(r, x, init=c, iterations=count).centroids
 
-        def sweeps(count: int, fit: Callable = fit) -> Run:
-            run = jax.jit(jax.vmap(lambda r, x, c: fit(r, x, init=c, iterations=count).centroids))
-            return lambda: run(rng, points, words)
-
-        yield Way("sweep", f"gsrq_jax, {rule}", sweeps(1 + SWEEPS), sweeps(1))
+    programs = [(lambda _, x, c: kmeans.assign(x, c))]
+    programs += [sweeps(rule, count) for rule in rules for count in (1 + SWEEPS, 1)]
+    lowered = [jax.jit(jax.vmap(f)).lower(rng, points, words) for f in programs]
+    with ThreadPoolExecutor() as pool:  # compiled beside each other
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
+    assign, *runs = [functools.partial(run, rng, points, words) for run in compiled]
+    yield Way("assign", "gsrq_jax", assign)
+    for index, rule in enumerate(rules):
+        yield Way("sweep", f"gsrq_jax, {rule}", *runs[2 * index : 2 * index + 2])
 
 
 def of_torch(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
@@ -180,11 +186,13 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
     """Rows, as they are found."""
     if config.repeats < 1:
         raise InputError(f"--repeats must be at least 1, got {config.repeats}")
+    if "layer" in config.parts:
+        yield layer(config)
     for shape in config.shapes:
         problems, n, d, k = _numbers(shape)
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((problems, n, d), np.float32)
-        centroids = rng.standard_normal((problems, k, d), np.float32)
+        at = jax.random.split(jax.random.key(0))
+        x = np.asarray(jax.random.normal(at[0], (problems, n, d)))
+        centroids = np.asarray(jax.random.normal(at[1], (problems, k, d)))
         for implementation, wait in implementations().values():
             for way in implementation(x, centroids):
                 if way.part not in config.parts:
@@ -204,8 +212,6 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
                     "spread": spread,
                     "rate": problems * n * k / took,
                 }
-    if "layer" in config.parts:
-        yield layer(config)
 
 
 def layer(config: Config) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gsrq_jax import residual
-from gsrq_jax.kernels import mosaic_tpu, mosaic_tpu_encode
+from gsrq_jax.kernels import devices, mosaic_tpu, mosaic_tpu_encode
+from gsrq_jax.kernels.words import words_of
 from gsrq_jax.results import write_result
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -137,12 +139,12 @@ def ours(dump: pathlib.Path, chip: Chip, config: Config, block: int, stages: int
     """One row: the kernel over codes."""
     of, blocks = jax.ShapeDtypeStruct, config.context // block
     tiling = mosaic_tpu.tiling_of(GROUP, blocks, block)
-    words = -(-stages // mosaic_tpu.PER_WORD)
+    words = words_of(stages)
     codes = of((1, HEADS, config.context * words // 128, 128), jnp.int32)
     found = schedule(
         dump,
         "attend_codes",
-        functools.partial(mosaic_tpu.attend_words, tiling=tiling),
+        functools.partial(mosaic_tpu.fused_kernel, tiling=tiling),
         (
             of((1, HEADS, blocks * tiling.rows, DIM), jnp.float32),
             of((HEADS, block, DIM), jnp.float32),
@@ -238,7 +240,8 @@ def encoded(
     step = found[1] + found[2] * stages
     kernel = step / mosaic_tpu_encode.TOKENS
     few = config.vectors // 4  # all of which XLA takes at once
-    hlo = compiled(residual.encode, (of((HEADS, few, DIM), jnp.float32), words), chip).as_text()
+    with mock.patch.object(devices, "on_tpu", return_value=False):  # not the kernel
+        hlo = compiled(residual.encode, (of((HEADS, few, DIM), jnp.float32), words), chip).as_text()
     plain = estimated(hlo, stages) / (HEADS * few) * chip.cores  # XLA's are of a chip
     facts = {"bits": stages * (codewords.bit_length() - 1) / DIM, "codewords": codewords}
     read = 4 * DIM  # and codes written: words by the kernel, bytes by XLA

@@ -32,7 +32,7 @@ from gsrq_jax.spec import CacheSpec, QuantSpec
 
 Implementation = Literal["fused", "codes", "decoded"]
 FEW = 8
-"""New tokens up to which codes in the fused kernel's layout are attended to as codes."""
+"""New tokens up to which codes in a fused kernel's layout are attended to as codes."""
 
 
 def attend(
@@ -59,13 +59,13 @@ def attend(
         codec: that layer's codebooks, or another codec; None for a cache without a spec.
         count: new tokens of each sequence, at most T; keys and values after them are padding, never
             read (they may be NaN), and outputs after them mean nothing. None means T each.
-        implementation: ``fused`` is the GPU kernel, for codebooks and a cache whose codes are in
-            its layout (``QuantSpec.layout``); ``codes``, in plain jnp, scores through tables and
-            sums values through histograms as it does, in either layout; ``decoded`` writes keys and
-            values out, for every codec. None chooses: in the kernel's layout, for up to `FEW` new
-            tokens, ``fused`` where it is supported, else ``codes`` with a warning that says why,
-            once; otherwise ``codes`` for one new token and codebooks whose frame shares its tables
-            between the tokens of a block.
+        implementation: ``fused`` is the GPU's or the TPU's kernel, for codebooks and a cache whose
+            codes are in its layout (``QuantSpec.layout``); ``codes``, in plain jnp, scores through
+            tables and sums values through histograms as they do, in any layout; ``decoded`` writes
+            keys and values out, for every codec. None chooses: in a kernel's layout, for up to
+            `FEW` new tokens, ``fused`` where it is supported, else ``codes`` with a warning that
+            says why, once; otherwise ``codes`` for one new token and codebooks whose frame shares
+            its tables between the tokens of a block.
         axis_name: mapped axis over which the cache's blocks are spread: each of its devices
             attends to its own, and the softmax is one over all.
 
@@ -98,13 +98,13 @@ def attend(
     parts = [reference.attend_sets(query, [(first, second, seen), window])]
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
-        tiled = books is not None and books.spec.layout == "tiles"
-        if implementation is None and not (tiled and tokens <= FEW):
+        laid_out = books is not None and books.spec.layout != "packed"
+        if implementation is None and not (laid_out and tokens <= FEW):
             implementation = "codes" if tokens == 1 and books is not None else "decoded"
         rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
         match implementation:
-            case "fused" | "codes" | None if books is not None and tiled:
-                coded = _attend_tiles(query, cache, books, turn, implementation)
+            case "fused" | "codes" | None if books is not None and laid_out:
+                coded = _attend_laid_out(query, cache, books, turn, implementation)
             case "codes" if books is not None:
                 floats = rows * _floats_of_codes(books.spec)
                 coded = _by_blocks(_attend_codes, query, cache, books, turn, floats)
@@ -113,7 +113,8 @@ def attend(
             case "fused":
                 raise InputError(
                     "implementation 'fused' is for a cache whose codes are in its layout; give the "
-                    "codebooks a spec of layout 'tiles' (gsrq_jax.codec.respec)"
+                    "codebooks a spec of layout 'tiles' for GPUs, 'words' for TPUs "
+                    "(gsrq_jax.codec.respec)"
                 )
             case "codes":
                 raise InputError(
@@ -134,7 +135,7 @@ def attend(
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _attend_tiles(
+def _attend_laid_out(
     query: Array,
     cache: KVCache,
     codebooks: Codebooks,
@@ -142,16 +143,12 @@ def _attend_tiles(
     implementation: Implementation | None,
 ) -> tuple[Array, Array]:
     spec = codebooks.spec
-    if turn.step > 1:
-        raise InputError(
-            "codes in layout 'tiles' are attended to as blocks in order, which several devices do "
-            "not have; use layout 'packed', or one device along the sequence"
-        )
     kernels: dict[Implementation | None, decode.Implementation | None] = {
-        "fused": "mosaic_gpu",
+        "fused": "fused",
         "codes": "reference",
     }
-    return decode.attend_tiles(
+    attend = decode.attend_tiles if spec.layout == "tiles" else decode.attend_words
+    return attend(
         query,
         codebooks.key_mean,
         codebooks.inv_freq,
@@ -159,8 +156,9 @@ def _attend_tiles(
         cache.value_codes,
         codebooks.key,
         codebooks.value,
-        blocks_after(spec, cache.length),
-        first=spec.sinks,
+        turn.filled(blocks_after(spec, cache.length)),
+        first=spec.sinks + spec.block * turn.first,
+        stride=turn.step,
         every=spec.mean_every,
         implementation=kernels.get(implementation),
     )

@@ -30,7 +30,7 @@ from gsrq_jax import packing, residual
 from gsrq_jax.codec import Codes
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import from_frame, origin, to_frame
-from gsrq_jax.kernels import tiles
+from gsrq_jax.kernels import tiles, words
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
@@ -97,12 +97,12 @@ class Codebooks:
     ) -> tuple[Codes, Codes]:
         """Codes of rotated keys and of values, by one layer's codewords and ``spec.beam``.
 
-        A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do (in the layout
-        of tiles, any number of whole tiles).
+        A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do (in a kernel's
+        layout, any multiple of 128).
 
         Returns:
-            uint8 ``[*lead, H, b, bytes]``, or as tiles uint32 ``[*lead, H, tiles, words]``; H being
-            the heads over those that share a code.
+            uint8 ``[*lead, H, b, bytes]``, or as tiles uint32 ``[*lead, H, tiles, words]``, or as
+            words int32 ``[*lead, H, rows, 128]``; H being the heads over those that share a code.
         """
         framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
         v, spec = v.astype(jnp.float32), self.spec
@@ -111,6 +111,8 @@ class Codebooks:
         if spec.layout == "tiles":
             keys, values = keys[..., 0, :], values[..., 0, :]
             return tiles.keys_to_tiles(keys, spec.key.codewords), tiles.values_to_tiles(values)
+        if spec.layout == "words":
+            return words.to_words(keys), words.to_words(values)
         return _pack(keys, spec.key), _pack(values, spec.value)
 
     def decode(
@@ -122,6 +124,11 @@ class Codebooks:
             keys = tiles.keys_from_tiles(key_codes, spec.key.stages, spec.key.codewords)
             values = tiles.values_from_tiles(value_codes, spec.value.stages)
             keys, values = keys[..., None, :], values[..., None, :]
+        elif spec.layout == "words":
+            keys, values = (
+                words.from_words(codes, code.groups, code.stages)
+                for codes, code in ((key_codes, spec.key), (value_codes, spec.value))
+            )
         else:
             keys, values = (
                 of_heads(unpack(packed, code), code, axis=-4)

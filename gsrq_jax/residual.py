@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import devices
 from gsrq_jax.kmeans import (
     AxisName,
     Rule,
@@ -417,7 +418,7 @@ def encode(
     A beam keeps the ``beam`` partial sums nearest to the vector and extends each by every codeword
     of the next stage. The greedy path is followed beside it, so that no vector's code is worse
     than its greedy one. Equal distances are decided for the better partial sum, then for the
-    lower codeword.
+    lower codeword. On TPUs the greedy search is one kernel.
 
     Args:
         x: ``[*lead, n, d]``, any float type.
@@ -443,6 +444,10 @@ def encode(
         )
     check_beam(beam)
     x, codewords = lax.stop_gradient((x, codewords))
+    if beam == 1 and k <= 256 and devices.on_tpu():
+        from gsrq_jax.kernels import mosaic_tpu_encode  # takes longer to import than all of this
+
+        return checkpoint_name(mosaic_tpu_encode.encode(x, codewords), CODES)
     by_stage = jnp.moveaxis(codewords.astype(jnp.float32), -3, 0)  # [R, *lead, G, K, g]
     dtype = code_dtype((k - 1).bit_length())
 

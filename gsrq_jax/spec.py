@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.kernels import tiles
+from gsrq_jax.kernels import tiles, words
 
 Frame = Literal["block", "pre", "post"]
 FRAMES: tuple[Frame, ...] = ("block", "pre", "post")
-Layout = Literal["packed", "tiles"]
-LAYOUTS: tuple[Layout, ...] = ("packed", "tiles")
+Layout = Literal["packed", "tiles", "words"]
+LAYOUTS: tuple[Layout, ...] = ("packed", "tiles", "words")
 MOST_BEAM = 32
 
 
@@ -205,8 +205,9 @@ class QuantSpec(CacheSpec):
         key_stages: stages of the keys of each layer where layers differ, the most of them
             ``key.stages``; None where all have that many.
         value_stages: the same of the values.
-        layout: of the codes in a cache. ``packed``: a row of bytes for each token; ``tiles``: as
-            the fused GPU kernel reads them (`gsrq_jax.kernels.tiles`). Codebooks serve either.
+        layout: of the codes in a cache. ``packed``: a row of bytes for each token; ``tiles`` and
+            ``words``: as the fused GPU kernel (`gsrq_jax.kernels.tiles`) and the TPU's
+            (`gsrq_jax.kernels.words`) read them. Codebooks serve any.
 
     ``block``, ``window`` and ``sinks`` are those of `CacheSpec`.
 
@@ -248,8 +249,8 @@ class QuantSpec(CacheSpec):
             )
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
-        if self.layout == "tiles":
-            self._check_tiles()
+        if self.layout != "packed":
+            self._check_layout()
         if (self.key_stages is None) != (self.value_stages is None):
             raise InputError("key_stages and value_stages are given together or not at all")
         if self.key_stages is None or self.value_stages is None:
@@ -271,23 +272,35 @@ class QuantSpec(CacheSpec):
                     f"{code.stages}, got {stages}"
                 )
 
-    def _check_tiles(self) -> None:
+    def _check_layout(self) -> None:
+        few: tuple[tuple[str, Any, tuple], ...]
+        if self.layout == "tiles":
+            few = (
+                ("groups of channels", self.key.groups, (1,)),
+                ("groups of channels", self.value.groups, (1,)),
+                ("codewords of a stage of keys", self.key.codewords, (16, 256)),
+                ("codewords of a stage of values", self.value.codewords, (16,)),
+                (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
+            )
+        else:
+            some = (2, 4, 8, words.CODEWORDS)
+            few = (
+                ("codewords of a stage of keys", self.key.codewords, some),
+                ("codewords of a stage of values", self.value.codewords, some),
+                (f"block modulo {words.LANES} tokens", self.block % words.LANES, (0,)),
+            )
         for what, given, wanted in (
             ("frame", self.frame, ("block",)),
-            ("groups of channels", self.key.groups, (1,)),
-            ("groups of channels", self.value.groups, (1,)),
             ("heads of a code of keys", self.key.heads, (1,)),
             ("heads of a code of values", self.value.heads, (1,)),
-            ("codewords of a stage of keys", self.key.codewords, (16, 256)),
-            ("codewords of a stage of values", self.value.codewords, (16,)),
-            (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
             ("outliers", self.outliers, (0,)),
             ("stages by layer", self.key_stages, (None,)),
+            *few,
         ):
             if given not in wanted:
                 raise InputError(
-                    f"layout 'tiles' takes {' or '.join(map(str, wanted))} as {what}, got {given}; "
-                    "use layout 'packed' or other codebooks"
+                    f"layout {self.layout!r} takes {' or '.join(map(str, wanted))} as {what}, got "
+                    f"{given}; use layout 'packed' or other codebooks"
                 )
 
     @classmethod
@@ -325,7 +338,7 @@ class QuantSpec(CacheSpec):
     @property
     def stored_bits(self) -> float:
         """See `CacheSpec.stored_bits`; mean over layers."""
-        if self.layout == "tiles":
+        if self.layout != "packed":
             return super().stored_bits
         stored = sum(
             statistics.fmean(code.nbytes / code.heads for code in codes)
@@ -351,14 +364,21 @@ class QuantSpec(CacheSpec):
 
     def code_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Codes of a block, keys and values: packed, uint8 ``[block, bytes]``, of most stages; as
-        tiles, uint32 ``[tiles, words]``."""
+        tiles, uint32 ``[tiles, words]``; as words, int32 ``[rows, 128]``."""
+        if self.layout == "words":
+            runs = self.block // words.LANES
+            of_keys, of_values = (
+                jax.ShapeDtypeStruct((runs * words.words_of(code.codes), words.LANES), jnp.int32)
+                for code in (self.key, self.value)
+            )
+            return of_keys, of_values
         if self.layout == "tiles":
-            words = (
+            of_a_tile = (
                 tiles.key_words(self.key.stages, self.key.codewords),
                 tiles.value_words(self.value.stages),
             )
             of_keys, of_values = (
-                jax.ShapeDtypeStruct((self.block // tiles.TILE, n), jnp.uint32) for n in words
+                jax.ShapeDtypeStruct((self.block // tiles.TILE, n), jnp.uint32) for n in of_a_tile
             )
             return of_keys, of_values
         key, value = (
@@ -383,7 +403,7 @@ class QuantSpec(CacheSpec):
             + (f", mean key at every {self.mean_every} tokens" if self.mean_every > 1 else "")
             + (f", beam {self.beam}" if self.beam > 1 else "")
             + (f", {self.outliers} outliers exact" if self.outliers else "")
-            + (", codes in tiles" if self.layout == "tiles" else "")
+            + (f", codes in {self.layout}" if self.layout != "packed" else "")
         )
 
     def to_json(self) -> dict[str, Any]:

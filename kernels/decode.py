@@ -1,15 +1,17 @@
-"""Attention over tiles of codes by whatever can do it here."""
+"""Attention over codes in a kernel's layout by whatever can do it here."""
 
 import functools
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from gsrq_jax.kernels import mosaic_gpu, reference
 from gsrq_jax.kernels.errors import InputError
 
-Implementation = Literal["mosaic_gpu", "reference"]
+Implementation = Literal["fused", "reference"]
+Part = tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]
 
 
 def attend_tiles(
@@ -22,10 +24,11 @@ def attend_tiles(
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
     *,
-    first: int = 0,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
     every: int = 1,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+) -> Part:
     """`gsrq_jax.kernels.reference.attend_tiles`, by the implementation of that name.
 
     Args:
@@ -37,33 +40,76 @@ def attend_tiles(
         key_codewords: of this layer.
         value_codewords: of this layer.
         blocks: valid blocks of each sequence; the others are not read.
-        first: position of the first coded token.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
-        implementation: ``mosaic_gpu``, the fused kernel, or ``reference``, plain jnp. None takes
-            the kernel where it is supported, and else the reference with a warning that says why,
+        implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
+            kernel where it is supported, and else the reference with a warning that says why,
             once for each reason.
 
     Raises:
         InputError: if the implementation asked for is unknown or does not support this.
     """
     arrays = (query, mean, inv_freq, key_tiles, value_tiles, key_codewords, value_codewords, blocks)
+    return _by(
+        implementation,
+        functools.partial(mosaic_gpu.check_supported, *arrays, stride=stride, every=every),
+        functools.partial(mosaic_gpu.attend_tiles, *arrays),
+        functools.partial(reference.attend_tiles, *arrays),
+        {"first": first, "stride": stride, "every": every},
+    )
+
+
+def attend_words(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_words: Int32[Array, "B H N n 128"],
+    value_words: Int32[Array, "B H N m 128"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+    implementation: Implementation | None = None,
+) -> Part:
+    """The same over codes in the TPU kernel's layout, see `gsrq_jax.kernels.words`."""
+    from gsrq_jax.kernels import mosaic_tpu  # takes as long to import as all the rest
+
+    arrays = (query, mean, inv_freq, key_words, value_words, key_codewords, value_codewords, blocks)
+    return _by(
+        implementation,
+        functools.partial(mosaic_tpu.check_supported, query, *arrays[3:7]),
+        functools.partial(mosaic_tpu.attend_words, *arrays),
+        functools.partial(reference.attend_words, *arrays),
+        {"first": first, "stride": stride, "every": every},
+    )
+
+
+def _by(
+    implementation: Implementation | None,
+    check: Callable[[], Any],
+    fused: Callable[..., Part],
+    plain: Callable[..., Part],
+    where: dict[str, Any],
+) -> Part:
     match implementation:
-        case "mosaic_gpu":
-            return mosaic_gpu.attend_tiles(*arrays, first=first, every=every)
+        case "fused":
+            return fused(**where)
         case "reference":
-            return reference.attend_tiles(*arrays, first=first, every=every)
+            return plain(**where)
         case None:
             try:
-                mosaic_gpu.check_supported(*arrays, every=every)
+                check()
             except InputError as error:
                 _say(str(error))
-                return reference.attend_tiles(*arrays, first=first, every=every)
-            return mosaic_gpu.attend_tiles(*arrays, first=first, every=every)
-    raise InputError(
-        f"unknown implementation {implementation!r}; choose 'mosaic_gpu' or 'reference'"
-    )
+                return plain(**where)
+            return fused(**where)
+    raise InputError(f"unknown implementation {implementation!r}; choose 'fused' or 'reference'")
 
 
 @functools.cache
 def _say(reason: str) -> None:
-    warnings.warn(f"{reason} (the reference is used)", stacklevel=3)
+    warnings.warn(f"{reason} (the reference is used)", stacklevel=4)

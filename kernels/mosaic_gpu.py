@@ -79,6 +79,7 @@ class Problem:
     key: KeyTable
     value_stages: int
     every: int  # tokens between knots of the mean key's share, 0 if there is no mean key
+    stride: int = 1  # blocks of the sequence from one of these to the next
 
     @property
     def row_groups(self) -> int:
@@ -106,6 +107,13 @@ class Problem:
         return CHUNK // self.every if self.every else 0
 
     @property
+    def block_knots(self) -> int:
+        """Numbers of a block's share: its knots, and where the next block is not at its end the
+        one there, too, with what fills 16 bytes."""
+        own = self.block // self.every if self.every else 0
+        return own + 4 * (self.every > 1 and self.stride > 1)
+
+    @property
     def copied_knots(self) -> int:
         """Of a row and chunk, what is copied: a multiple of 16 bytes."""
         return self.knots + 4 * (self.every > 1)
@@ -114,8 +122,9 @@ class Problem:
     def share_length(self) -> int:
         """Numbers of a row's share: of whole chunks, what is copied with the last, and so many
         more that cuBLAS takes them as they are."""
-        chunks = -(-self.blocks // self.blocks_of_chunk) * self.chunks_of_block
-        return -(-((chunks - 1) * self.knots + self.copied_knots) // 8) * 8
+        last = -(-self.blocks // self.blocks_of_chunk) * self.blocks_of_chunk
+        more = self.copied_knots - self.knots if self.stride == 1 else 0
+        return -(-(last * self.block_knots + more) // 8) * 8
 
     @property
     def chunk_key_bytes(self) -> int:
@@ -278,6 +287,7 @@ def problem_of(
     blocks: Array,
     *,
     every: int = 1,
+    stride: int = 1,
 ) -> Problem:
     """The shapes of a call, checked.
 
@@ -303,6 +313,8 @@ def problem_of(
         refuse("mean key", mean.shape, f"({heads}, {dim})")
     if every not in KNOTS:
         refuse("tokens between knots of the mean key", every, " or ".join(map(str, KNOTS)))
+    if stride > 1 and every > 1 and block < CHUNK:
+        refuse(f"blocks of {block} tokens that do not follow each other", every, "knots at each")
     if inv_freq.shape != (dim // 2,):
         refuse("rotary frequencies", inv_freq.shape, f"({dim // 2},)")
     for name, codewords, sizes in (
@@ -337,19 +349,19 @@ def problem_of(
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
     every = 0 if mean is None else every
-    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, every)
+    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, every, stride)
     if n:
         choose_config(problem)
     return problem
 
 
-def check_supported(*arrays: Any, every: int = 1) -> Problem:
+def check_supported(*arrays: Any, every: int = 1, stride: int = 1) -> Problem:
     """The shapes of a call that can be made here.
 
     Raises:
         InputError: naming what was given and what is supported.
     """
-    problem = problem_of(*arrays, every=every)
+    problem = problem_of(*arrays, every=every, stride=stride)
     check_device()
     return problem
 
@@ -367,7 +379,8 @@ def attend_tiles(
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
     *,
-    first: int = 0,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
     every: int = 1,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
@@ -385,7 +398,9 @@ def attend_tiles(
         key_codewords: of this layer, float32 or bfloat16, 16 or 256 a stage.
         value_codewords: of this layer, 16 a stage.
         blocks: valid blocks of each sequence; the others are not read.
-        first: position of the first coded token.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
+            stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
             knot at every token the mean key's share is as many bytes as one bit of codes.
         config: instead of the one chosen.
@@ -407,6 +422,7 @@ def attend_tiles(
         value_codewords,
         blocks,
         every=every,
+        stride=stride,
     )
     if not problem.blocks:
         return jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
@@ -426,7 +442,7 @@ def score_inputs(
     mean: Float[Array, "H d"] | None,
     inv_freq: Float[Array, " d/2"],
     key_codewords: Float[Array, "H 1 R K d"],
-    first: int,
+    first: int | Int[Array, ""],
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
 
@@ -445,8 +461,9 @@ def score_inputs(
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
     share, facts = jnp.zeros((1,)), jnp.zeros((1,))
     # Where blocks start, and where the knots of one are from there.
-    knots = p.block // (p.every or p.block)
-    starts = first + p.block * jnp.arange(max(p.blocks, -(-p.share_length // knots)))
+    knots = p.block_knots or 1
+    starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
+    starts = first + p.stride * p.block * starts
     at = jnp.concatenate([starts, (p.every or p.block) * jnp.arange(knots)])
     start, ahead = zip(
         *(jnp.split(x, [len(starts)]) for x in rotary.turns(at, inv_freq)), strict=True
@@ -775,7 +792,7 @@ class FusedKernel:
         if not p.every:
             return
         staged = staged + p.chunk_key_bytes
-        before = (block * p.block + chunk * CHUNK) // p.every  # a block of half a chunk is even
+        before = block * p.block_knots + chunk * p.knots
         source = self.at.share + warp.wide(before * 4)
         for row in range(ROWS):
             of_row = warp.wide(self.pair * ROWS + row) * (p.share_length * 4)

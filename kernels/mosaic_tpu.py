@@ -13,7 +13,8 @@ One program takes one KV head of one sequence and goes through a chunk of its bl
 What comes out is the probability that falls on each value codeword; multiplied by the codebook once
 it is the output. docs/kernels-tpu.md has the data path and what it costs.
 
-Shapes: those of `gsrq_jax.kernels.reference`, with S = G·R codes a vector in W = ceil(S / 8) words.
+Shapes: those of `gsrq_jax.kernels.reference`, with S = G·R codes a vector in W = ceil(S / 8) words
+of `gsrq_jax.kernels.words`.
 A *tile* is P parts of 128 tokens; its scores are one register of 8 sublanes, row q of part p in
 sublane p·(8 / P) + q. So the parts of a tile are softmaxes of their own, merged like splits.
 """
@@ -26,13 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Int32, UInt8
+from jaxtyping import Array, Float, Int, Int32
 
-LANES = 128
+from gsrq_jax.kernels import devices, rotary
+from gsrq_jax.kernels.errors import InputError
+from gsrq_jax.kernels.words import CODEWORDS, LANES, PER_WORD, words_of
+
 SUBLANES = 8
-CODEWORDS = 16
-PER_WORD = 8
-"""Codes in one 32-bit word."""
 CHUNK_TOKENS = 4096
 """Tokens of a grid step, about."""
 GROUP_TILES = 8
@@ -78,12 +79,12 @@ def parts_of(rows: int, block: int) -> int:
     """Runs of 128 tokens that share a tile for ``rows`` query rows.
 
     Raises:
-        NotImplementedError: if the kernel has no tile for them.
+        InputError: if the kernel has no tile for them.
     """
     if not 1 <= rows <= SUBLANES:
-        raise NotImplementedError(f"1 to {SUBLANES} query rows a KV head, not {rows}")
+        raise _refused("query rows of a KV head", rows, f"1 to {SUBLANES}")
     if block % LANES:
-        raise NotImplementedError(f"blocks of a multiple of {LANES} tokens, not {block}")
+        raise _refused("tokens of a block", block, f"a multiple of {LANES}")
     parts = SUBLANES
     while parts * rows > SUBLANES or block % (parts * LANES):
         parts //= 2
@@ -94,13 +95,13 @@ def tiling_of(rows: int, blocks: int, block: int, splits: int = 1) -> Tiling:
     """The tiling for ``rows`` query rows over ``blocks`` blocks of ``block`` tokens.
 
     Raises:
-        NotImplementedError: if the kernel has none.
+        InputError: if the kernel has none.
     """
     parts = parts_of(rows, block)
     tiles = block // (parts * LANES)
     if tiles > GROUP_TILES:
-        most = GROUP_TILES * parts * LANES
-        raise NotImplementedError(f"blocks of at most {most} tokens for {rows} rows, not {block}")
+        most = f"at most {GROUP_TILES * parts * LANES}"
+        raise _refused(f"tokens of a block for {rows} query rows", block, most)
     # What a grid step reads, queries and words, fills whole registers.
     least = max(parts, SUBLANES // math.gcd(SUBLANES, tiles * parts))
     chunk = min(max(CHUNK_TOKENS // block, 1), blocks) // least * least
@@ -111,46 +112,36 @@ def tiling_of(rows: int, blocks: int, block: int, splits: int = 1) -> Tiling:
     return Tiling(parts, tiles, chunk, group, steps, -(-chunks // steps))
 
 
-# --- layout of codes ------------------------------------------------------------------------------
+def _refused(what: str, given: object, supported: str) -> InputError:
+    return InputError(
+        f"the fused TPU kernel takes {supported} as {what}, got {given}; use another implementation"
+    )
 
 
-def to_words(codes: UInt8[Array, "B H N b G R"], parts: int) -> Int32[Array, "B H rows 128"]:
-    """Codes of 4 bits as the kernel reads them: eight stages of a token in one 32-bit word.
+def check_device() -> None:
+    """Refuse what the kernel cannot be compiled for.
 
-    Row ``(tile·W + word)·parts + part`` has the tokens ``tile·parts·128 + part·128 + lane``; code
-    ``8·word + i`` takes bits ``4·i`` to ``4·i + 3``. What a code has above 4 bits is dropped, and
-    codes that fill up the last word are 0. The rows of one block follow each other.
+    Raises:
+        InputError: naming what there is.
     """
-    B, H, N, b, G, R = codes.shape
-    words = -(-G * R // PER_WORD)
-    flat = codes.reshape(B, H, N, b, G * R) & 15
-    flat = jnp.pad(flat, (*((0, 0),) * 4, (0, words * PER_WORD - G * R)))
-    flat = flat.reshape(B, H, -1, parts, LANES, words, PER_WORD).astype(jnp.uint32)
-    shifts = 4 * jnp.arange(PER_WORD, dtype=jnp.uint32)
-    packed = jnp.sum(flat << shifts, axis=-1, dtype=jnp.uint32)  # [B, H, tile, part, lane, word]
-    packed = jnp.moveaxis(packed, -1, 3).reshape(B, H, -1, LANES)
-    return jax.lax.bitcast_convert_type(packed, jnp.int32)
+    if not devices.on_tpu():
+        raise InputError(
+            f"the fused TPU kernel is for TPUs, this is {devices.device().device_kind}; use "
+            "another implementation"
+        )
 
 
-def from_words(
-    words: Int32[Array, "B H rows 128"], parts: int, shape: tuple[int, ...]
-) -> UInt8[Array, "B H N b G R"]:
-    """The codes of ``shape`` ``[B, H, N, b, G, R]`` that `to_words` wrote."""
-    B, H, _, _, G, R = shape
-    count = -(-G * R // PER_WORD)
-    packed = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    packed = jnp.moveaxis(packed.reshape(B, H, -1, count, parts, LANES), 3, -1)
-    shifts = 4 * jnp.arange(PER_WORD, dtype=jnp.uint32)
-    codes = ((packed[..., None] >> shifts) & 15).astype(jnp.uint8)
-    codes = codes.reshape(B, H, -1, count * PER_WORD)[..., : G * R]
-    return codes.reshape(shape)
+def varying(*arrays: Array) -> jax.sharding.ManualAxisType:
+    """The axes of a `jax.shard_map` over which what is made of these arrays varies."""
+    axes: frozenset[str] = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
+    return jax.sharding.ManualAxisType(varying=axes)
 
 
 def _table_rows(codewords: Float[Array, "H G R K g"]) -> Float[Array, "H W·128 d"]:
     """Codewords in the order of the lanes of tables: 16 a stage, 0 outside their group."""
     H, G, R, K, g = codewords.shape
     if K > CODEWORDS:
-        raise NotImplementedError(f"at most {CODEWORDS} codewords a stage, not {K}")
+        raise _refused("codewords of a stage", K, f"at most {CODEWORDS}")
     spread = jnp.einsum("HGRKg,GF->HGRKFg", codewords.astype(jnp.float32), jnp.eye(G))
     spread = jnp.pad(spread, (*((0, 0),) * 3, (0, CODEWORDS - K), (0, 0), (0, 0)))
     rows = spread.reshape(H, G * R * CODEWORDS, G * g)
@@ -294,7 +285,7 @@ def _kernel(
                 [
                     jnp.concatenate(
                         [
-                            _one_hot(ref[pl.ds((tile * count + w) * t.parts + p, 1), :])
+                            _one_hot(ref[pl.ds((tile * t.parts + p) * count + w, 1), :])
                             for w in range(count)
                         ]
                     )
@@ -361,7 +352,7 @@ def _kernel(
             mass_ref[:, at] = (mass_ref[:, at] + counted) * shrink
 
 
-def attend_words(
+def fused_kernel(
     query: Float[Array, "B H N·rows d"],
     shift: Float[Array, "H b d"],
     key_words: Int32[Array, "B H n 128"],
@@ -382,8 +373,8 @@ def attend_words(
     Args:
         query: scaled queries in each block's frame, ``tiling.rows`` rows a block.
         shift: what the mean key adds to the keys of any block.
-        key_words: of `to_words`.
-        value_words: of `to_words`.
+        key_words: of `gsrq_jax.kernels.words`, all blocks after each other.
+        value_words: the same.
         key_rows: codewords, 16 a stage.
         blocks: valid blocks of each sequence.
         tiling: of `tiling_of`.
@@ -414,6 +405,7 @@ def attend_words(
     def out(*shape):
         return pl.BlockSpec((None, None, None, *shape), lambda i, h, s, c, blocks: (i, h, s, 0, 0))
 
+    varies = varying(query, shift, key_words, value_words, key_rows, blocks)
     mass, total, top = pl.pallas_call(
         functools.partial(_kernel, tiling=t),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -437,7 +429,9 @@ def attend_words(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, H, t.splits, SUBLANES, n * LANES), jnp.float32)
+            jax.ShapeDtypeStruct(
+                (B, H, t.splits, SUBLANES, n * LANES), jnp.float32, manual_axis_type=varies
+            )
             for n in (V, 1, 1)
         ],
         compiler_params=pltpu.CompilerParams(
@@ -459,8 +453,8 @@ def attend_words(
 def attend_codes(
     query: Float[Array, "B T H q N d"],
     shift: Float[Array, "H M b d"],
-    key_codes: UInt8[Array, "B H N b G R"],
-    value_codes: UInt8[Array, "B H N b G R"],
+    key_words: Int32[Array, "B H N n 128"],
+    value_words: Int32[Array, "B H N m 128"],
     key_codewords: Float[Array, "H G R K g"],
     value_codewords: Float[Array, "H G R K g"],
     blocks: Int[Array, " B"],
@@ -469,13 +463,13 @@ def attend_codes(
     pieces: int = 2,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
-    """`gsrq_jax.kernels.reference.attend_codes` as a TPU kernel, with the same arguments.
+    """`gsrq_jax.kernels.reference.attend_codes` as a TPU kernel, of codes as it reads them.
 
     Args:
         query: scaled queries in each block's frame, float32, at most 8 a KV head (T·q).
         shift: what the mean key adds to the keys of any block (M = 1).
-        key_codes: codeword indices of the keys.
-        value_codes: codeword indices of the values.
+        key_words: codes of the keys, of `gsrq_jax.kernels.words.to_words`.
+        value_words: codes of the values.
         key_codewords: of this layer, at most 16 a stage.
         value_codewords: of this layer, at most 16 a stage.
         blocks: valid blocks of each sequence; the others are not read.
@@ -488,21 +482,21 @@ def attend_codes(
         What the reference returns.
 
     Raises:
-        NotImplementedError: for shapes that the kernel does not have, saying which.
+        InputError: for shapes that the kernel does not have, saying which.
     """
     B, T, H, q, N, d = query.shape
-    b = key_codes.shape[3]
+    b = shift.shape[2]
     if shift.shape[1] != 1:
-        raise NotImplementedError("one shift for all blocks (frame 'block'), not one for each")
+        raise _refused("shifts of the mean key", shift.shape[1], "one for all blocks")
     tiling = tiling or tiling_of(T * q, N, b)
     rows = jnp.transpose(query, (0, 2, 4, 1, 3, 5)).reshape(B, H, N, T * q, d)
     rows = jnp.pad(rows, (*((0, 0),) * 3, (0, tiling.rows - T * q), (0, 0)))
     key_rows, value_rows = _table_rows(key_codewords), _table_rows(value_codewords)
-    mass, total, top = attend_words(
+    mass, total, top = fused_kernel(
         rows.reshape(B, H, -1, d),
         shift[:, 0],
-        to_words(key_codes, tiling.parts),
-        to_words(value_codes, tiling.parts),
+        key_words.reshape(B, H, -1, LANES),
+        value_words.reshape(B, H, -1, LANES),
         key_rows,
         blocks,
         tiling=tiling,
@@ -526,3 +520,82 @@ def attend_codes(
         return jnp.moveaxis(x.reshape(B, H, T, q, *x.shape[3:]), 2, 1)
 
     return by_query(out), by_query(lse)
+
+
+def check_supported(
+    query: Float[Array, "B T H q d"],
+    key_words: Int32[Array, "B H N n 128"],
+    value_words: Int32[Array, "B H N m 128"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+) -> None:
+    """Refuses a call of `attend_words` that cannot be made here.
+
+    Raises:
+        InputError: naming what was given and what is supported.
+    """
+    check_device()
+    _, T, _, q, _ = query.shape
+    blocks, rows = key_words.shape[2:4]
+    tiling_of(min(T, max(1, SUBLANES // q)) * q, blocks, _tokens(rows, key_codewords))
+    for words, codewords in ((key_words, key_codewords), (value_words, value_codewords)):
+        if codewords.shape[3] > CODEWORDS:
+            raise _refused("codewords of a stage", codewords.shape[3], f"at most {CODEWORDS}")
+        if words.dtype != jnp.int32 or words.shape[-1] != LANES:
+            raise _refused("codes", f"{words.dtype} {words.shape}", f"int32, {LANES} a row,")
+
+
+def _tokens(rows: int, codewords: Float[Array, "H G R K g"]) -> int:
+    """Of a block of so many rows."""
+    return rows // words_of(codewords.shape[1] * codewords.shape[2]) * LANES
+
+
+def attend_words(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_words: Int32[Array, "B H N n 128"],
+    value_words: Int32[Array, "B H N m 128"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`gsrq_jax.kernels.reference.attend_words` on a TPU, by the fused kernel.
+
+    The kernel takes 8 query rows of a KV head at a time; for more, codes are read again.
+
+    Raises:
+        InputError: if the shapes or the device are not supported.
+    """
+    if not interpret:
+        check_supported(query, key_words, value_words, key_codewords, value_codewords)
+    tokens, heads, group, d = query.shape[1:]
+    n = key_words.shape[2]
+    if not n:
+        return jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
+    b = _tokens(key_words.shape[3], key_codewords)
+    starts = first + stride * b * jnp.arange(n)
+    framed = rotary.rotate(query[..., None, :], -starts, inv_freq)
+    mean = jnp.zeros((heads, d)) if mean is None else mean
+    shift = rotary.shift(mean[:, None, None], jnp.arange(b), inv_freq, every)
+    together = max(1, SUBLANES // group)
+    found = [
+        attend_codes(
+            framed[:, some : some + together],
+            shift,
+            key_words,
+            value_words,
+            key_codewords,
+            value_codewords,
+            blocks,
+            interpret=interpret,
+        )
+        for some in range(0, tokens, together)
+    ]
+    out, lse = (jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+    return out, lse

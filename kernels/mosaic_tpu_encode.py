@@ -18,11 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt8
 
-from gsrq_jax.kernels.mosaic_tpu import LANES, SUBLANES, _pieces
+from gsrq_jax.kernels.errors import InputError
+from gsrq_jax.kernels.mosaic_tpu import LANES, SUBLANES, _pieces, varying
 
 TOKENS = 2048
 """Of a grid step."""
 PIECES = 3
+CODEWORDS = 256
+"""That a stage may have."""
 MEMORY = 48 * 2**20
 """Bytes of vector memory that it may take, of 64 MiB (v5p) or 128 (v5e, v6e)."""
 
@@ -99,7 +102,7 @@ def encode_columns(
             of_problem(R, K, 1),
         ],
         out_specs=columns(R),
-        out_shape=jax.ShapeDtypeStruct((P, R, n), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct((P, R, n), jnp.int32, manual_axis_type=varying(x, words)),
         scratch_shapes=[pltpu.VMEM((d, tokens), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=MEMORY
@@ -126,12 +129,12 @@ def encode(
         interpret: whether to run in TPU interpret mode, without a TPU.
 
     Raises:
-        NotImplementedError: for more codewords.
+        InputError: for more codewords.
     """
     *lead, n, _ = x.shape
     groups, stages, k, group = codewords.shape[-4:]
-    if k > 256:
-        raise NotImplementedError(f"at most 256 codewords a stage, not {k}")
+    if k > CODEWORDS:
+        raise InputError(f"the encoder for TPUs takes at most {CODEWORDS} codewords, got {k}")
     problems = math.prod(lead) * groups
     columns = jnp.moveaxis(x.astype(jnp.float32).reshape(*lead, n, groups, group), -3, -1)
     more = -group % SUBLANES

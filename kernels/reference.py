@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
-from gsrq_jax.kernels import rotary, tiles
+from gsrq_jax.kernels import rotary, tiles, words
 from gsrq_jax.kernels.precision import in_pieces
 
 
@@ -96,7 +96,8 @@ def attend_tiles(
     value_codewords: Float[Array, "H 1 S 16 d"],
     blocks: Int[Array, " B"],
     *,
-    first: int = 0,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
     every: int = 1,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
@@ -112,20 +113,66 @@ def attend_tiles(
         key_codewords: of this layer.
         value_codewords: of this layer.
         blocks: valid blocks of each sequence; the others are not read.
-        first: position of the first coded token; block n starts ``n b`` after it.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
+            stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
     """
     key_stages, codewords = key_codewords.shape[2:4]
-    keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)
-    values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])
+    keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)[..., None, :]
+    values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])[..., None, :]
+    books, where = (key_codewords, value_codewords), (first, stride, every)
+    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, *where)
+
+
+def attend_words(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_words: Int32[Array, "B H N n 128"],
+    value_words: Int32[Array, "B H N m 128"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`attend_tiles` on codes in the TPU kernel's layout (see `gsrq_jax.kernels.words`).
+
+    The kernel, `gsrq_jax.kernels.mosaic_tpu.attend_words`, has this signature.
+    """
+    keys, values = (
+        words.from_words(codes, *codewords.shape[1:3])
+        for codes, codewords in ((key_words, key_codewords), (value_words, value_codewords))
+    )
+    books, where = (key_codewords, value_codewords), (first, stride, every)
+    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, *where)
+
+
+def _attend_blocks(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    keys: UInt8[Array, "B H N b G R"],
+    values: UInt8[Array, "B H N b G R"],
+    key_codewords: Float[Array, "H G R K g"],
+    value_codewords: Float[Array, "H G R K g"],
+    blocks: Int[Array, " B"],
+    first: int | Int[Array, ""],
+    stride: int,
+    every: int,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`attend_codes` of queries that are rotated at their own positions."""
     heads, n, b = keys.shape[1:4]
     if mean is None:
         mean = jnp.zeros((heads, query.shape[-1]))
     return attend_codes(
-        rotary.rotate(query[..., None, :], -(first + b * jnp.arange(n)), inv_freq),
+        rotary.rotate(query[..., None, :], -(first + stride * b * jnp.arange(n)), inv_freq),
         rotary.shift(mean[:, None, None], jnp.arange(b), inv_freq, every),
-        keys[..., None, :],
-        values[..., None, :],
+        keys,
+        values,
         key_codewords,
         value_codewords,
         blocks,

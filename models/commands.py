@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 import sys
@@ -28,7 +29,7 @@ from gsrq_jax.models import (
     training,
 )
 from gsrq_jax.models.config import LlamaConfig
-from gsrq_jax.spec import Layout
+from gsrq_jax.spec import Layout, QuantSpec
 
 Config = TypeVar("Config")
 
@@ -108,8 +109,8 @@ class GenerateConfig:
         context: text file to put before the prompt.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         codebooks: folder that training wrote; without it the cache is exact.
-        layout: of the codes: ``packed``, or ``tiles`` for the fused GPU kernel; by default as the
-            codebooks have it.
+        layout: of the codes: ``packed``, or ``tiles`` for the fused GPU kernel, ``words`` for the
+            TPU's; by default as the codebooks have it.
         compare: write with the exact cache, too.
         max_new_tokens: at most so many tokens.
         max_length: tokens that the cache must hold; by default what is needed.
@@ -154,10 +155,17 @@ def _generate(config: GenerateConfig) -> None:
         if given and config.codebooks is None:
             raise InputError(f"{flag} needs --codebooks")
 
+    together = 1
+    if config.codebooks is not None:
+        spec = QuantSpec.from_json(codebook.read_metadata(config.codebooks)["spec"])
+        together = math.lcm(*spec.code_heads)
+
     def mesh_for(found: LlamaConfig) -> Mesh | None:
         if config.mesh is None and jax.process_count() == 1:
             return None
-        return sharding.make_mesh(found.kv_heads, config.mesh)
+        if found.kv_heads % together:  # another model's codebooks, which will be refused as such
+            return sharding.make_mesh(found.kv_heads, config.mesh)
+        return sharding.make_mesh(found.kv_heads, config.mesh, together=together)
 
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
         mesh = mesh_for(found)

@@ -24,7 +24,7 @@ from gsrq_jax import calibration, distill
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import evaluation, generation, text
+from gsrq_jax.models import evaluation, generation, processes, sharding, text
 from gsrq_jax.models.loading import LoadedModel
 from gsrq_jax.models.text import SAMPLED
 from gsrq_jax.models.tokenizer import Tokenizer
@@ -170,14 +170,22 @@ def _validate(config: DistillConfig) -> None:
 
 
 def sample(
-    model: LoadedModel, count: int, *, length: int, seed: int, work: pathlib.Path, name: str
+    model: LoadedModel,
+    count: int,
+    *,
+    length: int,
+    seed: int,
+    work: pathlib.Path,
+    name: str,
+    mesh: Mesh | None = None,
 ) -> Int[np.ndarray, "count T"]:
     """Sequences that the model writes at full precision and temperature 1.
 
     Each begins as the tokenizer begins a text; where it adds nothing, with a token drawn uniformly
     from the vocabulary (as LLM-QAT does, arXiv 2305.17888). The model writes on after an
     end-of-text token, as in text packed for training. Finished batches are kept in ``work`` under
-    ``name``, of which sequences of other names are independent.
+    ``name``, of which sequences of other names are independent. Several processes write together,
+    on the ``mesh`` of the model.
     """
     start = _start(model)
     generator = generation.Generator(
@@ -185,13 +193,14 @@ def sample(
         model.params,
         sampler=generation.Sampler(temperature=1.0),
         dtype=jax.tree.leaves(model.params)[0].dtype,
+        mesh=mesh,
     )
     rows: list[np.ndarray] = []
     with tqdm(total=count * length, desc="sample", unit="tok") as bar:
         for index, first in enumerate(range(0, count, _TOGETHER)):
             size = min(_TOGETHER, count - first)
             file = work / f"{name}-{index:03}.npz"
-            if not file.exists():
+            if not processes.agreed(file.exists()):
                 rng = np.random.default_rng((seed, index, *name.encode()))
                 drawn = rng.integers(model.config.vocab_size, size=(size, 0 if start else 1))
                 prompts = [[*start, *row] for row in drawn.tolist()]
@@ -207,7 +216,8 @@ def sample(
                     bar.n = (first * length) + size * done
                     bar.refresh()
                 made = np.concatenate([np.asarray(prompts), np.asarray(state.tokens)], axis=1)
-                calibration.save_leaves(file, made.astype(np.int32))
+                made = made.astype(np.int32)
+                processes.once(functools.partial(calibration.save_leaves, file, made))
             rows += calibration.load_leaves(file)
             bar.n = (first + size) * length
             bar.refresh()
@@ -248,8 +258,11 @@ def refine(
         config: how.
         seed: of the pieces.
         work: folder for the state.
-        devices: that share the sequences of a step, as many as divide them evenly; None is all
-            local ones.
+        devices: that share the sequences of a step, see `sharing`; None is all local ones. Each
+            holds the whole model.
+
+    Raises:
+        InputError: if several processes cannot share the sequences of a step evenly.
     """
     kept, codebooks = codebooks, respec(codebooks, beam=config.beam)
     held = held_out(len(rows))
@@ -258,13 +271,14 @@ def refine(
     _repeat(checked[:, start:], config.copies, np.random.default_rng(seed))
 
     windows = config.windows or (codebooks.spec.window,)
-    devices = jax.local_devices() if devices is None else devices
-    share = math.gcd(config.batch // config.accumulate, len(devices))
-    mesh = jax.make_mesh(
-        (share,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices[:share]
-    )
+    devices = sharing(config, jax.local_devices() if devices is None else devices)
+    mesh = Mesh(np.array(devices), ("data",))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
-    params, begun = jax.device_put((model.params, codebooks), everywhere)
+    if jax.process_count() == 1:
+        params = jax.device_put(model.params, everywhere)
+    else:
+        params = sharding.replicated(mesh, model.params)
+    begun = jax.device_put(codebooks, everywhere)
     exact = [
         evaluation.exact_hidden(model.graphdef, model.params, jnp.asarray(x)[None]) for x in checked
     ]
@@ -289,9 +303,10 @@ def refine(
         checks.append(Check(done, train, float(np.mean(divergences))))
         if _kept(checks) == done:
             best = average
-        calibration.save_leaves(file, (state, best, np.asarray(checks)))
+        noted = state, best, np.asarray(checks)
+        processes.once(functools.partial(calibration.save_leaves, file, noted))
 
-    if file.exists():
+    if processes.agreed(file.exists()):
         *leaves, table = calibration.load_leaves(file)
         state, best = jax.tree.unflatten(jax.tree.structure((state, best)), leaves)
         checks = [Check(int(step), train, held_out) for step, train, held_out in table.tolist()]
@@ -325,6 +340,23 @@ def refine(
         bar.set_postfix(kl=f"{shown:.4f}", held_out=f"{checks[-1].held_out:.4f}")
     found = Refinement(_kept(checks), len(source), held, checks)
     return _settled(kept, best), found
+
+
+def sharing(config: DistillConfig, devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Those of the devices that share the sequences of a step: as many as divide them evenly.
+
+    Raises:
+        InputError: if that leaves out some of several processes' devices.
+    """
+    rows = config.batch // config.accumulate
+    share = math.gcd(rows, len(devices))
+    if share < len(devices) and jax.process_count() > 1:
+        raise InputError(
+            f"{len(devices)} devices of {jax.process_count()} processes cannot share {rows} "
+            "sequences of a step of distillation evenly; choose --distill.batch so that, over "
+            "--distill.accumulate, it is a multiple of the devices"
+        )
+    return list(devices[:share])
 
 
 def _optimizer(config: DistillConfig) -> optax.GradientTransformation:

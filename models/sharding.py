@@ -55,6 +55,8 @@ def make_mesh(
     kv_heads: int,
     shape: tuple[int, int] | None = None,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    together: int = 1,
 ) -> Mesh | None:
     """The mesh for a model of so many KV heads, or None for one device alone.
 
@@ -65,10 +67,12 @@ def make_mesh(
         shape: sizes of ``data`` and ``model``; by default as many of a process's devices share the
             heads as divide them, and all others the tokens.
         devices: by default all of them, but one a process where they are CPUs, which share cores.
+        together: adjacent KV heads that share codes and so stay on one device; divides them all.
 
     Raises:
         InputError: if that cannot be.
     """
+    groups = kv_heads // together
     if devices is None:
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         if shape is None and devices[0].platform == "cpu":
@@ -76,17 +80,18 @@ def make_mesh(
             devices = [firsts[index] for index in sorted(firsts)]
     processes = len({d.process_index for d in devices})
     if shape is None:
-        model = math.gcd(kv_heads, len(devices) // processes)
+        model = math.gcd(groups, len(devices) // processes)
         shape = (len(devices) // model, model)
     data, model = shape
     if min(shape) < 1 or (
         data * model != len(devices) and (processes > 1 or data * model > len(devices))
     ):
         raise InputError(f"a mesh of {data} × {model} does not fit {len(devices)} devices")
-    if kv_heads % model:
+    if groups % model:
+        codes = f", of which {together} share codes," if together > 1 else ""
         raise InputError(
-            f"{model} devices cannot share {kv_heads} KV heads evenly; the second size of the mesh "
-            "must divide them"
+            f"{model} devices cannot share {kv_heads} KV heads{codes} evenly; the second size of "
+            f"the mesh must divide {groups}"
         )
     if processes > 1 and (len(devices) // processes) % model:
         raise InputError(

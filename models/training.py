@@ -209,11 +209,6 @@ def train(config: TrainConfig) -> pathlib.Path:
     """
     out, books = config.out, config.out / "codebooks"
     processes.check_same(plain(config) | results.versions())
-    if jax.process_count() > 1 and (config.distill.steps or SAMPLED in config.mix):
-        raise InputError(
-            "several processes can neither sample nor distil; give --distill.steps 0 and no "
-            f"--mix {SAMPLED}, or start one process"
-        )
 
     def show() -> None:
         found = report.render(out)
@@ -240,7 +235,7 @@ def _run(config: TrainConfig) -> None:
                 f"--heads must divide the {found.kv_heads} KV heads of the model, got "
                 f"{config.heads}"
             )
-        return sharding.make_mesh(found.kv_heads // config.heads, config.mesh)
+        return sharding.make_mesh(found.kv_heads, config.mesh, together=config.heads)
 
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
         mesh = make_mesh(found)
@@ -248,6 +243,11 @@ def _run(config: TrainConfig) -> None:
 
     model = loading.load(config.model, dtype=config.dtype, shardings=shardings)
     mesh = make_mesh(model.config)
+    # Where several processes sample and distil; one does it on its own devices.
+    together = mesh if jax.process_count() > 1 else None
+    devices = None if together is None else list(together.devices.flat)
+    if devices is not None and config.distill.steps:
+        distillation.sharing(config.distill, devices)
     spec = config.spec(model.config.head_dim)
     texts = _texts(config, spec, model)
     count = texts.calibrated(config)
@@ -263,7 +263,12 @@ def _run(config: TrainConfig) -> None:
         processes.once(lambda: work.mkdir(exist_ok=True))
         processes.check_shared(work)
         write = functools.partial(
-            distillation.sample, model, length=config.length, seed=config.seed, work=work
+            distillation.sample,
+            model,
+            length=config.length,
+            seed=config.seed,
+            work=work,
+            mesh=together,
         )
         tokens, rows = texts.calibration, texts.distillation
         if texts.written:
@@ -288,7 +293,13 @@ def _run(config: TrainConfig) -> None:
             if texts.to_distil:
                 rows = text.interleaved([rows, write(texts.to_distil, name="distil")])
             codebooks, refinement = distillation.refine(
-                model, codebooks, rows, config.distill, seed=config.seed, work=work
+                model,
+                codebooks,
+                rows,
+                config.distill,
+                seed=config.seed,
+                work=work,
+                devices=devices,
             )
         codebook.save(
             config.out / "codebooks",
@@ -336,7 +347,7 @@ def _share(sequences: int) -> tuple[slice, str]:
     if rest:
         raise InputError(
             f"{count} processes cannot share {sequences} sequences evenly; choose --tokens so that "
-            "there is a multiple of so many"
+            "their number is a multiple of the processes"
         )
     return slice(index * each, (index + 1) * each), f"samples-{index}-of-{count}"
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from gsrq_jax import attention
 from gsrq_jax.cache import KVCache, append, blocks_after, init_cache, materialize
@@ -14,7 +15,7 @@ from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import respec
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import from_frame, to_frame
-from gsrq_jax.kernels import decode
+from gsrq_jax.kernels import decode, devices
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 HEADS, GROUP, DIM = 2, 3, 16
@@ -492,6 +493,34 @@ def test_tiles_hold_the_same_codes(codewords, every):
         attend(*new, caches[0], packed, implementation="fused")
     with pytest.raises(InputError, match="use one spec"):
         attend(*new, caches[0], tiled)
+
+
+def test_the_tpu_kernels_over_a_cache(monkeypatch):
+    """Encoding and attention by TPU kernels, interpreted: what plain jnp makes of packed codes."""
+    code = ResidualSpec(DIM, DIM, 9, 16), ResidualSpec(DIM, DIM, 3, 8)
+    spec = QuantSpec(*code, block=128, window=5, sinks=3, mean_every=16)
+    rng = np.random.default_rng(14)
+    packed = make_codebooks(spec, rng)
+    books = respec(packed, layout="words")
+    _, k, v = make_tokens(rng, 2, 400)
+    count = jnp.asarray([400, 130])
+    new = make_tokens(rng, 2, 2)
+    plain = append(empty(spec, max_length=420), k, v, packed, count)
+    want = attend(*new, plain, packed, implementation="decoded")
+
+    monkeypatch.setattr(devices, "on_tpu", lambda: True)
+    with pltpu.force_tpu_interpret_mode():
+        cache = append.__wrapped__(empty(books.spec, max_length=420), k, v, books, count)
+        got = attention.attend(*new, poison(cache), books)
+        asked = attention.attend(*new, cache, books, implementation="fused")
+    assert cache.key_codes.dtype == jnp.int32
+    for x, y in zip(materialize(plain, packed), materialize(cache, books), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(got, asked)
+    np.testing.assert_allclose(
+        attend(*new, poison(cache), books, implementation="codes"), want, atol=3e-5, rtol=1e-4
+    )
 
 
 def test_refusals():

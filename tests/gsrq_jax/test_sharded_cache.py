@@ -144,15 +144,18 @@ def test_codecs_without_arrays_and_full_precision():
     np.testing.assert_allclose(run(None, None, mesh)[0], run(None, None)[0], atol=1e-5)
 
 
-def test_codes_in_tiles_are_spread_over_heads_alone():
-    spec = dataclasses.replace(SPEC, block=128, layout="tiles")
-    k, v = jnp.asarray(np.random.default_rng(3).normal(size=(2, 1, 300, HEADS, DIM)), jnp.float32)
+@pytest.mark.filterwarnings("ignore:the fused GPU kernel", "ignore:the fused TPU kernel")
+@pytest.mark.parametrize("layout", ["tiles", "words"])
+def test_codes_in_layouts_of_kernels(layout):
+    """Over KV heads, over blocks of which one has one more, and over both."""
+    spec = dataclasses.replace(SPEC, block=128, mean_every=16, layout=layout, sinks=3)
+    k, v = jnp.asarray(np.random.default_rng(3).normal(size=(2, 1, 420, HEADS, DIM)), jnp.float32)
     q = jnp.concatenate([k, v], axis=2)[:, -1:]
 
     def attended(mesh=None):
         on = (lambda one, _: one) if mesh is None else lambda _, many: functools.partial(many, mesh)
         held = on(cache.init_cache, sharded.init_cache)(
-            spec, batch=1, kv_heads=HEADS, head_dim=DIM, max_length=400, dtype=jnp.float32
+            spec, batch=1, kv_heads=HEADS, head_dim=DIM, max_length=600, dtype=jnp.float32
         )
         append, attend = on(cache.append, sharded.append), on(attention.attend, sharded.attend)
 
@@ -163,9 +166,9 @@ def test_codes_in_tiles_are_spread_over_heads_alone():
 
         return step(held, codebooks(spec))
 
-    np.testing.assert_allclose(attended(make_mesh(1, 8)), attended(), atol=1e-5)
-    with pytest.raises(InputError, match="use layout 'packed', or one device along the sequence"):
-        attended(make_mesh(2, 4))
+    want = attended()
+    for shape in ((1, 8), (8, 1), (2, 4))[layout == "words" :]:
+        np.testing.assert_allclose(attended(make_mesh(*shape)), want, atol=1e-5)
 
 
 def test_a_growing_context_is_shared_evenly():

@@ -214,7 +214,7 @@ def test_tiles():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"layout": "columns"}, "unknown layout 'columns'; choose one of packed, tiles"),
+        ({"layout": "columns"}, "unknown layout 'columns'; choose one of packed, tiles, words"),
         ({"frame": "pre", "mean_every": 1}, "takes block as frame, got pre"),
         ({"block": 192}, "takes 0 as block modulo 128 tokens, got 64"),
         ({"outliers": 2}, "takes 0 as outliers, got 2"),
@@ -227,6 +227,31 @@ def test_tiles():
 def test_what_tiles_cannot_hold(change, says):
     with pytest.raises(InputError, match=says):
         dataclasses.replace(TILED, **change)
+
+
+def test_words():
+    """For the TPU kernel: 9 codes are two words of 8, and channels may be in groups."""
+    key, value = ResidualSpec(64, 64, 9, 16), ResidualSpec(64, 32, 2, 8)
+    spec = QuantSpec(key, value, block=256, layout="words")
+    assert str(spec).endswith("codes in words")
+    keys, values = spec.code_shapes()
+    assert (keys.shape, values.shape) == ((4, 128), (2, 128))
+    assert keys.dtype == values.dtype == jnp.int32
+    assert spec.stored_bits == (64 + 32) / 2 / 64
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"frame": "post", "mean_every": 1}, "takes block as frame, got post"),
+        ({"block": 64}, "takes 0 as block modulo 128 tokens, got 64"),
+        ({"key": ResidualSpec(64, 64, 3, 32)}, "2 or 4 or 8 or 16 as codewords of a stage of keys"),
+        ({"value": ResidualSpec(64, 64, 3, 16, 2)}, "takes 1 as heads of a code of values, got 2"),
+    ],
+)
+def test_what_words_cannot_hold(change, says):
+    with pytest.raises(InputError, match=f"layout .words. .*{says}"):
+        dataclasses.replace(TILED, layout="words", **change)
 
 
 # Stages by layer

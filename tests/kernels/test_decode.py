@@ -40,7 +40,7 @@ def test_the_kernel_is_taken_where_it_is_supported(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
     monkeypatch.setattr(mosaic_gpu, "attend_tiles", lambda *arrays, **_: taken.append(arrays))
     decode.attend_tiles(**shapes())
-    decode.attend_tiles(**shapes(d=96), implementation="mosaic_gpu")
+    decode.attend_tiles(**shapes(d=96), implementation="fused")
     assert len(taken) == 2
     with pytest.warns(UserWarning, match="64 or 128 as head_dim, got 96"):
         jax.eval_shape(lambda x: decode.attend_tiles(**x), shapes(d=96))
@@ -49,6 +49,6 @@ def test_the_kernel_is_taken_where_it_is_supported(monkeypatch):
 
 def test_what_was_asked_for_is_not_replaced():
     with pytest.raises(InputError, match="the fused GPU kernel is for"):
-        decode.attend_tiles(**shapes(), implementation="mosaic_gpu")
-    with pytest.raises(InputError, match="unknown implementation 'triton'; choose 'mosaic_gpu' or"):
+        decode.attend_tiles(**shapes(), implementation="fused")
+    with pytest.raises(InputError, match="unknown implementation 'triton'; choose 'fused' or"):
         decode.attend_tiles(**shapes(), implementation="triton")

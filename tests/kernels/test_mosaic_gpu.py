@@ -39,6 +39,7 @@ class Shape:
     blocks: tuple[int, ...] = (2,)
     every: int | None = 1  # tokens between knots; None: no mean key
     first: int = 4
+    stride: int = 1
 
 
 to_key_tiles = jax.jit(tiles.keys_to_tiles, static_argnums=1)
@@ -70,7 +71,7 @@ def make(shape, seed=0, scale=1.0):
 
 
 def options(shape):
-    return {"first": shape.first, "every": shape.every or 1}
+    return {"first": shape.first, "every": shape.every or 1, "stride": shape.stride}
 
 
 def turned(x, positions, inv_freq):
@@ -97,14 +98,14 @@ def in_float64(shape, x):
     keys = decode(np.asarray(keys), x["key_codewords"])
     if s.every is not None:
         keys += shifts(x["mean"], s.b, x["inv_freq"], s.every)
-    start = s.first + s.b * np.arange(s.N)
+    start = s.first + s.stride * s.b * np.arange(s.N)
     query = turned(x["query"][..., None, :], -start, x["inv_freq"])
     return expected(query, keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
 
 
-def on_lanes(x, config=None, first=4, every=1):
+def on_lanes(x, config=None, first=4, every=1, stride=1):
     """`attend_tiles` with the kernel run by numpy."""
-    problem = mosaic_gpu.problem_of(**x, every=every)
+    problem = mosaic_gpu.problem_of(**x, every=every, stride=stride)
     config = config or mosaic_gpu.choose_config(problem)
 
     @jax.jit
@@ -145,6 +146,14 @@ RUNS = {
     ),
     "knots": (Shape(B=2, H=2, b=512, N=2, R=4, S=4, blocks=(2, 1), every=16), None),
     "many knots": (Shape(N=2, R=4, S=4, blocks=(2,), every=4), None),
+    "every third block, knots": (
+        Shape(b=512, N=3, R=4, S=4, blocks=(3,), every=64, first=1028, stride=3),
+        None,
+    ),
+    "every other half chunk": (
+        Shape(b=128, N=3, R=4, S=4, blocks=(3,), first=132, stride=2),
+        None,
+    ),
     "few knots of half chunks": (Shape(b=128, N=3, R=4, S=4, blocks=(3,), every=64), None),
     "nothing coded, all coded": (Shape(B=2, N=2, blocks=(0, 2)), Config(8, 2, 2, 1)),
     "1 bit, head_dim 128": (Shape(d=128, R=32, S=32, N=2, blocks=(2,)), None),
@@ -222,8 +231,10 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
 
 
 def test_the_reference_reads_the_same_layout():
-    for every in (1, 16, None):
-        shape = Shape(2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), every=every)
+    for every, stride in ((1, 1), (16, 2), (None, 1)):
+        shape = Shape(
+            2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), every=every, stride=stride
+        )
         x = make(shape)
         attend = functools.partial(reference.attend_tiles, **options(shape))
         check(jax.jit(attend)(**x), in_float64(shape, x))

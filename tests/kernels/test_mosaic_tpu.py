@@ -11,8 +11,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from gsrq_jax.kernels import mosaic_tpu, reference
+from gsrq_jax.kernels import decode, mosaic_tpu, reference
+from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.mosaic_tpu import Tiling
+from gsrq_jax.kernels.words import from_words, to_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +84,10 @@ def poison(x):
     return x
 
 
-attend = jax.jit(
-    functools.partial(mosaic_tpu.attend_codes, interpret=True),
-    static_argnames=("tiling", "pieces"),
-)
+@functools.partial(jax.jit, static_argnames=("tiling", "pieces"))
+def attend(key_codes, value_codes, **x):
+    codes = {"key_words": to_words(key_codes), "value_words": to_words(value_codes)}
+    return mosaic_tpu.attend_codes(**x, **codes, interpret=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -112,12 +114,66 @@ def test_two_pieces_are_close_and_merge_with_a_window():
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("G", "R", "parts"), [(1, 32, 2), (3, 3, 4), (1, 1, 1), (2, 12, 8)])
-def test_words_hold_every_code(G, R, parts):
-    codes = np.random.default_rng(3).integers(0, 16, (2, 3, 2, 1024, G, R)).astype(np.uint8)
-    words = mosaic_tpu.to_words(codes, parts)
-    assert words.nbytes == codes.size // (G * R) * 4 * -(-G * R // 8)
-    np.testing.assert_array_equal(mosaic_tpu.from_words(words, parts, codes.shape), codes)
+@pytest.mark.parametrize(("G", "R"), [(1, 32), (3, 3), (1, 1), (2, 12)])
+def test_words_hold_every_code(G, R):
+    codes = np.random.default_rng(3).integers(0, 16, (2, 3, 2, 384, G, R)).astype(np.uint8)
+    words = to_words(codes)
+    assert words.shape == (2, 3, 2, 3 * -(-G * R // 8), 128)
+    np.testing.assert_array_equal(from_words(words, G, R), codes)
+    with pytest.raises(InputError, match="blocks of 192 tokens are not whole rows of 128"):
+        to_words(codes[..., :192, :, :])
+
+
+def laid_out(T=1, q=4, K=16, stride=1):
+    """Arguments of attend_words; the second sequence has fewer blocks."""
+    rng = np.random.default_rng(4)
+    B, H, N, b, d, G, R = 2, 2, 3, 256, 16, 2, 5
+
+    def normal(*size):
+        return rng.normal(size=size).astype(np.float32)
+
+    def codes():
+        return to_words(rng.integers(0, K, (B, H, N, b, G, R)).astype(np.uint8))
+
+    arrays = {
+        "query": 0.3 * normal(B, T, H, q, d),
+        "mean": normal(H, d),
+        "inv_freq": 100.0 ** -np.linspace(0, 1, d // 2, dtype=np.float32),
+        "key_words": codes(),
+        "value_words": codes(),
+        "key_codewords": normal(H, G, R, K, d // G),
+        "value_codewords": normal(H, G, R, K, d // G),
+        "blocks": np.array([3, 1], np.int32),
+    }
+    return arrays, {"first": 4, "stride": stride, "every": 16}
+
+
+@pytest.mark.parametrize(("T", "q", "stride"), [(1, 4, 1), (3, 3, 2)])
+def test_of_a_cache_is_the_reference(T, q, stride):
+    """More rows than the kernel takes at a time, too, and blocks that do not follow each other."""
+    x, options = laid_out(T, q, stride=stride)
+    want = reference.attend_words(**x, **options)
+    attend = functools.partial(mosaic_tpu.attend_words, interpret=True, **options)
+    for a, b in zip(jax.jit(lambda x: attend(**x))(x), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_which_is_taken(monkeypatch):
+    x, options = laid_out()
+    decode._say.cache_clear()
+    with pytest.warns(UserWarning, match="fused TPU kernel is for TPUs, this is cpu; use"):
+        got = decode.attend_words(**x, **options)
+    want = decode.attend_words(**x, **options, implementation="reference")
+    np.testing.assert_array_equal(got[0], want[0])
+    with pytest.raises(InputError, match="fused TPU kernel is for TPUs, this is cpu"):
+        decode.attend_words(**x, **options, implementation="fused")
+    taken = []
+    monkeypatch.setattr(mosaic_tpu, "check_device", lambda: None)
+    monkeypatch.setattr(mosaic_tpu, "attend_words", lambda *_, **how: taken.append(how))
+    decode.attend_words(**x, **options)
+    assert taken == [options]
+    with pytest.warns(UserWarning, match="1 to 8 as query rows of a KV head, got 9"):
+        decode.attend_words(**laid_out(q=9)[0], **options)
 
 
 def test_tilings():
@@ -139,16 +195,16 @@ def test_tilings():
 
 def test_says_what_it_does_not_have():
     x = make(SHAPES["splits"])
-    with pytest.raises(NotImplementedError, match="1 to 8 query rows a KV head, not 9"):
+    with pytest.raises(InputError, match="1 to 8 as query rows of a KV head, got 9"):
         mosaic_tpu.tiling_of(9, 1, 128)
-    with pytest.raises(NotImplementedError, match="multiple of 128 tokens, not 64"):
+    with pytest.raises(InputError, match="a multiple of 128 as tokens of a block, got 64"):
         mosaic_tpu.tiling_of(4, 1, 64)
-    with pytest.raises(NotImplementedError, match="at most 2048 tokens for 4 rows, not 4096"):
+    with pytest.raises(InputError, match="at most 2048 as tokens of a block for 4 query rows"):
         mosaic_tpu.tiling_of(4, 1, 4096)
-    with pytest.raises(NotImplementedError, match="at most 16 codewords a stage, not 256"):
-        mosaic_tpu.attend_codes(**x | {"value_codewords": np.zeros((1, 1, 2, 256, 16), "f")})
-    with pytest.raises(NotImplementedError, match="one shift for all blocks"):
-        mosaic_tpu.attend_codes(**x | {"shift": np.zeros((1, 17, 128, 16), "f")})
+    with pytest.raises(InputError, match="at most 16 as codewords of a stage, got 256"):
+        attend(**x | {"value_codewords": np.zeros((1, 1, 2, 256, 16), "f")})
+    with pytest.raises(InputError, match="one for all blocks as shifts of the mean key, got 17"):
+        attend(**x | {"shift": np.zeros((1, 17, 128, 16), "f")})
 
 
 @pytest.mark.skipif(
@@ -165,7 +221,7 @@ def test_compiles_for_tpus(chip):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     compiled = (
-        jax.jit(functools.partial(mosaic_tpu.attend_words, tiling=tiling))
+        jax.jit(functools.partial(mosaic_tpu.fused_kernel, tiling=tiling))
         .lower(
             of(B, H, N * q, d),
             of(H, b, d),

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from gsrq_jax import residual
 from gsrq_jax.kernels import mosaic_tpu_encode
+from gsrq_jax.kernels.errors import InputError
 
 
 def make(lead, n, groups, stages, k, group, seed=0):
@@ -67,7 +68,7 @@ def test_bfloat16_vectors():
 
 
 def test_says_what_it_does_not_have():
-    with pytest.raises(NotImplementedError, match="at most 256 codewords a stage, not 512"):
+    with pytest.raises(InputError, match="at most 256 codewords, got 512"):
         encode(*make((1,), 4, 1, 1, 512, 8))
 
 

@@ -2,7 +2,8 @@
 
 ``write`` generates, and puts what it prints into the folder. ``die`` trains until the second layer
 is to be fitted, where process 3 is killed. ``train`` tries what several processes refuse, trains,
-and ends with bad input of process 1. Nothing is measured.
+and ends with bad input of process 1. ``distil`` trains until codebooks are saved, where it is
+interrupted. Nothing is measured.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ import tyro
 
 from gsrq_jax.calibration import SampleStore
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import commands, evaluation, processes, report, training
+from gsrq_jax.models import commands, evaluation, processes, report, sharding, training
 
 what, folder, *flags = sys.argv[1:]
-evaluation.fidelity = lambda *_: evaluation.Fidelity(1, 1.0, 1.0, 0.0, 1.0)
+if what != "distil":
+    evaluation.fidelity = lambda *_: evaluation.Fidelity(1, 1.0, 1.0, 0.0, 1.0)
 report.render = lambda out: json.loads((out / "report.json").read_text())
 
 
@@ -41,10 +43,16 @@ def refused():
     index = jax.process_index()
     own = pathlib.Path(folder) / f"only-{index}"
     own.mkdir()
+    mesh = sharding.make_mesh(2)  # a device of each process
     for check in (
         lambda: processes.check_same({"seed": index}),
+        lambda: processes.check_same({"seed": 0} | {"jax": f"0.1{index}"}),
         lambda: processes.check_shared(own),
         lambda: training._share(9),
+        lambda: training._share(1),
+        lambda: sharding.make_mesh(2, (5, 1)),
+        lambda: sharding.make_mesh(2, (1, 2), [jax.devices()[0], jax.devices()[8]]),
+        lambda: sharding.for_tokens(mesh, 7),
         lambda: processes.once(lambda: (own / "not" / "there").touch()),
     ):
         try:
@@ -59,6 +67,13 @@ if what == "write":
         commands.generate(flags)
     (pathlib.Path(folder) / f"written-{jax.process_index()}").write_text(said.getvalue())
     sys.exit()
+if what == "distil":
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    training.codebook.save = stopped
+    commands.train(flags)
 with processes.joined():
     if what == "die":
         killed_at_layer_1()

@@ -361,6 +361,26 @@ def test_generation_over_tiles(tiny_run, tiny_model, tmp_path, capsys, refused):
     assert "blocks of 128, window 8, sinks 2, codes in tiles" in capsys.readouterr().out
 
 
+def test_generation_on_a_mesh_with_heads_that_share_codes(
+    tiny_run, tiny_model, tmp_path, capsys, refused
+):
+    """Heads that share codes stay together; what a mesh would have to divide is said."""
+    books = codebook.load(tiny_run / "codebooks")
+    key, value = (dataclasses.replace(x, heads=2) for x in (books.spec.key, books.spec.value))
+    shared = dataclasses.replace(books, spec=dataclasses.replace(books.spec, key=key, value=value))
+    metadata = codebook.read_metadata(tiny_run / "codebooks")
+    codebook.save(tmp_path / "shared", shared, model=metadata["model"])
+    args = ["--model", str(tiny_model), "--codebooks", str(tmp_path / "shared")]
+    args += ["--max-new-tokens", "8", "A prompt of some length", "--mesh"]
+    said = refused(commands.generate, *args, "1", "2")
+    assert "2 devices cannot share 2 KV heads, of which 2 share codes, evenly" in said
+    texts = []
+    for mesh in (["2", "1"], ["1", "1"]):
+        commands.generate([*args, *mesh])
+        texts.append(capsys.readouterr().out.partition("\n[")[0])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from gsrq_jax import codebook
+from gsrq_jax import calibration, codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import commands, processes
+from gsrq_jax.models import commands, distillation, processes
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
 
@@ -83,11 +84,23 @@ def test_lost_resumed_and_equal(tiny_model, tiny_run, tmp_path):
     np.testing.assert_allclose(of_found, of_one, rtol=1e-3)
 
     refused = [json.loads((tmp_path / f"refused-{i}.json").read_text()) for i in range(2)]
-    for same, shared, share, once in refused:
-        assert same.startswith("process 1 has another seed than process 0 (1, not 0); start all")
-        assert re.match(r"process 1 does not see what process 0 wrote to .*only-.; give a", shared)
-        assert share.startswith("2 processes cannot share 9 sequences evenly; choose --tokens")
-        assert "No such file" in once
+    for said in refused:
+        for expected, found in zip(
+            (
+                r"process 1 has another seed than process 0 \(1, not 0\); start all",
+                r"process 1 has another jax than process 0 \(0.11, not 0.10\); start all",
+                r"process 1 does not see what process 0 wrote to .*only-.; give a folder on a disk",
+                "2 processes cannot share 9 sequences evenly; choose --tokens so",
+                "2 processes cannot share 1 sequences evenly; choose --tokens so",
+                "a mesh of 5 × 1 does not fit 16 devices",
+                "the heads of a token stay in one process, so 2 must divide its 1 devices; choose",
+                "2 devices cannot share 7 samples evenly; choose --tokens so",
+                ".*No such file",
+            ),
+            said,
+            strict=True,
+        ):
+            assert re.match(expected, found), found
 
 
 def test_text_of_two_processes_is_that_of_one(tiny_model, tiny_run, tmp_path, capsys):
@@ -106,6 +119,42 @@ def test_text_of_two_processes_is_that_of_one(tiny_model, tiny_run, tmp_path, ca
         return re.sub(r"^\[.*\]$", "", said, flags=re.MULTILINE)
 
     assert text(found) == text(want)
+
+
+def test_two_processes_sample_and_distil_as_one(tiny_model, tmp_path, monkeypatch):
+    """On text that the model writes, from the same layers; the sequences of a step are shared."""
+    out = tmp_path / "run"
+    flags = ["--model", str(tiny_model), "--out", str(out), *tiny.FLAGS, "--tokens", "256"]
+    flags += ["--distill.text", "sampled", "--distill.tokens", "192", "--distill.steps", "2"]
+    flags += ["--distill.check-every", "1", "--distill.batch", "2", "--weights", "none"]
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(codebook, "save", stopped)  # what follows is not new
+    with pytest.raises(SystemExit, match="130"):
+        commands.train(flags)
+    work, one = out / "work", tmp_path / "one"
+    one.mkdir()
+    for name in ("distil-000.npz", "distill.npz"):
+        (work / name).rename(one / name)
+    codes, said = run(2, "distil", tmp_path, *flags, devices=1)
+    assert codes == [130, 130], said
+    for name, tolerance in (("distil-000.npz", 0), ("distill.npz", 1e-3)):
+        *_, a = calibration.load_leaves(one / name)
+        *_, b = calibration.load_leaves(work / name)
+        np.testing.assert_allclose(b, a, rtol=tolerance)
+    assert b.shape == (3, 3)  # step, divergence of its sequences and on held-out ones
+
+
+def test_sequences_of_a_step_that_processes_cannot_share(monkeypatch):
+    config = distillation.DistillConfig(steps=1, batch=6, accumulate=2)
+    devices = jax.devices()[:4]
+    assert distillation.sharing(config, devices) == devices[:1]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert distillation.sharing(config, devices[:3]) == devices[:3]
+    with pytest.raises(InputError, match="4 devices of 2 processes cannot share 3 sequences of a"):
+        distillation.sharing(config, devices)
 
 
 def test_a_process_of_its_own():

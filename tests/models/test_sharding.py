@@ -87,16 +87,17 @@ def test_samples_of_a_sharded_model(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "shape", "words"),
+    ("kv_heads", "shape", "together", "words"),
     [
-        (2, (4, 4), "a mesh of 4 × 4 does not fit 8 devices"),
-        (2, (0, 1), "a mesh of 0 × 1 does not fit 8 devices"),
-        (3, (4, 2), "2 devices cannot share 3 KV heads evenly"),
+        (2, (4, 4), 1, "a mesh of 4 × 4 does not fit 8 devices"),
+        (2, (0, 1), 1, "a mesh of 0 × 1 does not fit 8 devices"),
+        (3, (4, 2), 1, "2 devices cannot share 3 KV heads evenly; .* must divide 3"),
+        (8, (2, 4), 4, "4 devices cannot share 8 KV heads, of which 4 share codes, evenly; .* 2"),
     ],
 )
-def test_meshes_that_cannot_be(kv_heads, shape, words):
+def test_meshes_that_cannot_be(kv_heads, shape, together, words):
     with pytest.raises(InputError, match=words):
-        sharding.make_mesh(kv_heads, shape)
+        sharding.make_mesh(kv_heads, shape, together=together)
 
 
 def test_meshes():
@@ -107,6 +108,7 @@ def test_meshes():
         mesh = sharding.make_mesh(kv_heads, devices=devices)
         assert (mesh.axis_names, mesh.devices.shape) == (("data", "model"), shape)
     assert sharding.make_mesh(8, (3, 2)).size == 6
+    assert sharding.make_mesh(8, devices=devices, together=4).devices.shape == (4, 2)
     mesh = sharding.make_mesh(2, (4, 2))
     assert sharding.for_tokens(mesh, 496) is mesh
     assert sharding.for_tokens(mesh, 62).devices.shape == (2, 2)
