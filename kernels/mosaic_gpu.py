@@ -570,7 +570,8 @@ def put_together(
     ).reshape(-1, ROWS, p.dim)
     safe = jnp.where(some, total, 1)
     out = jnp.where(some[..., None], out, 0) / safe[..., None]
-    lse = (top[:, 0] + jnp.log2(safe) + (pieces.HEADROOM - pieces.PROBABILITY_BITS)) * LN2
+    unit = math.log2(pieces.LAST_BIT) + pieces.PROBABILITY_BITS - pieces.HEADROOM
+    lse = (top[:, 0] + jnp.log2(safe) - unit) * LN2
     lse = jnp.where(some, lse, -jnp.inf)
     return _rows_to_heads(p, out), _rows_to_heads(p, lse)
 
