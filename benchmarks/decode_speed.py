@@ -206,7 +206,7 @@ def profile(run: Callable[[], Any], count: int) -> dict[str, float]:
             for line in plane.lines:
                 for event in line.events if "Stream" in line.name else ():
                     found[event.name] += event.duration_ns / 1e3 / count
-    return dict(found)
+    return dict(sorted(found.items(), key=lambda x: -x[1]))
 
 
 def by_part(profile: Mapping[str, float]) -> dict[str, float]:
@@ -233,11 +233,12 @@ def measure_attention(config: Config, batch: int, context: int, speed: float) ->
     def row(what: str, bits: float, took: dict[str, Any]) -> dict[str, Any]:
         floor = {"floor_microseconds": batch * context * bits * per_token}
         found = {"part": "attention", "what": what, "batch": batch, "context": context} | took
-        print(found, flush=True)
+        print({name: x for name, x in found.items() if name != "operations"}, flush=True)
         return found | floor
 
     def chained(attention: Callable[..., Any]) -> Callable[..., Any]:
         """A query through all layers, each changed a little by the one before."""
+        attention = jax.jit(attention)  # traced once
 
         def run(query: jax.Array, layers: list[Any]) -> jax.Array:
             for layer in layers:
@@ -248,7 +249,9 @@ def measure_attention(config: Config, batch: int, context: int, speed: float) ->
 
     def timed(attention: Callable[..., Any], query: jax.Array, layers: Any) -> dict[str, Any]:
         run = functools.partial(chained(attention), query, layers)
-        return microseconds(run, config.repeat, config.times) | by_part(profile(run, config.repeat))
+        took = microseconds(run, config.repeat, config.times)
+        operations = profile(run, config.repeat)
+        return took | by_part(operations) | {"operations": operations}
 
     rows = []
     make = functools.partial(exact_layer, config=config, batch=batch, context=context)
