@@ -22,7 +22,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -222,7 +222,9 @@ def by_part(profile: Mapping[str, float]) -> dict[str, float]:
     return parts if profile else {}
 
 
-def measure_attention(config: Config, batch: int, context: int, speed: float) -> list[dict]:
+def measure_attention(
+    config: Config, batch: int, context: int, speed: float
+) -> Iterator[dict[str, Any]]:
     """Rows of one shape: bf16 by each implementation, then each rate."""
     c = config.sizes
     group, scale = c.heads // c.kv_heads, scale_of(c.head_dim)
@@ -263,7 +265,8 @@ def measure_attention(config: Config, batch: int, context: int, speed: float) ->
     if (took := torch_microseconds(config, batch, context)) is not None:
         rows.append(row(f"{FULL}, torch SDPA", 16, took))
     base = min(r["microseconds"] for r in rows)
-    rows = [r | {"times": base / r["microseconds"]} for r in rows]
+    for found in rows:
+        yield found | {"times": base / found["microseconds"]}
 
     def coded(query: jax.Array, *layer: Any) -> jax.Array:
         framed = query.reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
@@ -276,11 +279,11 @@ def measure_attention(config: Config, batch: int, context: int, speed: float) ->
         )
         layers = [_made(make, key) for key in keys]
         found = row(f"{bits:g} bit", bits, timed(coded, query, layers))
-        rows.append(found | {"bits": bits, "times": base / found["microseconds"]})
+        found |= {"bits": bits, "times": base / found["microseconds"]}
         if found.get("kernel"):
-            rows[-1]["times_kernel"] = base / found["kernel"]
+            found["times_kernel"] = base / found["kernel"]
+        yield found
         del layers
-    return rows
 
 
 def torch_microseconds(config: Config, batch: int, context: int) -> dict[str, float] | None:
@@ -505,27 +508,26 @@ def fits(config: Config, what: str, memory: float, context: int | None) -> tuple
 # --- the command ----------------------------------------------------------------------------------
 
 
-def run(config: Config) -> list[dict[str, Any]]:
-    """All rows."""
-    rows: list[dict[str, Any]] = []
+def run(config: Config) -> Iterator[dict[str, Any]]:
+    """All rows, as they are measured."""
     if config.part != "model":
         speed = bandwidth(config.times)
-        rows.append({"part": "memory", "what": "bytes a second", "value": speed})
+        yield {"part": "memory", "what": "bytes a second", "value": speed}
         for shape in config.shapes:
             batch, context = map(int, shape.split("x"))
-            rows += measure_attention(config, batch, context, speed)
+            yield from measure_attention(config, batch, context, speed)
     if config.part != "attention":
         whats = [FULL, *(f"{bits:g} bit" for bits in config.bits)]
         for context in config.contexts:
             for batch in config.batches:
-                rows += [measure_model(config, what, batch, context) for what in whats]
+                for what in whats:
+                    yield measure_model(config, what, batch, context)
         stats = jax.devices()[0].memory_stats() or {}
         if config.largest and "bytes_limit" in stats:
             for context in (*config.contexts, None):
                 for what in whats:
                     sizes = fits(config, what, stats["bytes_limit"], context)
-                    rows.append(measure_model(config, what, *sizes))
-    return rows
+                    yield measure_model(config, what, *sizes)
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -608,7 +610,10 @@ def main(config: Config) -> None:
         fields = dataclasses.asdict(config)
         fields.pop("out")
         command = shlex.join(["python", "benchmarks/decode_speed.py", *sys.argv[1:]])
-        write_result(file, run(config), command=command, config=fields)
+        rows: list[dict[str, Any]] = []
+        for row in run(config):
+            rows.append(row)
+            write_result(file, rows, command=command, config=fields)
     data = json.loads(file.read_text(encoding="utf-8"))
     table = markdown(data)
     file.with_suffix(".md").write_text(table, encoding="utf-8")
