@@ -698,7 +698,7 @@ class FusedKernel:
         facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
         table = self.base + memory.tables + scorer * memory.table_bytes
         places = pieces.places(warp, p.key, table)
-        swaps = pieces.swaps(warp)
+        ways, tokens = pieces.ways(warp), pieces.tokens_of_lane(warp)
 
         def block_and_chunk(k: Any) -> tuple[Any, Any]:
             span = self.first + k // self.config.span * scorers + scorer
@@ -728,7 +728,7 @@ class FusedKernel:
             warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
             warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
             warp.barrier_wait(arrived, k & 1)
-            shares = self._shares(staged + p.chunk_key_bytes)
+            shares = self._shares(staged + p.chunk_key_bytes, tokens)
             groups = []
             for tile in range(2):
                 here = block
@@ -738,15 +738,15 @@ class FusedKernel:
                 elif tile == 0:
                     first = warp.equal(k % self.config.span, 0)
                     warp.when(first, lambda: self._make_table(block, table, facts))
-                groups += self._scores(here, tile, staged, facts, places, shares)
+                groups += self._scores(here, tile, staged, tokens, facts, places, shares)
             if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
             warp.sync()
             warp.when(self.first_lane & warp.less(k + 1, rounds), lambda: fetch(k + 1))
             scale = pieces.chunk_scale(warp, groups)
-            words = pieces.planes(warp, swaps, pieces.probabilities(warp, groups, scale))
-            pieces.store_planes(warp, words, slot_at)
+            words = pieces.probabilities(warp, groups, scale)
+            pieces.store_planes(warp, ways, pieces.planes(warp, ways, words, slot_at), slot_at)
             at = self.base + memory.scales + slot * (ROWS * 4)
             warp.store_shared(at, scale, where=self.first_lane)
             warp.sync()
@@ -806,27 +806,30 @@ class FusedKernel:
         warp.store_shared(facts + lane * 4, read)
         warp.sync()
 
-    def _shares(self, staged: Any) -> Callable[[int], list]:
+    def _shares(self, staged: Any, tokens: list) -> Callable[[int], list]:
         """``[ROWS]`` shares of the mean key of a group of 32 tokens of the chunk that has come."""
         warp, p = self.warp, self.problem
         if not p.every:
             return lambda _: [warp.floating(0.0)] * ROWS
         stride = p.copied_knots * 4
         if p.every == 1:
-            own = staged + warp.lane * 4
+            own = [staged + token * 4 for token in tokens]
             return lambda group: [
-                warp.load_shared(own, row * stride + group * 128, kind="f")[0]
+                warp.load_shared(own[group % 2], row * stride + group // 2 * 256, kind="f")[0]
                 for row in range(ROWS)
             ]
         knots = staged + ROWS * stride
         pieces.gather_knots(warp, p.knots, stride, staged, knots)
-        return lambda group: pieces.between_knots(warp, p.every, knots, group)
+        return lambda group: pieces.between_knots(
+            warp, p.every, knots, tokens[group % 2], group // 2 * 64
+        )
 
     def _scores(
         self,
         block: Any,
         tile: int,
         staged: Any,
+        tokens: list,
         facts: Any,
         places: Any,
         shares: Callable[[int], list],
@@ -837,15 +840,15 @@ class FusedKernel:
         steps = warp.load_shared(facts, 0, ROWS, "f")
         offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         of_unit = TILE * width // 8
-        lanes = staged + warp.lane * (width // 8)
+        lanes = [staged + token * (width // 8) for token in tokens]
         load = {
             32: lambda a, o: warp.load_shared(a, o)[0],
             16: warp.load_shared_16,
         }[width]
         groups = []
         for group in range(GROUPS // 2):
-            at = tile * units * of_unit + group * 32 * width // 8
-            codes = [load(lanes, at + u * of_unit) for u in range(units)]
+            at = tile * units * of_unit + group // 2 * 64 * width // 8
+            codes = [load(lanes[group % 2], at + u * of_unit) for u in range(units)]
             if p.key.shared:
                 sums = pieces.look_up(warp, p.key, places, codes)
             else:

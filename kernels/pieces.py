@@ -25,7 +25,7 @@ ROWS = 4
 """Query rows that share one look-up: four entries of 16 bits are one 8-byte load."""
 CHUNK = 256
 GROUPS = CHUNK // 32
-"""Groups of 32 tokens in a chunk."""
+"""Groups of 32 tokens in a chunk, one a lane: see `tokens_of_lane`."""
 PROBABILITY_BITS = 16
 HEADROOM = 2.0**-12
 """Probabilities are 2**-HEADROOM of what they should be, all alike, so that the largest, rounded,
@@ -38,8 +38,8 @@ COUNTERS = 8
 """Warps that count, each an octet of stages: 64 at most."""
 OPERANDS = -(-PROBABILITY_BITS // 2)
 """Right operands of binary products: two bits of four rows are the eight columns of one."""
-PLANE_STRIDE = 4 * 32 + 8
-"""Words from one pair of operands to the next: 128, and 8 so that banks differ."""
+OPERAND_BYTES = 32 * 8
+"""Of one of them: two words a lane."""
 MAGIC = 0x4B000000
 """The bits of 2.0**23: float32 with an integer below 2**23 in its lowest bits."""
 COUNT = 2.0**-149
@@ -194,6 +194,16 @@ def _stage_of_lane(warp: Any, parts: tuple[tuple[int, int], ...]) -> tuple[Any, 
 # --- scores ---------------------------------------------------------------------------------------
 
 
+def tokens_of_lane(warp: Any) -> list:
+    """A lane's token of 64, in the first of two groups and in the second.
+
+    Lanes 0 to 15 go through tokens 0 to 31, lanes 16 to 31 through the others, 16 at a time and so
+    that the groups are 32 different tokens modulo 32: half a warp's tokens of two groups are the 32
+    that a word of a bit plane has (`planes`), and its tokens of one lie in all banks.
+    """
+    return [warp.lane + ((warp.lane & 16) << 1), warp.lane + 16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Places:
     """What a lane needs to turn a code into the address of its entry; made once."""
@@ -306,20 +316,20 @@ def gather_knots(warp: Any, count: int, stride: int, raw: Any, place: Any) -> No
     warp.sync()
 
 
-def between_knots(warp: Any, every: int, knots: Any, group: int) -> list:
-    """``[ROWS]`` shares of the mean key of a group of 32 tokens, interpolated between knots.
+def between_knots(warp: Any, every: int, knots: Any, token: Any, start: int) -> list:
+    """``[ROWS]`` shares of the mean key of a group's tokens, interpolated between knots.
 
     Cost: 8 × (2 LDS of 16 bytes, 8 FADD or FFMA) = 80.
 
     Args:
         warp: who does it.
-        every: tokens from knot to knot, a power of two.
+        every: tokens from knot to knot, a power of two up to 64.
         knots: address of what `gather_knots` wrote.
-        group: of the chunk.
+        token: from `tokens_of_lane`.
+        start: of the 64 tokens in the chunk.
     """
-    start = group * 32
-    own = knots + warp.lane // every * (ROWS * 4)
-    at = warp.to_float((warp.lane + start % every) % every) * (1.0 / every)
+    own = knots + token // every * (ROWS * 4)
+    at = warp.to_float(token % every) * (1.0 / every)
     before, after = (
         warp.load_shared(own, (start // every + i) * (ROWS * 4), ROWS, "f") for i in range(2)
     )
@@ -363,111 +373,119 @@ def chunk_scale(warp: Any, chunk: list) -> list:
 
 
 def probabilities(warp: Any, chunk: list, scale: list) -> list:
-    """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, two rows of a token a word.
+    """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, two tokens of a row a word.
 
+    The lower 16 bits are the token of two that comes first (see `tokens_of_lane`).
     Cost: 8 × (4 × (FADD, EX2, FADD) + 2) = 112.
 
     Returns:
-        ``[2][GROUPS]`` words.
+        ``[ROWS][GROUPS / 2]`` words.
     """
-    shift = [
-        warp.floating(PROBABILITY_BITS - HEADROOM) - warp.to_float(scale[r]) for r in range(ROWS)
-    ]
-    pairs: list[list] = [[], []]
-    for group in chunk:
-        p = [warp.bits_of(warp.exp2(group[r] + shift[r]) + 2.0**23) for r in range(ROWS)]
-        for i in range(2):
-            pairs[i].append(warp.choose_bytes(p[2 * i], p[2 * i + 1], 0x5410))
-    return pairs
+    in_order = warp.select(warp.less(warp.lane, 16), warp.integer(0x5410), 0x1054)
+    words: list[list] = []
+    for r in range(ROWS):
+        shift = warp.floating(PROBABILITY_BITS - HEADROOM) - warp.to_float(scale[r])
+        p = [warp.bits_of(warp.exp2(group[r] + shift) + 2.0**23) for group in chunk]
+        words.append(
+            [warp.choose_bytes(*pair, in_order) for pair in zip(p[::2], p[1::2], strict=True)]
+        )
+    return words
 
 
 @dataclasses.dataclass(frozen=True)
-class Swaps:
-    """What a lane does in the steps of `planes`; made once.
+class Ways:
+    """Where a lane writes and reads in the steps of `planes`, in bytes from a slot's start; made
+    once.
 
     Attributes:
-        bytes: which bytes of its own and the other lane's word it takes, in steps 16 and 8.
-        bits: ``(bits of its own word, turn of the other's)`` in steps 4, 2 and 1.
+        out: of its four words of each row.
+        back: of the words of lanes ``16 h + i``, i in steps of 2, modulo 8.
+        planes: of its planes of even bits and of odd ones.
     """
 
-    bytes: list
-    bits: list
+    out: list
+    back: list
+    planes: list
 
 
-def swaps(warp: Any) -> Swaps:
-    """The lower of two lanes gives its upper halves (of halves) and gets the other's lower ones."""
-
-    def lower(step: int) -> Any:
-        return warp.equal(warp.lane & step, 0)
-
-    choices = ((16, 0x5410, 0x3276), (8, 0x6240, 0x3715))
-    masks = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))
-    return Swaps(
-        [warp.select(lower(step), warp.integer(a), b) for step, a, b in choices],
-        [
-            (
-                warp.select(lower(step), warp.integer(mask), ~mask & 0xFFFFFFFF),
-                warp.select(lower(step), warp.integer(step), 32 - step),
-            )
-            for step, mask in masks
-        ],
+def ways(warp: Any) -> Ways:
+    """Such that eight lanes that write 16 bytes, and 32 that write or read 4, meet in no bank."""
+    lane = warp.lane
+    upper, row, two_groups = lane >> 4, (lane >> 2) & 3, lane & 3
+    turn = (lane >> 1) & 3
+    half, quarter = two_groups >> 1, ((two_groups & 1) << 1) + upper
+    return Ways(
+        [(lane + upper) * 64 + ((turn ^ c) << 4) for c in range(ROWS)],
+        [upper * (17 * 64) + ((row ^ c) << 4) + (two_groups << 2) for c in range(4)],
+        [_of_column(row, warp.integer(odd), quarter) + (half << 2) for odd in range(2)],
     )
 
 
-def planes(warp: Any, swap: Swaps, pairs: list) -> list:
-    """Words of one bit of 32 tokens: lane ``16 i + k`` gets bit k of row i of each pair of rows.
+def _of_column(row: Any, odd: Any, quarter: Any) -> Any:
+    """Bytes to the two words of a column, even or odd bits of a row, in an operand's layout.
 
-    A 32 × 32 transpose of bits: in each step lanes whose numbers differ in one bit swap halves (of
-    halves) of their words. Cost: 16 × (2 × (SHFL, PRMT) + 3 × (SHFL, SHF, LOP3)) = 208, of which
-    80 SHFL.
+    No two of 16 are in one bank, be they all rows and quarters of 32 tokens of even bits or of odd
+    ones (which are stored at a time) or two rows with both (which are loaded).
     """
+    return (odd << 7) + (quarter << 5) + ((row & 1) << 3) + (((row >> 1) ^ odd) << 4)
 
-    def transposed(x: Any) -> Any:
-        for step, choice in zip((16, 8), swap.bytes, strict=True):
-            x = warp.choose_bytes(x, warp.from_lane_xor(x, step), choice)
-        for step, (keep, turn) in zip((4, 2, 1), swap.bits, strict=True):
-            other = warp.rotate_left(warp.from_lane_xor(x, step), turn)
-            x = (x & keep) | (other & ~keep)
-        return x
 
-    return [[transposed(x) for x in pair] for pair in pairs]
+def planes(warp: Any, way: Ways, words: list, place: Any) -> list:
+    """Words of one bit of 32 tokens: lane ``16 h + 4 row + j`` gets all bits of a row's
+    probabilities of tokens ``64 j + 32 h …``.
+
+    Through shared memory each lane gets the words of the 16 lanes that have its 32 tokens, and
+    turns bits and words of them in its registers. Cost: 4 STS of 16 bytes, 16 LDS, 16 PRMT, 48 ×
+    (SHF, LOP3), 10 others = 142.
+
+    Args:
+        warp: who does it.
+        way: from `ways`.
+        words: from `probabilities`.
+        place: address of `plane_bytes` in shared memory, free again afterwards.
+    """
+    for out, of_row in zip(way.out, words, strict=True):
+        warp.store_shared(place + out, of_row)
+    warp.sync()
+    back = [place + x for x in way.back]
+    x = [warp.load_shared(back[i // 2 % 4], i * 64)[0] for i in range(16)]
+    for step, mask in ((8, 0), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        others = mask ^ 0xFFFFFFFF
+        for i in range(16):
+            if not i & step:
+                a, b = x[i], x[i + step]
+                if step == 8:
+                    x[i] = warp.choose_bytes(a, b, 0x6240)
+                    x[i + step] = warp.choose_bytes(a, b, 0x7351)
+                else:
+                    x[i] = (a & mask) | ((b << step) & others)
+                    x[i + step] = ((a >> step) & mask) | (b & others)
+    warp.sync()
+    return x
 
 
 def plane_bytes() -> int:
-    """Shared memory of a chunk's planes of probabilities, all that 16 bits may have."""
-    return 4 * PLANE_STRIDE * 4
+    """Shared memory of a chunk's planes of probabilities, and of what `planes` passes through it:
+    64 bytes a lane, and 64 between the lower lanes and the upper ones."""
+    return 33 * 64
 
 
-def store_planes(warp: Any, words: list, place: Any) -> None:
-    """To shared memory as right operands of binary products, columns (row, lower or higher bit).
+def store_planes(warp: Any, way: Ways, x: list, place: Any) -> None:
+    """To shared memory as right operands of binary products, columns (row, even or odd bit).
 
-    ``[pair of operands][group of 32 tokens][column][which of the pair][half of the chunk]``: a
-    lane loads both operands of a pair as they go into the products. The columns of group g stand
-    in the order ``column ^ 2g``, so that eight lanes load from all banks.
-    Cost: 8 STS of 8 bytes; no bank twice.
+    An operand is two bits of all rows; what a lane needs of it, the 32 tokens of one quarter of
+    each half of the chunk, stands side by side. Cost: 16 STS; no bank twice.
     """
-    bit, pair_row = warp.lane & 15, warp.lane >> 4
-    column = (pair_row << 1) + (bit & 1)
-    own = [
-        place + ((bit >> 2) * PLANE_STRIDE + (column ^ 2 * odd) * 4 + ((bit >> 1) & 1) * 2) * 4
-        for odd in range(2)
-    ]
-    for i, pair in enumerate(words):
-        for group in range(GROUPS // 2):
-            offset = group * 32 + (i ^ group >> 1) * 16
-            halves = [pair[group], pair[group + GROUPS // 2]]
-            warp.store_shared(own[group & 1], halves, offset * 4)
+    own = [place + offset for offset in way.planes]
+    for bit in range(2 * OPERANDS):
+        warp.store_shared(own[bit & 1], [x[bit]], (bit >> 1) * OPERAND_BYTES)
 
 
 def load_planes(warp: Any, place: Any) -> list:
-    """The right operands, of the lowest two bits first; 4 LDS of 16 bytes a warp."""
-    group = warp.lane & 3
-    own = place + ((group << 3) + ((warp.lane >> 2) ^ (group << 1))) * 16
-    operands = []
-    for pair in range(-(-OPERANDS // 2)):
-        words = warp.load_shared(own, pair * PLANE_STRIDE * 4, 4)
-        operands += [words[:2], words[2:]]
-    return operands[:OPERANDS]
+    """The right operands, of the lowest two bits first; 8 LDS of 8 bytes a warp."""
+    column, quarter = warp.lane >> 2, warp.lane & 3
+    own = place + _of_column(column >> 1, column & 1, quarter)
+    return [warp.load_shared(own, i * OPERAND_BYTES, 2) for i in range(OPERANDS)]
 
 
 # --- histogram ------------------------------------------------------------------------------------
