@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import uniform_attention
 from flax import nnx
 
+from gsrq_jax.baselines.uniform import UniformSpec
 from gsrq_jax.cache import init_cache
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.kernels import decode
@@ -67,6 +69,7 @@ class Config:
         quick: the first shape, the first batch and context, and fewer layers and repetitions.
         shapes: batch x context of attention.
         bits: rates of the codes.
+        peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
         block: tokens of a block.
         mean_every: tokens between knots of the mean key.
         repeat: layers of a program of attention.
@@ -86,6 +89,7 @@ class Config:
     quick: bool = False
     shapes: tuple[str, ...] = ("8x131072", "8x32768", "1x131072", "32x8192")
     bits: tuple[float, ...] = (1.0, 0.5)
+    peers: tuple[Literal["int8", "kivi2"], ...] = ("int8", "kivi2")
     block: int = 512
     mean_every: int = 16
     repeat: int = 8
@@ -115,6 +119,13 @@ class Config:
             mean_every=self.mean_every,
             layout="tiles",
         )
+
+
+def peer_spec(name: str, dim: int) -> UniformSpec:
+    """Of a peer's cache."""
+    make = {"int8": (UniformSpec.rounded, 8), "kivi2": (UniformSpec.kivi, 2)}
+    of, bits = make[name]
+    return of(bits, dim, block=128)
 
 
 def on_gpu() -> bool:
@@ -177,6 +188,23 @@ def exact_layer(
     shape = (batch, context, c.kv_heads, c.head_dim)
     k, v = (jax.random.normal(at, shape, jnp.bfloat16) for at in jax.random.split(key))
     return k, v
+
+
+def rounded_layer(
+    key: jax.Array, spec: UniformSpec, heads: int, batch: int, context: int
+) -> tuple[Any, Any]:
+    """Random codes of keys and values, and random grids."""
+    lead = (batch, heads, context // spec.block)
+
+    def draw(key: jax.Array, of: Any) -> jax.Array:
+        shape = (*lead, *of.shape)
+        if of.dtype == jnp.uint8:
+            return jax.random.bits(key, shape, jnp.uint8)
+        return (0.01 * jax.random.normal(key, shape)).astype(of.dtype)
+
+    leaves, tree = jax.tree.flatten(spec.code_shapes())
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, list(map(draw, keys, leaves)))
 
 
 def exact_attention(
@@ -273,6 +301,21 @@ def measure_attention(
         out, _ = decode.attend_tiles(framed, *layer, first=4, every=config.mean_every)
         return out.reshape(query.shape)
 
+    for name in config.peers:
+        spec = peer_spec(name, c.head_dim)
+        make = functools.partial(
+            rounded_layer, spec=spec, heads=c.kv_heads, batch=batch, context=context
+        )
+        layers = [_made(make, key) for key in keys]
+
+        def rounded(query: jax.Array, *layer: Any, spec: UniformSpec = spec) -> jax.Array:
+            of_heads = query.reshape(batch, c.kv_heads, group, c.head_dim) * scale
+            return uniform_attention.attend(of_heads, *layer, spec).reshape(query.shape)
+
+        found = row(f"{name}, XLA", spec.stored_bits, timed(rounded, query, layers))
+        found.pop("kernel", None)
+        yield found | {"bits": spec.stored_bits, "times": base / found["microseconds"]}
+        del layers
     for bits in config.bits:
         make = functools.partial(
             coded_layer, config=config, bits=bits, batch=batch, context=context
