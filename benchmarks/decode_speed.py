@@ -73,6 +73,7 @@ class Config:
         block: tokens of a block.
         mean_every: tokens between knots of the mean key.
         repeat: layers of a program of attention.
+        at_least: seconds that a program of attention takes, so that its start counts for little.
         times: programs that are timed.
         model: whose shapes.
         layers: of the model's loop; 0 for all.
@@ -93,6 +94,7 @@ class Config:
     block: int = 512
     mean_every: int = 16
     repeat: int = 8
+    at_least: float = 0.03
     times: int = 15
     model: Literal["llama-3-8b", "toy"] = "llama-3-8b"
     layers: int = 0
@@ -152,9 +154,9 @@ def microseconds(run: Callable[[], Any], count: int, times: int) -> dict[str, fl
 
 def bandwidth(times: int) -> float:
     """Bytes a second that the device's memory gives a program that reads and writes as much."""
-    x = _made(lambda: jnp.ones((2**27 if on_gpu() else 2**20,), jnp.float32))
-    flip = jax.jit(lambda x: -x)
-    return 2 * x.nbytes / microseconds(lambda: flip(x), 1, times)["microseconds"] * 1e6
+    x = _made(lambda: jnp.ones((2**28 if on_gpu() else 2**20,), jnp.float32))
+    flip = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, x: x * jnp.float32(i), x))
+    return 2 * x.nbytes / microseconds(lambda: flip(x), 20, times)["microseconds"] * 1e6
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -267,20 +269,25 @@ def measure_attention(
         return found | floor
 
     def chained(attention: Callable[..., Any]) -> Callable[..., Any]:
-        """A query through all layers, each changed a little by the one before."""
+        """A query through all layers so many times, each changed a little by the one before."""
         attention = jax.jit(attention)  # traced once
 
-        def run(query: jax.Array, layers: list[Any]) -> jax.Array:
+        def through(query: jax.Array, layers: list[Any]) -> jax.Array:
             for layer in layers:
                 query = query + (attention(query, *layer) * 1e-3).astype(query.dtype)
             return query
+
+        def run(query: jax.Array, layers: list[Any], rounds: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, rounds, lambda _, x: through(x, layers), query)
 
         return jax.jit(run)
 
     def timed(attention: Callable[..., Any], query: jax.Array, layers: Any) -> dict[str, Any]:
         run = functools.partial(chained(attention), query, layers)
-        took = microseconds(run, config.repeat, config.times)
-        operations = profile(run, config.repeat)
+        once = microseconds(lambda: run(1), 1, 3)["microseconds"]
+        rounds = math.ceil(config.at_least * 1e6 / once)
+        took = microseconds(lambda: run(rounds), rounds * config.repeat, config.times)
+        operations = profile(lambda: run(1), config.repeat)
         return took | by_part(operations) | {"operations": operations}
 
     rows = []
@@ -506,12 +513,13 @@ def measure_model(config: Config, what: str, batch: int, context: int) -> dict[s
         jax.block_until_ready(run(config.steps))
         took = time.perf_counter() - start
         row |= {"tokens_per_second": batch * config.steps / took, "bytes": nbytes}
-        row |= by_part(profile(lambda: run(config.steps), config.steps))
+        operations = profile(lambda: run(config.steps), config.steps)
+        row |= by_part(operations) | {"operations": operations}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         row["error"] = "does not fit"
-    print(row, flush=True)
+    print({name: x for name, x in row.items() if name != "operations"}, flush=True)
     return row
 
 

@@ -162,7 +162,7 @@ class Memory:
         scorers, ring = config.scorers, config.scorers * config.depth
         table = problem.key.nbytes if problem.key.shared else 0
         staged = problem.chunk_key_bytes + ROWS * problem.copied_knots * 4
-        staged += ROWS * (problem.knots + 1) * 4 * (problem.every > 1)
+        staged += 2 * ROWS * problem.knots * 4 * (problem.every > 1)
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -465,7 +465,8 @@ def score_inputs(
     if key.shared:
         return products, share, facts
     table, steps, offsets = finished_table(key, products)
-    return table, share, jnp.concatenate([steps, offsets], axis=-1)
+    units = pieces.SCORE / pieces.COUNT, pieces.SCORE
+    return table, share, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
 
 
 def mean_shares(
@@ -562,18 +563,27 @@ def put_together(
     mass = jnp.einsum("psrvk,psr->prvk", histogram, weight)
     total = mass[:, :, 0].sum(axis=-1)  # [pairs, 4]
     some = total > 0
-    out = jnp.einsum(
-        "hnc,hcd->hnd",
-        mass.reshape(p.heads, -1, p.value_stages * 16),
-        value_codewords.reshape(p.heads, -1, p.dim).astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    ).reshape(-1, ROWS, p.dim)
+    words = value_codewords.reshape(p.heads, -1, p.dim)
+    out = _times_words(mass.reshape(p.heads, -1, p.value_stages * 16), words)
+    out = out.reshape(-1, ROWS, p.dim)
     safe = jnp.where(some, total, 1)
     out = jnp.where(some[..., None], out, 0) / safe[..., None]
     unit = math.log2(pieces.LAST_BIT) + pieces.PROBABILITY_BITS - pieces.HEADROOM
     lse = (top[:, 0] + jnp.log2(safe) - unit) * LN2
     lse = jnp.where(some, lse, -jnp.inf)
     return _rows_to_heads(p, out), _rows_to_heads(p, lse)
+
+
+def _times_words(
+    mass: Float[Array, "H n c"], words: Float[Array, "H c d"]
+) -> Float[Array, "H n d"]:
+    """A product in float32, or to 16 bits of ``mass`` where codewords are bfloat16."""
+    if words.dtype != jnp.bfloat16:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("hnc,hcd->hnd", mass, words, precision=exact)
+    both = jnp.stack(in_pieces(mass, 2, jnp.bfloat16), axis=1)
+    kind = jnp.float32
+    return jnp.einsum("hpnc,hcd->hpnd", both, words, preferred_element_type=kind).sum(axis=1)
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -728,7 +738,6 @@ class FusedKernel:
             warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
             warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
             warp.barrier_wait(arrived, k & 1)
-            shares = self._shares(staged + p.chunk_key_bytes, tokens)
             groups = []
             for tile in range(2):
                 here = block
@@ -738,7 +747,9 @@ class FusedKernel:
                 elif tile == 0:
                     first = warp.equal(k % self.config.span, 0)
                     warp.when(first, lambda: self._make_table(block, table, facts))
-                groups += self._scores(here, tile, staged, tokens, facts, places, shares)
+                if tile == 0 or p.blocks_of_chunk == 2:
+                    others = self._others(staged + p.chunk_key_bytes, tokens, facts)
+                groups += self._scores(here, tile, staged, tokens, facts, places, others)
             if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
@@ -806,23 +817,30 @@ class FusedKernel:
         warp.store_shared(facts + lane * 4, read)
         warp.sync()
 
-    def _shares(self, staged: Any, tokens: list) -> Callable[[int], list]:
-        """``[ROWS]`` shares of the mean key of a group of 32 tokens of the chunk that has come."""
+    def _others(self, staged: Any, tokens: list, facts: Any) -> Callable[[int], list]:
+        """``[ROWS]`` offsets of a group's scores: of the table, and the mean key's shares."""
         warp, p = self.warp, self.problem
+        offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         if not p.every:
-            return lambda _: [warp.floating(0.0)] * ROWS
+            return lambda _: offsets
         stride = p.copied_knots * 4
-        if p.every == 1:
-            own = [staged + token * 4 for token in tokens]
-            return lambda group: [
-                warp.load_shared(own[group % 2], row * stride + group // 2 * 256, kind="f")[0]
+        if p.every > 1:
+            knots = staged + ROWS * stride
+            pieces.gather_knots(warp, p.every, stride, staged, offsets, knots)
+            return lambda group: pieces.between_knots(
+                warp, p.every, knots, tokens[group % 2], group // 2 * 64
+            )
+        own, unit = [staged + token * 4 for token in tokens], warp.floating(pieces.SCORE)
+
+        def each(group: int) -> list:
+            at = own[group % 2]
+            shares = [
+                warp.load_shared(at, row * stride + group // 2 * 256, kind="f")[0]
                 for row in range(ROWS)
             ]
-        knots = staged + ROWS * stride
-        pieces.gather_knots(warp, p.knots, stride, staged, knots)
-        return lambda group: pieces.between_knots(
-            warp, p.every, knots, tokens[group % 2], group // 2 * 64
-        )
+            return [warp.fma(x, unit, offset) for x, offset in zip(shares, offsets, strict=True)]
+
+        return each
 
     def _scores(
         self,
@@ -832,13 +850,12 @@ class FusedKernel:
         tokens: list,
         facts: Any,
         places: Any,
-        shares: Callable[[int], list],
+        others: Callable[[int], list],
     ) -> list:
         """``[4 groups][ROWS]`` scores of a tile."""
         warp, p = self.warp, self.problem
         units, width = p.key.units
         steps = warp.load_shared(facts, 0, ROWS, "f")
-        offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         of_unit = TILE * width // 8
         lanes = [staged + token * (width // 8) for token in tokens]
         load = {
@@ -855,8 +872,8 @@ class FusedKernel:
                 index = self.table_block + warp.wide(block)
                 base = self.at.products + index * p.key.nbytes
                 sums = pieces.look_up_global(warp, p.key, base, codes)
-            share = shares(tile * (GROUPS // 2) + group)
-            groups.append(pieces.scores(warp, sums, share, steps, offsets))
+            here = others(tile * (GROUPS // 2) + group)
+            groups.append(pieces.scores(warp, sums, here, steps))
         return groups
 
     # Counting warps.

@@ -36,17 +36,18 @@ ENTRY_MOST = 65535 - OCTET
 """Largest sum of the entries of an octet, less what rounding may add."""
 COUNTERS = 8
 """Warps that count, each an octet of stages: 64 at most."""
-OPERANDS = -(-PROBABILITY_BITS // 2)
+OPERANDS = PROBABILITY_BITS // 2
 """Right operands of binary products: two bits of four rows are the eight columns of one."""
 OPERAND_BYTES = 32 * 8
 """Of one of them: two words a lane."""
-MAGIC = 0x4B000000
-"""The bits of 2.0**23: float32 with an integer below 2**23 in its lowest bits."""
 COUNT = 2.0**-149
-"""The float32 whose bits are the integer 1: counts are multiples of it as they are."""
-LAST_BIT = COUNT * 2.0 ** (128 - 2 * OPERANDS)
-"""What `histogram` counts the last bit of a probability as, so that the weight of the first one is
-the largest power of two."""
+"""The float32 whose bits are the integer 1: an integer, its bits read as a float32, is that many of
+these. They are subnormal, which a multiply-add takes as any number."""
+SCORE = 2.0**-29
+"""What a score of 1 is as long as scores are added up, such that `SCORE` / `COUNT` times a table's
+step, which may be up to 16, is a number of float32."""
+LAST_BIT = 2.0**-37
+"""What the last bit of a probability is in a histogram, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,8 @@ def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
         form: of the table, with 16 codewords.
         raw: address of ``[ROWS, stages, 16]`` float16 in global memory.
         place: address of the table in shared memory.
-        facts: address of ``[2, ROWS]`` float32 there; gets each row's step and offset.
+        facts: address of ``[2, ROWS]`` float32 there; gets each row's step, in `SCORE` by `COUNT`,
+            and offset, in `SCORE`.
     """
     parts = strips(form.stages)
     tiny = warp.floating(1e-30)
@@ -149,8 +151,8 @@ def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
         # Positive floats are ordered as their bits are.
         most = warp.fmax(warp.from_bits(warp.all_max(warp.bits_of(widest[row]))), tiny)
         scale.append(warp.reciprocal(most) * float(ENTRY_MOST))
-        steps.append(most * (1.0 / ENTRY_MOST))
-        offsets.append(bottom[row])
+        steps.append(most * (SCORE / COUNT / ENTRY_MOST))
+        offsets.append(bottom[row] * SCORE)
     first = warp.equal(warp.lane, 0)
     warp.store_shared(facts, steps, 0, where=first)
     warp.store_shared(facts, offsets, 16, where=first)
@@ -230,9 +232,9 @@ def places(warp: Any, form: KeyTable, base: Any) -> Places:
 
 
 def look_up(warp: Any, form: KeyTable, where: Places, units: list) -> list:
-    """Sums of the entries of a lane's token, one for each row, as bits of floats (see `MAGIC`).
+    """Sums of the entries of a lane's token, one for each row.
 
-    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 30) = 1010, of which 256 LDS.64.
+    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 28) = 990, of which 256 LDS.64.
 
     Args:
         warp: who does it.
@@ -276,7 +278,7 @@ def look_up_global(warp: Any, form: KeyTable, base: Any, units: list) -> list:
 
 def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
     # Of two rows in a word: the words, of which 32 bits matter, and their upper halves.
-    words_sum, upper_sum = ([warp.integer(MAGIC)] * (ROWS // 2) for _ in range(2))
+    words_sum, upper_sum = ([warp.integer(0)] * (ROWS // 2) for _ in range(2))
     step = 0
     for strip, (_, w) in enumerate(strips(form.stages)):
         for start in range(0, w, OCTET):
@@ -291,67 +293,73 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
             upper_sum = [a + (x >> 16) for a, x in zip(upper_sum, total, strict=True)]
     sums = []
     for both, upper in zip(words_sum, upper_sum, strict=True):
-        sums += [both - (upper << 16), upper]  # what `MAGIC` adds is beyond the 32 bits
+        sums += [both - (upper << 16), upper]
     return sums
 
 
-def gather_knots(warp: Any, count: int, stride: int, raw: Any, place: Any) -> None:
-    """The shares of the mean key at a chunk's knots, row by row to knot by knot.
+def gather_knots(warp: Any, every: int, stride: int, raw: Any, offsets: list, place: Any) -> None:
+    """What scores have at a chunk's knots beside their table's entries, and what they gain a token.
 
-    Cost, 16 knots: 4 LDS, 1 STS.
-
-    Args:
-        warp: who does it.
-        count: knots of a chunk; one more, the last, belongs to the next chunk.
-        stride: bytes from row to row.
-        raw: address of ``[ROWS, stride]`` float32 in shared memory.
-        place: address there that gets ``[count + 1, ROWS]`` float32.
-    """
-    for first in range(0, count + 1, 32):
-        knot = warp.lane + first
-        own = raw + warp.unsigned_min(knot, count) * 4
-        rows = [warp.load_shared(own, row * stride, kind="f")[0] for row in range(ROWS)]
-        there = warp.less(knot, count + 1)
-        warp.store_shared(place + knot * (ROWS * 4), rows, where=there)
-    warp.sync()
-
-
-def between_knots(warp: Any, every: int, knots: Any, token: Any, start: int) -> list:
-    """``[ROWS]`` shares of the mean key of a group's tokens, interpolated between knots.
-
-    Cost: 8 × (2 LDS of 16 bytes, 8 FADD or FFMA) = 80.
+    That is offset and share of the mean key. Cost, 16 knots: 8 LDS, 2 STS of 16 bytes, 16 others.
 
     Args:
         warp: who does it.
         every: tokens from knot to knot, a power of two up to 64.
+        stride: bytes from row to row.
+        raw: address of ``[ROWS, stride]`` float32 in shared memory, the mean key's shares; one
+            after the last knot is there.
+        offsets: of the rows, in `SCORE`.
+        place: address there that gets ``[CHUNK / every, 2, ROWS]`` float32.
+    """
+    count = CHUNK // every
+    for first in range(0, count, 32):
+        knot = warp.lane + first
+        own = raw + warp.unsigned_min(knot, count - 1) * 4
+        there = warp.less(knot, count)
+        at, gain = [], []
+        for row in range(ROWS):
+            here, after = (
+                warp.load_shared(own, row * stride + i * 4, kind="f")[0] * SCORE for i in range(2)
+            )
+            at.append(here + offsets[row])
+            gain.append((after - here) * (1.0 / every))
+        for i, of_rows in enumerate((at, gain)):
+            warp.store_shared(place + knot * (2 * ROWS * 4), of_rows, i * ROWS * 4, where=there)
+    warp.sync()
+
+
+def between_knots(warp: Any, every: int, knots: Any, token: Any, start: int) -> list:
+    """``[ROWS]`` of a group's tokens, from the knots before them.
+
+    Cost: 8 × (2 LDS of 16 bytes, 4 FFMA) = 48.
+
+    Args:
+        warp: who does it.
+        every: tokens from knot to knot.
         knots: address of what `gather_knots` wrote.
         token: from `tokens_of_lane`.
         start: of the 64 tokens in the chunk.
     """
-    own = knots + token // every * (ROWS * 4)
-    at = warp.to_float(token % every) * (1.0 / every)
-    before, after = (
-        warp.load_shared(own, (start // every + i) * (ROWS * 4), ROWS, "f") for i in range(2)
+    own, since = knots + token // every * (2 * ROWS * 4), warp.to_float(token % every)
+    at, gain = (
+        warp.load_shared(own, start // every * (2 * ROWS * 4) + i * ROWS * 4, ROWS, "f")
+        for i in range(2)
     )
-    return [warp.fma(b - a, at, a) for a, b in zip(before, after, strict=True)]
+    return [warp.fma(b, since, a) for a, b in zip(at, gain, strict=True)]
 
 
-def scores(warp: Any, sums: list, share: list, steps: list, offsets: list) -> list:
-    """Scores in powers of 2: ``offset + share + step · sum`` of each row.
+def scores(warp: Any, sums: list, others: list, steps: list) -> list:
+    """Scores in powers of 2, as multiples of `SCORE`: ``others + step · sum`` of each row.
 
-    Cost: 8 × 4 × 3 = 96, and 32 LDS for the share.
+    The sum is an integer, read as a float32. Cost: 8 × 4 = 32.
 
     Args:
         warp: who does it.
         sums: from `look_up`.
-        share: of the mean key, ``[ROWS]`` float32.
-        steps: of the rows.
-        offsets: of the rows.
+        others: offset and share of the mean key, ``[ROWS]``.
+        steps: of the rows, as `table` has them.
     """
-    return [
-        warp.fma(warp.from_bits(sums[r]) - 2.0**23, steps[r], share[r] + offsets[r])
-        for r in range(ROWS)
-    ]
+    return [warp.fma(warp.from_bits(sums[r]), steps[r], others[r]) for r in range(ROWS)]
 
 
 # --- probabilities, planes ------------------------------------------------------------------------
@@ -368,7 +376,7 @@ def chunk_scale(warp: Any, chunk: list) -> list:
         most = chunk[0][row]
         for group in chunk[1:]:
             most = warp.fmax(most, group[row])
-        scale.append(warp.all_max(warp.floor(most)) + 1)
+        scale.append(warp.all_max(warp.floor(most * (1 / SCORE))) + 1)
     return scale
 
 
@@ -376,7 +384,7 @@ def probabilities(warp: Any, chunk: list, scale: list) -> list:
     """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, two tokens of a row a word.
 
     The lower 16 bits are the token of two that comes first (see `tokens_of_lane`).
-    Cost: 8 × (4 × (FADD, EX2, FADD) + 2) = 112.
+    Cost: 8 × (4 × (FFMA, EX2, FADD) + 2) = 112.
 
     Returns:
         ``[ROWS][GROUPS / 2]`` words.
@@ -385,7 +393,8 @@ def probabilities(warp: Any, chunk: list, scale: list) -> list:
     words: list[list] = []
     for r in range(ROWS):
         shift = warp.floating(PROBABILITY_BITS - HEADROOM) - warp.to_float(scale[r])
-        p = [warp.bits_of(warp.exp2(group[r] + shift) + 2.0**23) for group in chunk]
+        in_bits = [warp.exp2(warp.fma(g[r], warp.floating(1 / SCORE), shift)) for g in chunk]
+        p = [warp.bits_of(x + 2.0**23) for x in in_bits]
         words.append(
             [warp.choose_bytes(*pair, in_order) for pair in zip(p[::2], p[1::2], strict=True)]
         )
@@ -400,7 +409,7 @@ class Ways:
     Attributes:
         out: of its four words of each row.
         back: of the words of lanes ``16 h + i``, i in steps of 2, modulo 8.
-        planes: of its planes of even bits and of odd ones.
+        planes: of its planes of even digits and of odd ones.
     """
 
     out: list
@@ -422,10 +431,10 @@ def ways(warp: Any) -> Ways:
 
 
 def _of_column(row: Any, odd: Any, quarter: Any) -> Any:
-    """Bytes to the two words of a column, even or odd bits of a row, in an operand's layout.
+    """Bytes to the two words of a column, even or odd digits of a row, in an operand's layout.
 
-    No two of 16 are in one bank, be they all rows and quarters of 32 tokens of even bits or of odd
-    ones (which are stored at a time) or two rows with both (which are loaded).
+    No two of 16 are in one bank, be they all rows and quarters of 32 tokens of even digits or of
+    odd ones (which are stored at a time) or two rows with both (which are loaded).
     """
     return (odd << 7) + (quarter << 5) + ((row & 1) << 3) + (((row >> 1) ^ odd) << 4)
 
@@ -471,18 +480,21 @@ def plane_bytes() -> int:
 
 
 def store_planes(warp: Any, way: Ways, x: list, place: Any) -> None:
-    """To shared memory as right operands of binary products, columns (row, even or odd bit).
+    """To shared memory as right operands of binary products, columns (row, which of two digits).
 
-    An operand is two bits of all rows; what a lane needs of it, the 32 tokens of one quarter of
-    each half of the chunk, stands side by side. Cost: 16 STS; no bank twice.
+    Digits have two bits, of which one operand has the lower ones of two digits of all rows, and the
+    next one the higher ones. What a lane needs of it, the 32 tokens of one quarter of each half of
+    the chunk, stands side by side. Cost: 16 STS; no bank twice.
     """
     own = [place + offset for offset in way.planes]
-    for bit in range(2 * OPERANDS):
-        warp.store_shared(own[bit & 1], [x[bit]], (bit >> 1) * OPERAND_BYTES)
+    for bit in range(PROBABILITY_BITS):
+        digit, higher = bit >> 1, bit & 1
+        operand = digit // 2 * 2 + higher
+        warp.store_shared(own[digit % 2], [x[bit]], operand * OPERAND_BYTES)
 
 
 def load_planes(warp: Any, place: Any) -> list:
-    """The right operands, of the lowest two bits first; 8 LDS of 8 bytes a warp."""
+    """The right operands, of the lowest two digits first; 8 LDS of 8 bytes a warp."""
     column, quarter = warp.lane >> 2, warp.lane & 3
     own = place + _of_column(column >> 1, column & 1, quarter)
     return [warp.load_shared(own, i * OPERAND_BYTES, 2) for i in range(OPERANDS)]
@@ -522,20 +534,22 @@ def histogram(warp: Any, tiles: list, columns: list) -> Iterator[list]:
     """Probability, in units of `LAST_BIT`, on each code of an octet: 8 times two float32.
 
     The codes are ``low`` and ``low + 8``, one after the other, so that few are on the way at once.
-    Lane (g, t) holds stage g of the octet and row t. A count of tokens, read as a float32, is that
-    many `COUNT` (a subnormal, which a multiply-add takes as any number), so that one multiply-add
-    gives it its bit's weight and adds it, exactly. Cost, 4 octets: 32 × (8 products, 6 LOP3, 32
-    FFMA) = 1470.
+    Lane (g, t) holds stage g of the octet and row t. The higher bit of a digit is counted twice,
+    for which the tensor cores have time; a count, its bits read as a float32, is multiplied by its
+    digit's weight and added in one instruction, exactly.
+    Cost, 4 octets: 32 × (12 products, 6 LOP3, 16 FFMA) = 1090.
     """
     for low in range(8):
         left = one_hot(tiles, low)
         total: list = [None, None]
-        for i, right in enumerate(columns):
-            counts = warp.binary_product(left, right)
+        for i in range(0, OPERANDS, 2):
+            counts = warp.binary_product(left, columns[i])
+            for _ in range(2):
+                counts = warp.binary_product(left, columns[i + 1], counts)
             for half in range(2):
-                for bit in range(2):
-                    weight = warp.floating(LAST_BIT / COUNT * 2.0 ** (2 * i + bit))
-                    count = warp.from_bits(counts[2 * half + bit])
+                for digit in range(2):
+                    weight = warp.floating(LAST_BIT / COUNT * 4.0 ** (i + digit))
+                    count = warp.from_bits(counts[2 * half + digit])
                     before = total[half]
                     total[half] = (
                         count * weight if before is None else warp.fma(count, weight, before)

@@ -8,6 +8,7 @@ from gsrq_jax.kernels import pieces, tiles
 
 STAGES = [2, 4, 8, 12, 16, 24, 32, 48, 64]
 TABLE, FACTS = 0x3000, 0x1000
+SCORE = np.float32(pieces.SCORE)
 
 
 def u32(x):
@@ -18,7 +19,7 @@ def made_table(warp, stages, raw):
     form = pieces.KeyTable(stages, 16)
     pieces.table(warp, form, warp.put(raw.astype(np.float16)), u32(TABLE), u32(FACTS))
     facts = warp.shared[FACTS : FACTS + 32].view(np.float32)
-    return form, facts[:4], facts[4:]
+    return form, facts[:4] * (pieces.COUNT / pieces.SCORE), facts[4:] / pieces.SCORE
 
 
 def entries_of(warp, form):
@@ -72,7 +73,7 @@ def stored_units(codes, codewords):
 
 
 def integers(sums):
-    return np.stack([x.astype(np.int64) - pieces.MAGIC for x in sums])
+    return np.stack([x.astype(np.int64) for x in sums])
 
 
 @pytest.mark.parametrize("base", [0x3000, 0xF000, 0x2A000])
@@ -129,15 +130,19 @@ def test_shares_are_lines_between_knots(every):
     rng = np.random.default_rng(every)
     count = pieces.CHUNK // every
     raw = rng.normal(size=(4, count + 4)).astype(np.float32)
+    raw[:, count + 1 :] = np.nan
+    offsets = rng.normal(size=4).astype(np.float32)
+    in_unit = [np.full(32, x * np.float32(pieces.SCORE)) for x in offsets]
     warp = Lanes()
     warp.shared[0x1000 : 0x1000 + raw.nbytes] = raw.view(np.uint8).ravel()
-    pieces.gather_knots(warp, count, 4 * (count + 4), u32(0x1000), u32(0x2000))
+    pieces.gather_knots(warp, every, 4 * (count + 4), u32(0x1000), in_unit, u32(0x2000))
     for start in range(0, pieces.CHUNK, 64):
         for token in pieces.tokens_of_lane(warp):
             got = pieces.between_knots(warp, every, u32(0x2000), token, start)
             at = (start + token.astype(int)) / every
             want = [np.interp(at, np.arange(count + 1), x[: count + 1]) for x in raw]
-            np.testing.assert_allclose(got, want, atol=1e-6)
+            want += offsets[:, None]
+            np.testing.assert_allclose(np.array(got) / pieces.SCORE, want, atol=2e-6)
 
 
 def test_two_groups_are_64_tokens():
@@ -148,20 +153,22 @@ def test_two_groups_are_64_tokens():
         np.testing.assert_array_equal(group % 16, np.arange(32) % 16)  # as codes are in order
 
 
-def test_scores():
+@pytest.mark.parametrize("step", [1e-6, 1e-3, 16])
+def test_scores(step):
     rng = np.random.default_rng(0)
     warp = Lanes()
-    sums = rng.integers(0, 2**19, (4, 32))
-    share, steps, offsets = rng.normal(size=(3, 4, 32)).astype(np.float32)
-    bits = [(x + pieces.MAGIC).astype(np.uint32) for x in sums]
-    got = pieces.scores(warp, bits, share, steps * 1e-3, offsets)
-    want = sums * np.float64(steps * np.float32(1e-3)) + share + offsets
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    sums = rng.integers(0, 2**19, (4, 32)).astype(np.uint32)
+    others = rng.normal(size=(4, 32)).astype(np.float32)
+    steps = np.float32(rng.uniform(size=(4, 32)) * step)
+    unit = np.float32(pieces.SCORE / pieces.COUNT)
+    got = pieces.scores(warp, sums, others * np.float32(pieces.SCORE), steps * unit)
+    want = sums * np.float64(steps) + others
+    np.testing.assert_allclose(np.array(got) / pieces.SCORE, want, rtol=1e-6, atol=1e-6)
 
 
 def chunk_scores(seed, spread):
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(8, 4, 32)) * spread - 70).astype(np.float32)
+    return (rng.normal(size=(8, 4, 32)) * spread - 70).astype(np.float32) * SCORE
 
 
 def by_token(groups):
@@ -192,18 +199,18 @@ def test_probabilities_are_right_to_their_last_bit(spread):
     s = chunk_scores(1, spread)
     scale = pieces.chunk_scale(warp, s)
     m = np.array([x.view(np.int32)[0] for x in scale])
-    top = s.max(axis=(0, 2))
+    top = s.max(axis=(0, 2)) / SCORE
     assert (m > top).all()
     assert (m - 1 <= top).all()
     got = fixed_point(pieces.probabilities(warp, s, scale))
     shift = pieces.PROBABILITY_BITS - pieces.HEADROOM - m[:, None]
-    want = 2.0 ** (by_token(s).astype(np.float64) + shift)
+    want = 2.0 ** (by_token(s).astype(np.float64) / SCORE + shift)
     assert np.abs(got - want).max() <= 0.51
     assert got.max() < 2**pieces.PROBABILITY_BITS
 
 
 def test_the_largest_probability_has_no_bit_too_many():
-    s = np.full((8, 4, 32), np.float32(np.nextafter(np.float32(3), np.float32(2))))
+    s = np.full((8, 4, 32), np.nextafter(np.float32(3), np.float32(2)) * SCORE)
     warp = Lanes()
     got = fixed_point(pieces.probabilities(warp, s, pieces.chunk_scale(warp, s)))
     assert got.min() > (1 - pieces.HEADROOM) * 2**pieces.PROBABILITY_BITS
