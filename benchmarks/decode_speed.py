@@ -80,6 +80,7 @@ class Config:
         batches: sequences of the model's loop.
         contexts: tokens in its cache at the end.
         steps: tokens that are decoded.
+        only_coded: leave out the model's loop in bf16.
         largest: also the largest batch that fits, by context, and the longest context of one
             sequence.
         out: folder under which ``results`` lies.
@@ -101,6 +102,7 @@ class Config:
     batches: tuple[int, ...] = (1, 8, 32)
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     steps: int = 32
+    only_coded: bool = False
     largest: bool = False
     out: pathlib.Path = ROOT
     render: bool = False
@@ -571,7 +573,8 @@ def run(config: Config) -> Iterator[dict[str, Any]]:
             batch, context = map(int, shape.split("x"))
             yield from measure_attention(config, batch, context, speed)
     if config.part != "attention":
-        whats = [FULL, *(f"{bits:g} bit" for bits in config.bits)]
+        whats = [f"{bits:g} bit" for bits in config.bits]
+        whats = whats if config.only_coded else [FULL, *whats]
         for context in config.contexts:
             for batch in config.batches:
                 for what in whats:
