@@ -5,7 +5,8 @@
 
 ``attention`` is one layer's operation at LLaMA-3-8B's shapes, timed in a program of several layers
 one after the other, as a decode step has them; random codes. ``model`` is a decode loop of a model
-of these shapes with random weights, over a cache that is filled with random numbers. Writes
+of these shapes with random weights, over a cache that is filled with random numbers; ``prefill`` is
+that model reading a prompt. Writes
 `results/decode-speed/<device>.json`, and beside it a table and a plot. ``--render`` writes only
 these again.
 """
@@ -65,12 +66,12 @@ class Config:
     """The experiment.
 
     Attributes:
-        part: ``attention``, ``model`` or both.
+        part: ``attention``, ``model``, ``prefill`` or all.
         quick: the first shape, the first batch and context, and fewer layers and repetitions.
         shapes: batch x context of attention.
         bits: rates of the codes.
         peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
-        block: tokens of a block.
+        block: tokens of a block; by default 1024 for contexts from 64k tokens on, else 512.
         mean_every: tokens between knots of the mean key.
         repeat: layers of a program of attention.
         at_least: seconds that a program of attention takes, so that its start counts for little.
@@ -80,6 +81,7 @@ class Config:
         batches: sequences of the model's loop.
         contexts: tokens in its cache at the end.
         steps: tokens that are decoded.
+        prompts: tokens of prompts that are read and encoded.
         only_coded: leave out the model's loop in bf16.
         largest: also the largest batch that fits, by context, and the longest context of one
             sequence.
@@ -87,12 +89,12 @@ class Config:
         render: only write table and plot again.
     """
 
-    part: Literal["attention", "model", "both"] = "both"
+    part: Literal["attention", "model", "prefill", "all"] = "all"
     quick: bool = False
     shapes: tuple[str, ...] = ("8x131072", "8x32768", "1x131072", "32x8192")
     bits: tuple[float, ...] = (1.0, 0.5)
     peers: tuple[Literal["int8", "kivi2"], ...] = ("int8", "kivi2")
-    block: int = 512
+    block: int | None = None
     mean_every: int = 16
     repeat: int = 8
     at_least: float = 0.03
@@ -102,6 +104,7 @@ class Config:
     batches: tuple[int, ...] = (1, 8, 32)
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     steps: int = 32
+    prompts: tuple[int, ...] = (8192, 32768)
     only_coded: bool = False
     largest: bool = False
     out: pathlib.Path = ROOT
@@ -113,13 +116,13 @@ class Config:
         sizes = MODELS[self.model]
         return dataclasses.replace(sizes, layers=self.layers) if self.layers else sizes
 
-    def spec(self, bits: float) -> QuantSpec:
-        """Of a cache at this rate."""
+    def spec(self, bits: float, context: int) -> QuantSpec:
+        """Of a cache at this rate for so many tokens."""
         return QuantSpec.from_bits(
             bits,
             self.sizes.head_dim,
             codewords=16,
-            block=self.block,
+            block=self.block or (1024 if context >= 65536 else 512),
             mean_every=self.mean_every,
             layout="tiles",
         )
@@ -168,7 +171,7 @@ def coded_layer(
     key: jax.Array, config: Config, bits: float, batch: int, context: int
 ) -> tuple[Any, ...]:
     """What `gsrq_jax.kernels.decode.attend_tiles` takes after the query, random."""
-    c, spec = config.sizes, config.spec(bits)
+    c, spec = config.sizes, config.spec(bits, context)
     blocks, at = context // spec.block, jax.random.split(key, 5)
     keys, values = (
         jax.random.bits(k, (batch, c.kv_heads, blocks, *s.shape), s.dtype)
@@ -392,22 +395,39 @@ def compiled(program: Any, *arguments: Any) -> tuple[Callable[..., Any], float]:
     return done, float(held + m.temp_size_in_bytes)
 
 
-def coded_loop(config: Config, bits: float, batch: int, context: int) -> tuple[Callable, float]:
-    """``run(steps)`` decodes with `gsrq_jax.models.generation.decode`; and its bytes."""
-    c, spec = config.sizes, config.spec(bits)
-    graphdef, shapes = llama.abstract(c, jnp.bfloat16)
-    params, room = random_params(shapes), 2 * config.steps + 2
+def random_books(key: jax.Array, c: LlamaConfig, spec: QuantSpec) -> Codebooks:
+    """Codebooks of all layers."""
+    at = jax.random.split(key, 3)
+    lead = (c.layers, c.kv_heads)
+    words, value_words = (
+        (0.3 * jax.random.normal(k, (*lead, *code.codebook_shape))).astype(jnp.bfloat16)
+        for k, code in ((at[0], spec.key), (at[1], spec.value))
+    )
+    mean = jax.random.normal(at[2], (*lead, c.head_dim))
+    inv_freq = jnp.broadcast_to(c.inv_freq, (c.layers, c.head_dim // 2))
+    return Codebooks(words, value_words, mean, inv_freq, spec)
 
-    def books(key: jax.Array) -> Codebooks:
-        at = jax.random.split(key, 3)
-        lead = (c.layers, c.kv_heads)
-        words, value_words = (
-            (0.3 * jax.random.normal(k, (*lead, *code.codebook_shape))).astype(jnp.bfloat16)
-            for k, code in ((at[0], spec.key), (at[1], spec.value))
-        )
-        mean = jax.random.normal(at[2], (*lead, c.head_dim))
-        inv_freq = jnp.broadcast_to(c.inv_freq, (c.layers, c.head_dim // 2))
-        return Codebooks(words, value_words, mean, inv_freq, spec)
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A decode loop: ``carry = step(*given, carry, steps)``, compiled before its arrays are made.
+
+    Attributes:
+        step: the loop.
+        nbytes: the most bytes that it has at a time.
+        make: ``(given, carry)``.
+    """
+
+    step: Callable[..., Any]
+    nbytes: float
+    make: Callable[[], tuple[tuple[Any, ...], Any]]
+
+
+def coded_loop(config: Config, bits: float, batch: int, context: int) -> Loop:
+    """`gsrq_jax.models.generation.decode`."""
+    c, spec = config.sizes, config.spec(bits, context)
+    graphdef, shapes = llama.abstract(c, jnp.bfloat16)
+    room = 2 * config.steps + 2
 
     def state(key: jax.Array) -> generation.DecodeState:
         cache = init_cache(
@@ -437,20 +457,20 @@ def coded_loop(config: Config, bits: float, batch: int, context: int) -> tuple[C
             key=jax.random.key(0),
         )
 
+    books = functools.partial(random_books, c=c, spec=spec)
     loop = functools.partial(generation.decode, graphdef, sampler=generation.Sampler(), eos=())
-    now = _made(state, jax.random.key(2))
-    codec = _made(books, jax.random.key(1))
-    step, nbytes = compiled(jax.jit(loop, donate_argnums=2), params, codec, now, jnp.int32(1))
+    keys = jax.random.split(jax.random.key(1))
+    given = shapes, jax.eval_shape(books, keys[0])
+    now = jax.eval_shape(state, keys[1])
+    step, nbytes = compiled(jax.jit(loop, donate_argnums=2), *given, now, jnp.int32(1))
 
-    def run(steps: int) -> Any:
-        nonlocal now
-        now = step(params, codec, now, jnp.int32(steps))
-        return now.token
+    def make() -> tuple[tuple[Any, ...], Any]:
+        return (random_params(shapes), _made(books, keys[0])), _made(state, keys[1])
 
-    return run, nbytes
+    return Loop(step, nbytes, make)
 
 
-def exact_loop(config: Config, batch: int, context: int) -> tuple[Callable, float]:
+def exact_loop(config: Config, batch: int, context: int) -> Loop:
     """The same over keys and values in bf16, by the best attention that jax has.
 
     Layers are unrolled, each with weights and a cache of its own, which is updated in place: no
@@ -458,15 +478,12 @@ def exact_loop(config: Config, batch: int, context: int) -> tuple[Callable, floa
     """
     c = config.sizes
     graphdef, shapes = llama.abstract(dataclasses.replace(c, layers=1), jnp.bfloat16)
-    params = random_params(shapes)
-    blocks, _ = nnx.split(nnx.merge(graphdef, params).layers)
+    blocks, _ = nnx.split(nnx.merge(graphdef, shapes).layers)
     of_layer = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
         nnx.state(nnx.merge(graphdef, shapes).layers),
     )
-    layers = [random_params(of_layer) for _ in range(c.layers)]
-    make = functools.partial(exact_layer, config=config, batch=batch, context=context)
-    caches = [_made(make, key) for key in jax.random.split(jax.random.key(0), c.layers)]
+    of_cache = functools.partial(exact_layer, config=config, batch=batch, context=context)
     start = jnp.int32(context - 2 * config.steps - 2), jnp.zeros(batch, jnp.int32)
 
     def token(params: Any, layers: Any, carry: Any) -> Any:
@@ -492,32 +509,49 @@ def exact_loop(config: Config, batch: int, context: int) -> tuple[Callable, floa
     def loop(params: Any, layers: Any, carry: Any, steps: Any) -> Any:
         return jax.lax.fori_loop(0, steps, lambda _, x: token(params, layers, x), carry)
 
-    now = (*start, caches)
-    step, nbytes = compiled(jax.jit(loop, donate_argnums=2), params, layers, now, jnp.int32(1))
-    del caches
+    keys = jax.random.split(jax.random.key(0), c.layers)
+    now = (*start, [jax.eval_shape(of_cache, keys[0])] * c.layers)
+    given = shapes, [of_layer] * c.layers
+    step, nbytes = compiled(jax.jit(loop, donate_argnums=2), *given, now, jnp.int32(1))
 
-    def run(steps: int) -> Any:
-        nonlocal now
-        now = step(params, layers, now, jnp.int32(steps))
-        return now[1]
+    def make() -> tuple[tuple[Any, ...], Any]:
+        layers = [random_params(of_layer) for _ in range(c.layers)]
+        return (random_params(shapes), layers), (*start, [_made(of_cache, key) for key in keys])
 
-    return run, nbytes
+    return Loop(step, nbytes, make)
 
 
-def measure_model(config: Config, what: str, batch: int, context: int) -> dict[str, Any]:
-    """Tokens a second of all sequences together, or why there are none."""
+def measure_model(
+    config: Config,
+    what: str,
+    batch: int,
+    context: int,
+    before: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Tokens a second of all sequences together, or why there are none.
+
+    ``before`` is called when the loop is compiled.
+    """
     row = {"part": "model", "what": what, "batch": batch, "context": context}
     row |= {"layers": config.sizes.layers, "steps": config.steps}
     try:
         if what == FULL:
-            run, nbytes = exact_loop(config, batch, context)
+            loop = exact_loop(config, batch, context)
         else:
-            run, nbytes = coded_loop(config, float(what.split()[0]), batch, context)
-        jax.block_until_ready(run(2))
+            loop = coded_loop(config, float(what.split()[0]), batch, context)
+        before()
+        given, carry = loop.make()
+
+        def run(steps: int) -> Any:
+            nonlocal carry
+            carry = loop.step(*given, carry, jnp.int32(steps))
+            return jax.block_until_ready(carry)
+
+        run(2)
         start = time.perf_counter()
-        jax.block_until_ready(run(config.steps))
+        run(config.steps)
         took = time.perf_counter() - start
-        row |= {"tokens_per_second": batch * config.steps / took, "bytes": nbytes}
+        row |= {"tokens_per_second": batch * config.steps / took, "bytes": loop.nbytes}
         operations = profile(lambda: run(config.steps), config.steps)
         row |= by_part(operations) | {"operations": operations}
     except jax.errors.JaxRuntimeError as error:
@@ -528,12 +562,38 @@ def measure_model(config: Config, what: str, batch: int, context: int) -> dict[s
     return row
 
 
+def measure_prefill(
+    config: Config, what: str, context: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
+    """Time to read one prompt of so many tokens, and to encode it greedily, layer by layer."""
+    c = config.sizes
+    graphdef, shapes = llama.abstract(c, jnp.bfloat16)
+    spec = None if what == FULL else config.spec(float(what.split()[0]), context)
+
+    def books() -> Codebooks | None:
+        return None if spec is None else random_books(jax.random.key(1), c, spec)
+
+    tokens, count = jnp.zeros((1, context), jnp.int32), jnp.full(1, context)
+    read = functools.partial(generation.prefill, graphdef, max_length=context)
+    given = shapes, tokens, count, jax.eval_shape(books)
+    program = jax.jit(read).lower(*given).compile()
+    before()
+    params, codec = random_params(shapes), _made(books)
+    run = functools.partial(program, params, tokens, count, codec)
+    took = microseconds(run, 1, 3)
+    operations = profile(run, 1)
+    row = {"part": "prefill", "what": what, "batch": 1, "context": context, "layers": c.layers}
+    row |= took | by_part(operations) | {"operations": operations}
+    print({name: x for name, x in row.items() if name != "operations"}, flush=True)
+    return row
+
+
 def cache_bytes(config: Config, what: str, batch: int, context: int) -> int:
     """Of a model's cache, without making it."""
     c = config.sizes
     if what == FULL:
         return 4 * batch * context * c.layers * c.kv_heads * c.head_dim
-    spec = config.spec(float(what.split()[0]))
+    spec = config.spec(float(what.split()[0]), context)
     make = functools.partial(
         init_cache,
         spec,
@@ -556,7 +616,7 @@ def fits(config: Config, what: str, memory: float, context: int | None) -> tuple
     if context is not None:
         one, two = (cache_bytes(config, what, n, context) for n in (1, 2))
         return max(1, math.floor(1 + (left - one) / (two - one))), context
-    step = 32 * config.block
+    step = 64 * 1024
     one, two = (cache_bytes(config, what, 1, n * step) for n in (1, 2))
     return 1, max(1, math.floor(1 + (left - one) / (two - one))) * step
 
@@ -566,14 +626,18 @@ def fits(config: Config, what: str, memory: float, context: int | None) -> tuple
 
 def run(config: Config) -> Iterator[dict[str, Any]]:
     """All rows, as they are measured."""
-    if config.part != "model":
+    if config.part in ("all", "attention"):
         speed = bandwidth(config.times)
         yield {"part": "memory", "what": "bytes a second", "value": speed}
         for shape in config.shapes:
             batch, context = map(int, shape.split("x"))
             yield from measure_attention(config, batch, context, speed)
-    if config.part != "attention":
-        whats = [f"{bits:g} bit" for bits in config.bits]
+    whats = [f"{bits:g} bit" for bits in config.bits]
+    if config.part in ("all", "prefill"):
+        for context in config.prompts:
+            for what in [FULL, *whats]:
+                yield measure_prefill(config, what, context)
+    if config.part in ("all", "model"):
         whats = whats if config.only_coded else [FULL, *whats]
         for context in config.contexts:
             for batch in config.batches:
@@ -622,6 +686,22 @@ def markdown(data: Mapping[str, Any]) -> str:
         speed = f"{r['tokens_per_second']:.0f}" if "error" not in r else r["error"]
         memory = f"{r['bytes'] / 1e9:.1f}" if "error" not in r else "–"
         lines.append(f"| {r['batch']} × {r['context']:,} | {r['what']} | {speed} | {memory} |")
+    rows = [r for r in data["rows"] if r["part"] == "prefill"]
+    if rows:
+        lines += [
+            "",
+            f"Reading one prompt, {rows[0]['layers']} layers, exact attention, each layer's keys "
+            "and values encoded greedily:",
+            "",
+            "| tokens | cache | ms | more than bf16 |",
+            "| --- | --- | --- | --- |",
+        ]
+    exact = {r["context"]: r["microseconds"] for r in rows if r["what"] == FULL}
+    for r in rows:
+        more = r["microseconds"] / exact.get(r["context"], math.nan) - 1
+        lines.append(
+            f"| {r['context']:,} | {r['what']} | {r['microseconds'] / 1e3:.1f} | {more:+.1%} |"
+        )
     return "\n".join([*lines, ""])
 
 
@@ -657,6 +737,7 @@ def main(config: Config) -> None:
             shapes=config.shapes[:1],
             batches=config.batches[:1],
             contexts=config.contexts[:1],
+            prompts=config.prompts[:1],
             layers=min(4, config.sizes.layers),
             repeat=min(3, config.repeat),
             times=min(5, config.times),

@@ -33,6 +33,7 @@ def test_toy_sizes(benchmark, tmp_path):
         times=2,
         batches=(2,),
         contexts=(300,),
+        prompts=(140,),
         steps=3,
         out=tmp_path,
     )
@@ -40,7 +41,8 @@ def test_toy_sizes(benchmark, tmp_path):
     (file,) = (tmp_path / "results/decode-speed").glob("*.json")
     data = json.loads(file.read_text())
     rows = {(r["part"], r["what"]): r for r in data["rows"]}
-    assert len(rows) == len(data["rows"]) == 7
+    assert len(rows) == len(data["rows"]) == 9
+    assert rows["prefill", "1 bit"]["microseconds"] > rows["prefill", "bf16"]["microseconds"] / 2
     for what, bits in (("int8, XLA", 8.5), ("kivi2, XLA", 3)):  # with their grids
         assert rows["attention", what]["bits"] == bits
     exact, coded = rows["attention", "bf16, jax (XLA)"], rows["attention", "1 bit"]
@@ -54,6 +56,7 @@ def test_toy_sizes(benchmark, tmp_path):
     table = file.with_suffix(".md").read_text()
     assert "| 2 × 256 | 1 bit | " in table
     assert "| 2 × 300 | bf16 | " in table
+    assert "| 140 | bf16 | " in table
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
