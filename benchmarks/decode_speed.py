@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import math
 import pathlib
@@ -246,10 +247,10 @@ def profile(run: Callable[[], Any], count: int) -> dict[str, float]:
 
 def by_part(profile: Mapping[str, float]) -> dict[str, float]:
     """A profile's ``kernel``, ``products`` (of XLA) and ``rest``."""
-    parts = {"kernel": 0.0, "products": 0.0, "rest": 0.0}
+    parts = {"products": 0.0, "rest": 0.0}
     for name, took in profile.items():
         if "mosaic" in name:
-            parts["kernel"] += took
+            parts["kernel"] = parts.get("kernel", 0.0) + took
         elif re.search(r"gemm|gemv|nvjet|cutlass|dot", name):
             parts["products"] += took
         else:
@@ -257,91 +258,111 @@ def by_part(profile: Mapping[str, float]) -> dict[str, float]:
     return parts if profile else {}
 
 
-def measure_attention(
-    config: Config, batch: int, context: int, speed: float
-) -> Iterator[dict[str, Any]]:
-    """Rows of one shape: bf16 by each implementation, then each rate."""
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One attention that is timed.
+
+    Attributes:
+        what: its name.
+        bits: of a stored number.
+        dtype: of its query.
+        attend: ``(query, *layer)`` to the output.
+        layer: makes one layer's arrays from a key.
+    """
+
+    what: str
+    bits: float
+    dtype: Any
+    attend: Callable[..., jax.Array]
+    layer: Callable[[jax.Array], tuple[Any, ...]]
+
+
+def ways(config: Config, batch: int, context: int) -> list[Way]:
+    """All that jax runs: bf16, the peers, then each rate."""
     c = config.sizes
     group, scale = c.heads // c.kv_heads, scale_of(c.head_dim)
-    keys = list(jax.random.split(jax.random.key(0), config.repeat))
-    query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim))
-    per_token = 2 * c.kv_heads * c.head_dim / 8 / speed * 1e6  # microseconds a bit
 
-    def row(what: str, bits: float, took: dict[str, Any]) -> dict[str, Any]:
-        floor = {"floor_microseconds": batch * context * bits * per_token}
-        found = {"part": "attention", "what": what, "batch": batch, "context": context} | took
-        print({name: x for name, x in found.items() if name != "operations"}, flush=True)
-        return found | floor
-
-    def chained(attention: Callable[..., Any]) -> Callable[..., Any]:
-        """A query through all layers so many times, each changed a little by the one before."""
-        attention = jax.jit(attention)  # traced once
-
-        def through(query: jax.Array, layers: list[Any]) -> jax.Array:
-            for layer in layers:
-                query = query + (attention(query, *layer) * 1e-3).astype(query.dtype)
-            return query
-
-        def run(query: jax.Array, layers: list[Any], rounds: jax.Array) -> jax.Array:
-            def again(_: Any, query: jax.Array) -> jax.Array:  # nothing of it once for all rounds
-                return through(*jax.lax.optimization_barrier((query, layers)))
-
-            return jax.lax.fori_loop(0, rounds, again, query)
-
-        return jax.jit(run)
-
-    def timed(attention: Callable[..., Any], query: jax.Array, layers: Any) -> dict[str, Any]:
-        run = functools.partial(chained(attention), query, layers)
-        once = microseconds(lambda: run(1), 1, 3)["microseconds"]
-        rounds = math.ceil(config.at_least * 1e6 / once)
-        took = microseconds(lambda: run(rounds), rounds * config.repeat, config.times)
-        operations = profile(lambda: run(1), config.repeat)
-        return took | by_part(operations) | {"operations": operations}
-
-    rows = []
-    make = functools.partial(exact_layer, config=config, batch=batch, context=context)
-    layers = [_made(make, key) for key in keys]
-    took = timed(exact_attention, query.astype(jnp.bfloat16), layers)
-    took.pop("kernel", None)
-    rows.append(row(f"{FULL}, jax ({'cuDNN' if on_gpu() else 'XLA'})", 16, took))
-    del layers
-    if (took := torch_microseconds(config, batch, context)) is not None:
-        rows.append(row(f"{FULL}, torch SDPA", 16, took))
-    base = min(r["microseconds"] for r in rows)
-    for found in rows:
-        yield found | {"times": base / found["microseconds"]}
+    def rounded(query: jax.Array, key: Any, value: Any, spec: UniformSpec) -> jax.Array:
+        of_heads = query.reshape(batch, c.kv_heads, group, c.head_dim) * scale
+        return uniform_attention.attend(of_heads, key, value, spec).reshape(query.shape)
 
     def coded(query: jax.Array, *layer: Any) -> jax.Array:
         framed = query.reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
         out, _ = decode.attend_tiles(framed, *layer, first=4, every=config.mean_every)
         return out.reshape(query.shape)
 
+    size: dict[str, Any] = {"batch": batch, "context": context}
+    exact = functools.partial(exact_layer, config=config, **size)
+    name = f"{FULL}, jax ({'cuDNN' if on_gpu() else 'XLA'})"
+    found = [Way(name, 16, jnp.bfloat16, exact_attention, exact)]
     for name in config.peers:
         spec = peer_spec(name, c.head_dim)
-        make = functools.partial(
-            rounded_layer, spec=spec, heads=c.kv_heads, batch=batch, context=context
-        )
-        layers = [_made(make, key) for key in keys]
-
-        def rounded(query: jax.Array, *layer: Any, spec: UniformSpec = spec) -> jax.Array:
-            of_heads = query.reshape(batch, c.kv_heads, group, c.head_dim) * scale
-            return uniform_attention.attend(of_heads, *layer, spec).reshape(query.shape)
-
-        found = row(f"{name}, XLA", spec.stored_bits, timed(rounded, query, layers))
-        found.pop("kernel", None)
-        yield found | {"bits": spec.stored_bits, "times": base / found["microseconds"]}
-        del layers
+        layer = functools.partial(rounded_layer, spec=spec, heads=c.kv_heads, **size)
+        attend = functools.partial(rounded, spec=spec)
+        found.append(Way(f"{name}, XLA", spec.stored_bits, jnp.float32, attend, layer))
     for bits in config.bits:
-        make = functools.partial(
-            coded_layer, config=config, bits=bits, batch=batch, context=context
-        )
-        layers = [_made(make, key) for key in keys]
-        found = row(f"{bits:g} bit", bits, timed(coded, query, layers))
-        found |= {"bits": bits, "times": base / found["microseconds"]}
-        if found.get("kernel"):
-            found["times_kernel"] = base / found["kernel"]
-        yield found
-        del layers
+        layer = functools.partial(coded_layer, config=config, bits=bits, **size)
+        found.append(Way(f"{bits:g} bit", bits, jnp.float32, coded, layer))
+    return found
+
+
+def chained(way: Way, config: Config, batch: int) -> Any:
+    """A query through all layers so many times, changed a little by each of them; compiled."""
+    c, attend = config.sizes, jax.jit(way.attend)  # traced once
+
+    def through(query: jax.Array, layers: list[Any]) -> jax.Array:
+        for layer in layers:
+            query = query + (attend(query, *layer) * 1e-3).astype(query.dtype)
+        return query
+
+    def run(query: jax.Array, layers: list[Any], rounds: jax.Array) -> jax.Array:
+        def again(_: Any, query: jax.Array) -> jax.Array:  # nothing of it once for all rounds
+            return through(*jax.lax.optimization_barrier((query, layers)))
+
+        return jax.lax.fori_loop(0, rounds, again, query)
+
+    query = jax.ShapeDtypeStruct((batch, 1, c.heads, c.head_dim), way.dtype)
+    layer = jax.eval_shape(way.layer, jax.random.key(0))
+    return jax.jit(run).lower(query, [layer] * config.repeat, jnp.int32(1)).compile()
+
+
+def measure_attention(
+    config: Config, batch: int, context: int, before: Callable[[], Any] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """Rows of one shape; the first are bf16's. ``before`` is called when all is compiled."""
+    c = config.sizes
+    programs = [(way, chained(way, config, batch)) for way in ways(config, batch, context)]
+    before()
+    per_token = 2 * c.kv_heads * c.head_dim / 8 / bandwidth(config.times) * 1e6
+
+    def row(way: str, bits: float, took: dict[str, Any]) -> dict[str, Any]:
+        found = {"part": "attention", "what": way, "batch": batch, "context": context}
+        found |= {"bits": bits} | took
+        print({name: x for name, x in found.items() if name != "operations"}, flush=True)
+        return found | {"floor_microseconds": batch * context * bits * per_token}
+
+    def timed(way: Way, program: Callable[..., Any]) -> dict[str, Any]:
+        keys = jax.random.split(jax.random.key(0), config.repeat)
+        layers = [_made(way.layer, key) for key in keys]
+        query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
+        run = functools.partial(program, query, layers)
+        once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
+        rounds = math.ceil(config.at_least * 1e6 / once)
+        count = rounds * config.repeat
+        took = microseconds(lambda: run(jnp.int32(rounds)), count, config.times)
+        operations = profile(lambda: run(jnp.int32(1)), config.repeat)
+        return row(way.what, way.bits, took | by_part(operations) | {"operations": operations})
+
+    rows = [timed(*programs[0])]
+    if (took := torch_microseconds(config, batch, context)) is not None:
+        rows.append(row(f"{FULL}, torch SDPA", 16, took))
+    base = min(r["microseconds"] for r in rows)
+    rest = (timed(*program) for program in programs[1:])
+    for found in itertools.chain(rows, rest):
+        yield found | {
+            "times": base / found["microseconds"],
+            **({"times_kernel": base / found["kernel"]} if "kernel" in found else {}),
+        }
 
 
 def torch_microseconds(config: Config, batch: int, context: int) -> dict[str, float] | None:
@@ -627,11 +648,8 @@ def fits(config: Config, what: str, memory: float, context: int | None) -> tuple
 def run(config: Config) -> Iterator[dict[str, Any]]:
     """All rows, as they are measured."""
     if config.part in ("all", "attention"):
-        speed = bandwidth(config.times)
-        yield {"part": "memory", "what": "bytes a second", "value": speed}
         for shape in config.shapes:
-            batch, context = map(int, shape.split("x"))
-            yield from measure_attention(config, batch, context, speed)
+            yield from measure_attention(config, *map(int, shape.split("x")))
     whats = [f"{bits:g} bit" for bits in config.bits]
     if config.part in ("all", "prefill"):
         for context in config.prompts:
