@@ -342,8 +342,8 @@ def measure_attention(
         return found | {"floor_microseconds": batch * context * bits * per_token}
 
     def timed(way: Way, program: Callable[..., Any]) -> dict[str, Any]:
-        keys = jax.random.split(jax.random.key(0), config.repeat)
-        layers = [_made(way.layer, key) for key in keys]
+        make = jax.jit(way.layer)
+        layers = [make(key) for key in jax.random.split(jax.random.key(0), config.repeat)]
         query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
         run = functools.partial(program, query, layers)
         once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
@@ -395,16 +395,16 @@ def torch_microseconds(config: Config, batch: int, context: int) -> dict[str, fl
 # --- a model's decode loop ------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -1, 1) * dtype.type(shape[-1] ** -0.5)
+
+
 def random_params(shapes: Any) -> Any:
     """Parameters of these shapes, small enough for numbers to stay finite."""
     leaves, tree = jax.tree.flatten(shapes)
-
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -1, 1) * dtype.type(shape[-1] ** -0.5)
-
-    make = jax.jit(draw, static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [make(k, x.shape, jnp.dtype(x.dtype)) for k, x in zip(keys, leaves, strict=True)]
+    drawn = [_drawn(k, x.shape, jnp.dtype(x.dtype)) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, drawn)
 
 
@@ -537,7 +537,8 @@ def exact_loop(config: Config, batch: int, context: int) -> Loop:
 
     def make() -> tuple[tuple[Any, ...], Any]:
         layers = [random_params(of_layer) for _ in range(c.layers)]
-        return (random_params(shapes), layers), (*start, [_made(of_cache, key) for key in keys])
+        made = jax.jit(of_cache)
+        return (random_params(shapes), layers), (*start, [made(key) for key in keys])
 
     return Loop(step, nbytes, make)
 
