@@ -354,6 +354,8 @@ def measure_attention(
         count = rounds * config.repeat
         took = microseconds(lambda: run(jnp.int32(rounds)), count, config.times)
         operations = profile(lambda: run(jnp.int32(1)), config.repeat)
+        if operations:
+            took["device_microseconds"] = sum(operations.values())
         return row(way.what, way.bits, took | by_part(operations) | {"operations": operations})
 
     rows = [timed(*programs[0])]
@@ -691,16 +693,19 @@ def markdown(data: Mapping[str, Any]) -> str:
     rows = [r for r in data["rows"] if r["part"] == "attention"]
     if rows:
         lines += [
-            "| batch × context | attention | µs | of it the kernel | floor | times bf16 "
-            "| the kernel alone |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| batch × context | attention | µs | on the device | of it the kernel | floor "
+            "| times bf16 | the kernel alone |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     for r in rows:
-        kernel = f"{r['kernel']:.1f}" if r.get("kernel") else "–"
+        device, kernel = (
+            f"{r[name]:.1f}" if name in r else "–" for name in ("device_microseconds", "kernel")
+        )
         alone = f"{r['times_kernel']:.1f} ×" if r.get("times_kernel") else "–"
         lines.append(
             f"| {r['batch']} × {r['context']:,} | {r['what']} | {r['microseconds']:.1f} "
-            f"| {kernel} | {r['floor_microseconds']:.1f} | {r['times']:.1f} × | {alone} |"
+            f"| {device} | {kernel} | {r['floor_microseconds']:.1f} | {r['times']:.1f} × "
+            f"| {alone} |"
         )
     rows = [r for r in data["rows"] if r["part"] == "model"]
     if rows:
