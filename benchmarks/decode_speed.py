@@ -663,7 +663,8 @@ def run(config: Config) -> Iterator[dict[str, Any]]:
     """All rows, as they are measured."""
     if config.part in ("all", "attention"):
         for shape in config.shapes:
-            yield from measure_attention(config, *map(int, shape.split("x")))
+            batch, context = map(int, shape.split("x"))
+            yield from measure_attention(config, batch, context)
     whats = [f"{bits:g} bit" for bits in config.bits]
     if config.part in ("all", "prefill"):
         for context in config.prompts:
@@ -677,9 +678,9 @@ def run(config: Config) -> Iterator[dict[str, Any]]:
                     yield measure_model(config, what, batch, context)
         stats = jax.devices()[0].memory_stats() or {}
         if config.largest and "bytes_limit" in stats:
-            for context in (*config.contexts, None):
+            for longest in (*config.contexts, None):
                 for what in whats:
-                    sizes = fits(config, what, stats["bytes_limit"], context)
+                    sizes = fits(config, what, stats["bytes_limit"], longest)
                     yield measure_model(config, what, *sizes)
 
 

@@ -52,8 +52,8 @@ def _scores_by_tokens(query: Array, key: Codes, grid: Grid) -> Float[Array, "B H
     batch, heads, n, dim, groups = width.shape
     wide = (query[:, :, :, None, :, None] * width[:, :, None]).astype(jnp.bfloat16)
     codes = codes.reshape(batch, heads, n, dim, groups, -1)
-    scores = [_product("BHqNcg,BHNcgy->BHqNgy", wide, x) for x in _parts(codes, grid)]
-    scores = jnp.stack(scores, axis=-1).reshape(*query.shape[:3], n, groups, -1)
+    parts = [_product("BHqNcg,BHNcgy->BHqNgy", wide, x) for x in _parts(codes, grid)]
+    scores = jnp.stack(parts, axis=-1).reshape(*query.shape[:3], n, groups, -1)
     scores += _product("BHqc,BHNcg->BHqNg", query, least.astype(jnp.bfloat16))[..., None]
     return scores.reshape(*query.shape[:3], n, -1)
 
@@ -77,7 +77,7 @@ def _summed(weights: Array, value: Codes, grid: Grid) -> Float[Array, "B H q d"]
     codes, least, width = value["codes"], value["least"], value["width"]
     codes = codes.reshape(*width.shape, -1)  # [B, H, N, b, g, bytes]
     wide = (weights[..., None] * width[:, :, None]).astype(jnp.bfloat16)  # [B, H, q, N, b, g]
-    out = [_product("BHqNtg,BHNtgy->BHqgy", wide, x) for x in _parts(codes, grid)]
+    parts = [_product("BHqNtg,BHNtgy->BHqgy", wide, x) for x in _parts(codes, grid)]
     low = _product("BHqNt,BHNtg->BHqg", weights, least.astype(jnp.float32))
-    out = jnp.stack(out, axis=-1) + low[..., None, None]
+    out = jnp.stack(parts, axis=-1) + low[..., None, None]
     return out.reshape(*weights.shape[:3], -1).astype(jnp.bfloat16)
