@@ -171,7 +171,7 @@ class Memory:
         scorers, ring = config.scorers, config.scorers * config.depth
         table = problem.key.nbytes if problem.key.shared else 0
         staged = problem.chunk_key_bytes + ROWS * problem.copied_knots * 4
-        staged += ROWS * (problem.knots + 1) * 4 * (problem.every > 1)
+        staged += 2 * ROWS * problem.knots * 4 * (problem.every > 1)
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -482,7 +482,8 @@ def score_inputs(
     if key.shared:
         return products, share, facts
     table, steps, offsets = finished_table(key, products)
-    return table, share, jnp.concatenate([steps, offsets], axis=-1)
+    units = pieces.SCORE / pieces.COUNT, pieces.SCORE
+    return table, share, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
 
 
 def mean_shares(
@@ -579,17 +580,27 @@ def put_together(
     mass = jnp.einsum("psrvk,psr->prvk", histogram, weight)
     total = mass[:, :, 0].sum(axis=-1)  # [pairs, 4]
     some = total > 0
-    out = jnp.einsum(
-        "hnc,hcd->hnd",
-        mass.reshape(p.heads, -1, p.value_stages * 16),
-        value_codewords.reshape(p.heads, -1, p.dim).astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    ).reshape(-1, ROWS, p.dim)
+    words = value_codewords.reshape(p.heads, -1, p.dim)
+    out = _times_words(mass.reshape(p.heads, -1, p.value_stages * 16), words)
+    out = out.reshape(-1, ROWS, p.dim)
     safe = jnp.where(some, total, 1)
     out = jnp.where(some[..., None], out, 0) / safe[..., None]
-    lse = (top[:, 0] + jnp.log2(safe) + (pieces.HEADROOM - pieces.PROBABILITY_BITS)) * LN2
+    unit = math.log2(pieces.LAST_BIT) + pieces.PROBABILITY_BITS - pieces.HEADROOM
+    lse = (top[:, 0] + jnp.log2(safe) - unit) * LN2
     lse = jnp.where(some, lse, -jnp.inf)
     return _rows_to_heads(p, out), _rows_to_heads(p, lse)
+
+
+def _times_words(
+    mass: Float[Array, "H n c"], words: Float[Array, "H c d"]
+) -> Float[Array, "H n d"]:
+    """A product in float32, or to 16 bits of ``mass`` where codewords are bfloat16."""
+    if words.dtype != jnp.bfloat16:
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("hnc,hcd->hnd", mass, words, precision=exact)
+    both = jnp.stack(in_pieces(mass, 2, jnp.bfloat16), axis=1)
+    kind = jnp.float32
+    return jnp.einsum("hpnc,hcd->hpnd", both, words, preferred_element_type=kind).sum(axis=1)
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -714,7 +725,7 @@ class FusedKernel:
         facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
         table = self.base + memory.tables + scorer * memory.table_bytes
         places = pieces.places(warp, p.key, table)
-        swaps = pieces.swaps(warp)
+        ways, tokens = pieces.ways(warp), pieces.tokens_of_lane(warp)
 
         def block_and_chunk(k: Any) -> tuple[Any, Any]:
             span = self.first + k // self.config.span * scorers + scorer
@@ -744,7 +755,6 @@ class FusedKernel:
             warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
             warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
             warp.barrier_wait(arrived, k & 1)
-            shares = self._shares(staged + p.chunk_key_bytes)
             groups = []
             for tile in range(2):
                 here = block
@@ -754,15 +764,17 @@ class FusedKernel:
                 elif tile == 0:
                     first = warp.equal(k % self.config.span, 0)
                     warp.when(first, lambda: self._make_table(block, table, facts))
-                groups += self._scores(here, tile, staged, facts, places, shares)
+                if tile == 0 or p.blocks_of_chunk == 2:
+                    others = self._others(staged + p.chunk_key_bytes, tokens, facts)
+                groups += self._scores(here, tile, staged, tokens, facts, places, others)
             if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
             warp.sync()
             warp.when(self.first_lane & warp.less(k + 1, rounds), lambda: fetch(k + 1))
             scale = pieces.chunk_scale(warp, groups)
-            words = pieces.planes(warp, swaps, pieces.probabilities(warp, groups, scale))
-            pieces.store_planes(warp, words, slot_at)
+            words = pieces.probabilities(warp, groups, scale)
+            pieces.store_planes(warp, ways, pieces.planes(warp, ways, words, slot_at), slot_at)
             at = self.base + memory.scales + slot * (ROWS * 4)
             warp.store_shared(at, scale, where=self.first_lane)
             warp.sync()
@@ -822,54 +834,63 @@ class FusedKernel:
         warp.store_shared(facts + lane * 4, read)
         warp.sync()
 
-    def _shares(self, staged: Any) -> Callable[[int], list]:
-        """``[ROWS]`` shares of the mean key of a group of 32 tokens of the chunk that has come."""
+    def _others(self, staged: Any, tokens: list, facts: Any) -> Callable[[int], list]:
+        """``[ROWS]`` offsets of a group's scores: of the table, and the mean key's shares."""
         warp, p = self.warp, self.problem
+        offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         if not p.every:
-            return lambda _: [warp.floating(0.0)] * ROWS
+            return lambda _: offsets
         stride = p.copied_knots * 4
-        if p.every == 1:
-            own = staged + warp.lane * 4
-            return lambda group: [
-                warp.load_shared(own, row * stride + group * 128, kind="f")[0]
+        if p.every > 1:
+            knots = staged + ROWS * stride
+            pieces.gather_knots(warp, p.every, stride, staged, offsets, knots)
+            return lambda group: pieces.between_knots(
+                warp, p.every, knots, tokens[group % 2], group // 2 * 64
+            )
+        own, unit = [staged + token * 4 for token in tokens], warp.floating(pieces.SCORE)
+
+        def each(group: int) -> list:
+            at = own[group % 2]
+            shares = [
+                warp.load_shared(at, row * stride + group // 2 * 256, kind="f")[0]
                 for row in range(ROWS)
             ]
-        knots = staged + ROWS * stride
-        pieces.gather_knots(warp, p.knots, stride, staged, knots)
-        return lambda group: pieces.between_knots(warp, p.every, knots, group)
+            return [warp.fma(x, unit, offset) for x, offset in zip(shares, offsets, strict=True)]
+
+        return each
 
     def _scores(
         self,
         block: Any,
         tile: int,
         staged: Any,
+        tokens: list,
         facts: Any,
         places: Any,
-        shares: Callable[[int], list],
+        others: Callable[[int], list],
     ) -> list:
         """``[4 groups][ROWS]`` scores of a tile."""
         warp, p = self.warp, self.problem
         units, width = p.key.units
         steps = warp.load_shared(facts, 0, ROWS, "f")
-        offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         of_unit = TILE * width // 8
-        lanes = staged + warp.lane * (width // 8)
+        lanes = [staged + token * (width // 8) for token in tokens]
         load = {
             32: lambda a, o: warp.load_shared(a, o)[0],
             16: warp.load_shared_16,
         }[width]
         groups = []
         for group in range(GROUPS // 2):
-            at = tile * units * of_unit + group * 32 * width // 8
-            codes = [load(lanes, at + u * of_unit) for u in range(units)]
+            at = tile * units * of_unit + group // 2 * 64 * width // 8
+            codes = [load(lanes[group % 2], at + u * of_unit) for u in range(units)]
             if p.key.shared:
                 sums = pieces.look_up(warp, p.key, places, codes)
             else:
                 index = self.table_block + warp.wide(block)
                 base = self.at.products + index * p.key.nbytes
                 sums = pieces.look_up_global(warp, p.key, base, codes)
-            share = shares(tile * (GROUPS // 2) + group)
-            groups.append(pieces.scores(warp, sums, share, steps, offsets))
+            here = others(tile * (GROUPS // 2) + group)
+            groups.append(pieces.scores(warp, sums, here, steps))
         return groups
 
     # Counting warps.

@@ -25,7 +25,7 @@ ROWS = 4
 """Query rows that share one look-up: four entries of 16 bits are one 8-byte load."""
 CHUNK = 256
 GROUPS = CHUNK // 32
-"""Groups of 32 tokens in a chunk."""
+"""Groups of 32 tokens in a chunk, one a lane: see `tokens_of_lane`."""
 PROBABILITY_BITS = 16
 HEADROOM = 2.0**-12
 """Probabilities are 2**-HEADROOM of what they should be, all alike, so that the largest, rounded,
@@ -36,12 +36,21 @@ ENTRY_MOST = 65535 - OCTET
 """Largest sum of the entries of an octet, less what rounding may add."""
 COUNTERS = 8
 """Warps that count, each an octet of stages: 64 at most."""
-DIGITS = PROBABILITY_BITS // 2
-"""Digits of a probability in base 4, of which two make the columns of a binary product."""
-PLANE_STRIDE = 4 * 32 + 8
-"""Words from one pair of digits to the next: 128, and 8 so that banks differ."""
-MAGIC = 0x4B000000
-"""The bits of 2.0**23: float32 with an integer below 2**23 in its lowest bits."""
+OPERANDS = PROBABILITY_BITS // 2
+"""Right operands of binary products: two bits of four rows are the eight columns of one."""
+DOUBLED = 2
+"""Pairs of operands, of four, whose higher bits are counted twice instead of weighed. All on an
+H200 at (8, 128k) and 1 bit: 200 µs; none 198; two 191."""
+OPERAND_BYTES = 32 * 8
+"""Of one of them: two words a lane."""
+COUNT = 2.0**-149
+"""The float32 whose bits are the integer 1: an integer, its bits read as a float32, is that many of
+these. They are subnormal, which a multiply-add takes as any number."""
+SCORE = 2.0**-29
+"""What a score of 1 is as long as scores are added up, such that `SCORE` / `COUNT` times a table's
+step, which may be up to 16, is a number of float32."""
+LAST_BIT = 2.0**-37
+"""What the last bit of a probability is in a histogram, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +114,8 @@ def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
         form: of the table, with 16 codewords.
         raw: address of ``[ROWS, stages, 16]`` float16 in global memory.
         place: address of the table in shared memory.
-        facts: address of ``[2, ROWS]`` float32 there; gets each row's step and offset.
+        facts: address of ``[2, ROWS]`` float32 there; gets each row's step, in `SCORE` by `COUNT`,
+            and offset, in `SCORE`.
     """
     parts = strips(form.stages)
     tiny = warp.floating(1e-30)
@@ -144,8 +154,8 @@ def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
         # Positive floats are ordered as their bits are.
         most = warp.fmax(warp.from_bits(warp.all_max(warp.bits_of(widest[row]))), tiny)
         scale.append(warp.reciprocal(most) * float(ENTRY_MOST))
-        steps.append(most * (1.0 / ENTRY_MOST))
-        offsets.append(bottom[row])
+        steps.append(most * (SCORE / COUNT / ENTRY_MOST))
+        offsets.append(bottom[row] * SCORE)
     first = warp.equal(warp.lane, 0)
     warp.store_shared(facts, steps, 0, where=first)
     warp.store_shared(facts, offsets, 16, where=first)
@@ -189,6 +199,16 @@ def _stage_of_lane(warp: Any, parts: tuple[tuple[int, int], ...]) -> tuple[Any, 
 # --- scores ---------------------------------------------------------------------------------------
 
 
+def tokens_of_lane(warp: Any) -> list:
+    """A lane's token of 64, in the first of two groups and in the second.
+
+    Lanes 0 to 15 go through tokens 0 to 31, lanes 16 to 31 through the others, 16 at a time and so
+    that the groups are 32 different tokens modulo 32: half a warp's tokens of two groups are the 32
+    that a word of a bit plane has (`planes`), and its tokens of one lie in all banks.
+    """
+    return [warp.lane + ((warp.lane & 16) << 1), warp.lane + 16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Places:
     """What a lane needs to turn a code into the address of its entry; made once."""
@@ -215,9 +235,9 @@ def places(warp: Any, form: KeyTable, base: Any) -> Places:
 
 
 def look_up(warp: Any, form: KeyTable, where: Places, units: list) -> list:
-    """Sums of the entries of a lane's token, one for each row, as bits of floats (see `MAGIC`).
+    """Sums of the entries of a lane's token, one for each row.
 
-    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 30) = 1010, of which 256 LDS.64.
+    Cost: 8 × (32 × (PRMT, LDS.64, 2 halves of an IADD3) + 28) = 990, of which 256 LDS.64.
 
     Args:
         warp: who does it.
@@ -261,7 +281,7 @@ def look_up_global(warp: Any, form: KeyTable, base: Any, units: list) -> list:
 
 def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
     # Of two rows in a word: the words, of which 32 bits matter, and their upper halves.
-    words_sum, upper_sum = ([warp.integer(MAGIC)] * (ROWS // 2) for _ in range(2))
+    words_sum, upper_sum = ([warp.integer(0)] * (ROWS // 2) for _ in range(2))
     step = 0
     for strip, (_, w) in enumerate(strips(form.stages)):
         for start in range(0, w, OCTET):
@@ -276,67 +296,73 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
             upper_sum = [a + (x >> 16) for a, x in zip(upper_sum, total, strict=True)]
     sums = []
     for both, upper in zip(words_sum, upper_sum, strict=True):
-        sums += [both - (upper << 16), upper]  # what `MAGIC` adds is beyond the 32 bits
+        sums += [both - (upper << 16), upper]
     return sums
 
 
-def gather_knots(warp: Any, count: int, stride: int, raw: Any, place: Any) -> None:
-    """The shares of the mean key at a chunk's knots, row by row to knot by knot.
+def gather_knots(warp: Any, every: int, stride: int, raw: Any, offsets: list, place: Any) -> None:
+    """What scores have at a chunk's knots beside their table's entries, and what they gain a token.
 
-    Cost, 16 knots: 4 LDS, 1 STS.
+    That is offset and share of the mean key. Cost, 16 knots: 8 LDS, 2 STS of 16 bytes, 16 others.
 
     Args:
         warp: who does it.
-        count: knots of a chunk; one more, the last, belongs to the next chunk.
+        every: tokens from knot to knot, a power of two up to 64.
         stride: bytes from row to row.
-        raw: address of ``[ROWS, stride]`` float32 in shared memory.
-        place: address there that gets ``[count + 1, ROWS]`` float32.
+        raw: address of ``[ROWS, stride]`` float32 in shared memory, the mean key's shares; one
+            after the last knot is there.
+        offsets: of the rows, in `SCORE`.
+        place: address there that gets ``[CHUNK / every, 2, ROWS]`` float32.
     """
-    for first in range(0, count + 1, 32):
+    count = CHUNK // every
+    for first in range(0, count, 32):
         knot = warp.lane + first
-        own = raw + warp.unsigned_min(knot, count) * 4
-        rows = [warp.load_shared(own, row * stride, kind="f")[0] for row in range(ROWS)]
-        there = warp.less(knot, count + 1)
-        warp.store_shared(place + knot * (ROWS * 4), rows, where=there)
+        own = raw + warp.unsigned_min(knot, count - 1) * 4
+        there = warp.less(knot, count)
+        at, gain = [], []
+        for row in range(ROWS):
+            here, after = (
+                warp.load_shared(own, row * stride + i * 4, kind="f")[0] * SCORE for i in range(2)
+            )
+            at.append(here + offsets[row])
+            gain.append((after - here) * (1.0 / every))
+        for i, of_rows in enumerate((at, gain)):
+            warp.store_shared(place + knot * (2 * ROWS * 4), of_rows, i * ROWS * 4, where=there)
     warp.sync()
 
 
-def between_knots(warp: Any, every: int, knots: Any, group: int) -> list:
-    """``[ROWS]`` shares of the mean key of a group of 32 tokens, interpolated between knots.
+def between_knots(warp: Any, every: int, knots: Any, token: Any, start: int) -> list:
+    """``[ROWS]`` of a group's tokens, from the knots before them.
 
-    Cost: 8 × (2 LDS of 16 bytes, 8 FADD or FFMA) = 80.
+    Cost: 8 × (2 LDS of 16 bytes, 4 FFMA) = 48.
 
     Args:
         warp: who does it.
-        every: tokens from knot to knot, a power of two.
+        every: tokens from knot to knot.
         knots: address of what `gather_knots` wrote.
-        group: of the chunk.
+        token: from `tokens_of_lane`.
+        start: of the 64 tokens in the chunk.
     """
-    start = group * 32
-    own = knots + warp.lane // every * (ROWS * 4)
-    at = warp.to_float((warp.lane + start % every) % every) * (1.0 / every)
-    before, after = (
-        warp.load_shared(own, (start // every + i) * (ROWS * 4), ROWS, "f") for i in range(2)
+    own, since = knots + token // every * (2 * ROWS * 4), warp.to_float(token % every)
+    at, gain = (
+        warp.load_shared(own, start // every * (2 * ROWS * 4) + i * ROWS * 4, ROWS, "f")
+        for i in range(2)
     )
-    return [warp.fma(b - a, at, a) for a, b in zip(before, after, strict=True)]
+    return [warp.fma(b, since, a) for a, b in zip(at, gain, strict=True)]
 
 
-def scores(warp: Any, sums: list, share: list, steps: list, offsets: list) -> list:
-    """Scores in powers of 2: ``offset + share + step · sum`` of each row.
+def scores(warp: Any, sums: list, others: list, steps: list) -> list:
+    """Scores in powers of 2, as multiples of `SCORE`: ``others + step · sum`` of each row.
 
-    Cost: 8 × 4 × 3 = 96, and 32 LDS for the share.
+    The sum is an integer, read as a float32. Cost: 8 × 4 = 32.
 
     Args:
         warp: who does it.
         sums: from `look_up`.
-        share: of the mean key, ``[ROWS]`` float32.
-        steps: of the rows.
-        offsets: of the rows.
+        others: offset and share of the mean key, ``[ROWS]``.
+        steps: of the rows, as `table` has them.
     """
-    return [
-        warp.fma(warp.from_bits(sums[r]) - 2.0**23, steps[r], share[r] + offsets[r])
-        for r in range(ROWS)
-    ]
+    return [warp.fma(warp.from_bits(sums[r]), steps[r], others[r]) for r in range(ROWS)]
 
 
 # --- probabilities, planes ------------------------------------------------------------------------
@@ -353,116 +379,128 @@ def chunk_scale(warp: Any, chunk: list) -> list:
         most = chunk[0][row]
         for group in chunk[1:]:
             most = warp.fmax(most, group[row])
-        scale.append(warp.all_max(warp.floor(most)) + 1)
+        scale.append(warp.all_max(warp.floor(most * (1 / SCORE))) + 1)
     return scale
 
 
 def probabilities(warp: Any, chunk: list, scale: list) -> list:
-    """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, two rows of a token a word.
+    """``2 ** (score − scale)`` in `PROBABILITY_BITS` bits, two tokens of a row a word.
 
-    Cost: 8 × (4 × (FADD, EX2, FADD) + 2) = 112.
+    The lower 16 bits are the token of two that comes first (see `tokens_of_lane`).
+    Cost: 8 × (4 × (FFMA, EX2, FADD) + 2) = 112.
 
     Returns:
-        ``[2][GROUPS]`` words.
+        ``[ROWS][GROUPS / 2]`` words.
     """
-    shift = [
-        warp.floating(PROBABILITY_BITS - HEADROOM) - warp.to_float(scale[r]) for r in range(ROWS)
-    ]
-    pairs: list[list] = [[], []]
-    for group in chunk:
-        p = [warp.bits_of(warp.exp2(group[r] + shift[r]) + 2.0**23) for r in range(ROWS)]
-        for i in range(2):
-            pairs[i].append(warp.choose_bytes(p[2 * i], p[2 * i + 1], 0x5410))
-    return pairs
+    in_order = warp.select(warp.less(warp.lane, 16), warp.integer(0x5410), 0x1054)
+    words: list[list] = []
+    for r in range(ROWS):
+        shift = warp.floating(PROBABILITY_BITS - HEADROOM) - warp.to_float(scale[r])
+        in_bits = [warp.exp2(warp.fma(g[r], warp.floating(1 / SCORE), shift)) for g in chunk]
+        p = [warp.bits_of(x + 2.0**23) for x in in_bits]
+        words.append(
+            [warp.choose_bytes(*pair, in_order) for pair in zip(p[::2], p[1::2], strict=True)]
+        )
+    return words
 
 
 @dataclasses.dataclass(frozen=True)
-class Swaps:
-    """What a lane does in the steps of `planes`; made once.
+class Ways:
+    """Where a lane writes and reads in the steps of `planes`, in bytes from a slot's start; made
+    once.
 
     Attributes:
-        bytes: which bytes of its own and the other lane's word it takes, in steps 16 and 8.
-        bits: ``(bits of its own word, turn of the other's)`` in steps 4, 2 and 1.
+        out: of its four words of each row.
+        back: of the words of lanes ``16 h + i``, i in steps of 2, modulo 8.
+        planes: of its planes of even digits and of odd ones.
     """
 
-    bytes: list
-    bits: list
+    out: list
+    back: list
+    planes: list
 
 
-def swaps(warp: Any) -> Swaps:
-    """The lower of two lanes gives its upper halves (of halves) and gets the other's lower ones."""
-
-    def lower(step: int) -> Any:
-        return warp.equal(warp.lane & step, 0)
-
-    choices = ((16, 0x5410, 0x3276), (8, 0x6240, 0x3715))
-    masks = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))
-    return Swaps(
-        [warp.select(lower(step), warp.integer(a), b) for step, a, b in choices],
-        [
-            (
-                warp.select(lower(step), warp.integer(mask), ~mask & 0xFFFFFFFF),
-                warp.select(lower(step), warp.integer(step), 32 - step),
-            )
-            for step, mask in masks
-        ],
+def ways(warp: Any) -> Ways:
+    """Such that eight lanes that write 16 bytes, and 32 that write or read 4, meet in no bank."""
+    lane = warp.lane
+    upper, row, two_groups = lane >> 4, (lane >> 2) & 3, lane & 3
+    turn = (lane >> 1) & 3
+    half, quarter = two_groups >> 1, ((two_groups & 1) << 1) + upper
+    return Ways(
+        [(lane + upper) * 64 + ((turn ^ c) << 4) for c in range(ROWS)],
+        [upper * (17 * 64) + ((row ^ c) << 4) + (two_groups << 2) for c in range(4)],
+        [_of_column(row, warp.integer(odd), quarter) + (half << 2) for odd in range(2)],
     )
 
 
-def planes(warp: Any, swap: Swaps, pairs: list) -> list:
-    """Words of one bit of 32 tokens: lane ``16 i + k`` gets bit k of row i of each pair of rows.
+def _of_column(row: Any, odd: Any, quarter: Any) -> Any:
+    """Bytes to the two words of a column, even or odd digits of a row, in an operand's layout.
 
-    A 32 × 32 transpose of bits: in each step lanes whose numbers differ in one bit swap halves (of
-    halves) of their words. Cost: 16 × (2 × (SHFL, PRMT) + 3 × (SHFL, SHF, LOP3)) = 208, of which
-    80 SHFL.
+    No two of 16 are in one bank, be they all rows and quarters of 32 tokens of even digits or of
+    odd ones (which are stored at a time) or two rows with both (which are loaded).
     """
+    return (odd << 7) + (quarter << 5) + ((row & 1) << 3) + (((row >> 1) ^ odd) << 4)
 
-    def transposed(x: Any) -> Any:
-        for step, choice in zip((16, 8), swap.bytes, strict=True):
-            x = warp.choose_bytes(x, warp.from_lane_xor(x, step), choice)
-        for step, (keep, turn) in zip((4, 2, 1), swap.bits, strict=True):
-            other = warp.rotate_left(warp.from_lane_xor(x, step), turn)
-            x = (x & keep) | (other & ~keep)
-        return x
 
-    return [[transposed(x) for x in pair] for pair in pairs]
+def planes(warp: Any, way: Ways, words: list, place: Any) -> list:
+    """Words of one bit of 32 tokens: lane ``16 h + 4 row + j`` gets all bits of a row's
+    probabilities of tokens ``64 j + 32 h …``.
+
+    Through shared memory each lane gets the words of the 16 lanes that have its 32 tokens, and
+    turns bits and words of them in its registers. Cost: 4 STS of 16 bytes, 16 LDS, 16 PRMT, 48 ×
+    (SHF, LOP3), 10 others = 142.
+
+    Args:
+        warp: who does it.
+        way: from `ways`.
+        words: from `probabilities`.
+        place: address of `plane_bytes` in shared memory, free again afterwards.
+    """
+    for out, of_row in zip(way.out, words, strict=True):
+        warp.store_shared(place + out, of_row)
+    warp.sync()
+    back = [place + x for x in way.back]
+    x = [warp.load_shared(back[i // 2 % 4], i * 64)[0] for i in range(16)]
+    for step, mask in ((8, 0), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        others = mask ^ 0xFFFFFFFF
+        for i in range(16):
+            if not i & step:
+                a, b = x[i], x[i + step]
+                if step == 8:
+                    x[i] = warp.choose_bytes(a, b, 0x6240)
+                    x[i + step] = warp.choose_bytes(a, b, 0x7351)
+                else:
+                    x[i] = (a & mask) | ((b << step) & others)
+                    x[i + step] = ((a >> step) & mask) | (b & others)
+    warp.sync()
+    return x
 
 
 def plane_bytes() -> int:
-    """Shared memory of a chunk's planes of probabilities."""
-    return DIGITS // 2 * PLANE_STRIDE * 4
+    """Shared memory of a chunk's planes of probabilities, and of what `planes` passes through it:
+    64 bytes a lane, and 64 between the lower lanes and the upper ones."""
+    return 33 * 64
 
 
-def store_planes(warp: Any, words: list, place: Any) -> None:
+def store_planes(warp: Any, way: Ways, x: list, place: Any) -> None:
     """To shared memory as right operands of binary products, columns (row, which of two digits).
 
-    ``[pair of digits][group of 32 tokens][column: row, digit][lower or higher bit][half of the
-    chunk]``: a lane loads both operands of a pair of digits as they go into the product. The
-    columns of group g stand in the order ``column ^ 2g``, so that eight lanes load from all banks.
-    Cost: 8 STS of 8 bytes; no bank twice.
+    Digits have two bits, of which one operand has the lower ones of two digits of all rows, and the
+    next one the higher ones. What a lane needs of it, the 32 tokens of one quarter of each half of
+    the chunk, stands side by side. Cost: 16 STS; no bank twice.
     """
-    bit, pair_row = warp.lane & 15, warp.lane >> 4
-    column = (pair_row << 1) + ((bit >> 1) & 1)
-    own = [
-        place + ((bit >> 2) * PLANE_STRIDE + (column ^ 2 * odd) * 4 + (bit & 1) * 2) * 4
-        for odd in range(2)
-    ]
-    for i, pair in enumerate(words):
-        for group in range(GROUPS // 2):
-            offset = group * 32 + (i ^ group >> 1) * 16
-            halves = [pair[group], pair[group + GROUPS // 2]]
-            warp.store_shared(own[group & 1], halves, offset * 4)
+    own = [place + offset for offset in way.planes]
+    for bit in range(PROBABILITY_BITS):
+        digit, higher = bit >> 1, bit & 1
+        operand = digit // 2 * 2 + higher
+        warp.store_shared(own[digit % 2], [x[bit]], operand * OPERAND_BYTES)
 
 
 def load_planes(warp: Any, place: Any) -> list:
-    """The right operands, lower and higher bit of each pair of digits; 4 LDS of 16 bytes a warp."""
-    group = warp.lane & 3
-    own = place + ((group << 3) + ((warp.lane >> 2) ^ (group << 1))) * 16
-    operands = []
-    for pair in range(DIGITS // 2):
-        words = warp.load_shared(own, pair * PLANE_STRIDE * 4, 4)
-        operands += [words[:2], words[2:]]
-    return operands
+    """The right operands, of the lowest two digits first; 8 LDS of 8 bytes a warp."""
+    column, quarter = warp.lane >> 2, warp.lane & 3
+    own = place + _of_column(column >> 1, column & 1, quarter)
+    return [warp.load_shared(own, i * OPERAND_BYTES, 2) for i in range(OPERANDS)]
 
 
 # --- histogram ------------------------------------------------------------------------------------
@@ -496,26 +534,40 @@ def one_hot(tiles: list, low: int) -> list:
 
 
 def histogram(warp: Any, tiles: list, columns: list) -> Iterator[list]:
-    """Probability, in units of its last bit, on each code of an octet: 8 times two float32.
+    """Probability, in units of `LAST_BIT`, on each code of an octet: 8 times two float32.
 
     The codes are ``low`` and ``low + 8``, one after the other, so that few are on the way at once.
-    Lane (g, t) holds stage g of the octet and row t. The higher bit of a digit is counted twice,
-    which is cheaper than to double it; digits are added up by Horner's rule.
-    Cost, 4 octets: 32 × 12 products, 32 × (6 + 2 × 8) others = 1090.
+    Lane (g, t) holds stage g of the octet and row t. A count, its bits read as a float32, is
+    multiplied by the weight of its bit or digit and added in one instruction, exactly. Of
+    `DOUBLED` pairs of operands the higher bits are counted twice on top of the lower ones, so that
+    there are half as many numbers to add: what the tensor cores then do more, others do less.
+    Cost, 4 octets: 32 × (10 products, 6 LOP3, 24 FFMA) = 1280.
     """
     for low in range(8):
         left = one_hot(tiles, low)
-        sums: list = [None, None]
-        for pair in reversed(range(DIGITS // 2)):
+        counted = []  # (counts, weight of the lower of two digits' bits)
+        for pair in range(OPERANDS // 2):
             lower, higher = columns[2 * pair : 2 * pair + 2]
-            counts = warp.binary_product(left, lower)
-            for _ in range(2):
-                counts = warp.binary_product(left, higher, counts)
-            for half in range(2):
-                first, second = counts[2 * half : 2 * half + 2]
-                total = second if sums[half] is None else (sums[half] << 2) + second
-                sums[half] = (total << 2) + first
-        yield [warp.to_float(x) for x in sums]
+            counts, weight = warp.binary_product(left, lower), LAST_BIT / COUNT * 16.0**pair
+            if pair < DOUBLED:
+                for _ in range(2):
+                    counts = warp.binary_product(left, higher, counts)
+                counted.append((counts, weight))
+            else:
+                counted.append((counts, weight))
+                counted.append((warp.binary_product(left, higher), 2 * weight))
+        yield [_weighted(warp, counted, half) for half in range(2)]
+
+
+def _weighted(warp: Any, counted: list, half: int) -> Any:
+    """The sum of all digits of a row of the left operand, ``half`` of two."""
+    total: Any = None
+    for counts, weight in counted:
+        for digit in range(2):
+            count = warp.from_bits(counts[2 * half + digit])
+            of_digit = warp.floating(weight * 4.0**digit)
+            total = count * of_digit if total is None else warp.fma(count, of_digit, total)
+    return total
 
 
 def add_chunk(

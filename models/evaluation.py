@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from gsrq_jax.attention import attend_as_cached, causal
+from gsrq_jax.attention import FEW, Implementation, attend_as_cached, causal
+from gsrq_jax.cache import KVCache, init_cache
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import llama
+from gsrq_jax.models import generation, llama
 
 Sums = dict[str, Float32[Array, ""]]
 
@@ -78,6 +79,46 @@ def cached_hidden(
 
     hidden, _ = llama.apply(graphdef, params, tokens, _positions(tokens), coded, codec, remat=remat)
     return hidden
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("implementation", "step"))
+def streamed_hidden(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    codec: Codec,
+    *,
+    implementation: Implementation | None = None,
+    step: int = FEW,
+) -> Float[Array, "B T hidden"]:
+    """Hidden states of tokens that are read ``step`` at a time over a real cache.
+
+    What a decode loop computes, with more than one token a step: blocks are encoded when they are
+    full, and `gsrq_jax.attention.attend` is done by ``implementation``.
+    """
+    batch, length = tokens.shape
+    config = nnx.merge(graphdef, params).config
+    steps = -(-length // step)
+    cache = init_cache(
+        codec.spec,
+        batch=batch,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_length=steps * step,
+        layers=config.layers,
+        dtype=jax.tree.leaves(params)[0].dtype,
+    )
+    parts = jnp.pad(tokens, ((0, 0), (0, steps * step - length))).reshape(batch, steps, step)
+    all_of_them = jnp.full((batch,), step)
+
+    def read(cache: KVCache, part: Array):
+        hidden, cache = generation.hidden_after(
+            graphdef, params, part, all_of_them, cache, codec, implementation=implementation
+        )
+        return cache, hidden
+
+    _, hidden = jax.lax.scan(read, cache, jnp.swapaxes(parts, 0, 1))
+    return jnp.swapaxes(hidden, 0, 1).reshape(batch, steps * step, -1)[:, :length]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("chunk", "remat"))
@@ -153,6 +194,7 @@ def fidelity(
     window: int | None = None,
     stride: int | None = None,
     exact: Sequence[Float[Array, "1 T hidden"]] | None = None,
+    streamed: Implementation | None = None,
 ) -> Fidelity:
     """Means over sequences of one length, one at a time.
 
@@ -166,6 +208,8 @@ def fidelity(
         stride: tokens from the beginning of a sequence to that of the next, where they overlap:
             each prediction counts once, where it has the most context.
         exact: `exact_hidden` of each sequence, where it is known.
+        streamed: not by one pass, but over a real cache (`streamed_hidden`) by this implementation;
+            ``every`` and ``window`` are then the spec's.
 
     Raises:
         InputError: if no sequence has two tokens, so that there is nothing to predict.
@@ -175,7 +219,10 @@ def fidelity(
     for index, sequence in enumerate(sequences):
         tokens = jnp.asarray(sequence)[None]
         full = exact_hidden(graphdef, params, tokens) if exact is None else exact[index]
-        ours = cached_hidden(graphdef, params, tokens, codec, every=every, window=width)
+        if streamed is None:
+            ours = cached_hidden(graphdef, params, tokens, codec, every=every, window=width)
+        else:
+            ours = streamed_hidden(graphdef, params, tokens, codec, implementation=streamed)
         first = len(sequence) - 1 - stride if stride is not None and index else 0
         sums = divergence(graphdef, params, tokens, full, ours, first)
         total = {name: value + float(sums[name]) for name, value in total.items()}

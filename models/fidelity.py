@@ -2,7 +2,9 @@
 
 Protocol: sequences of ``length`` tokens of a held-out text, the first at its beginning, the others
 ``stride`` tokens after the one before; each one teacher-forced pass, sinks and exactly ``window``
-past tokens exact (`gsrq_jax.models.evaluation`). Each prediction counts once.
+past tokens exact (`gsrq_jax.models.evaluation`). Each prediction counts once. With
+``--attention codes`` or ``fused`` instead over the cache of the decode loop, which has between
+``window`` and ``window`` and a block less one exact, some tokens at a time.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import tyro
 from jaxtyping import Int
 from tqdm import tqdm
 
-from gsrq_jax import results
+from gsrq_jax import codec, results
 from gsrq_jax.cache import init_cache
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import evaluation, loading, methods, text
@@ -46,6 +48,8 @@ class FidelityConfig:
         calibration: what methods that learn are fitted to.
         work: folder where fitted methods are kept for the next run.
         dtype: of the model.
+        attention: ``pass``, one teacher-forced pass; or over a real cache in layout ``tiles``, 8
+            tokens at a time, by plain jnp (``codes``) or the GPU kernel (``fused``).
         out: folder of the results, for each length one of a JSON file a method and window; what
             is there is not measured again.
     """
@@ -61,6 +65,7 @@ class FidelityConfig:
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     work: pathlib.Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["pass", "codes", "fused"] = "pass"
     out: pathlib.Path = pathlib.Path("results/fidelity")
 
 
@@ -88,8 +93,10 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
     with writing(out):
         claim(out, "fidelity", asked, begin=False)
         names = [name for name in dict.fromkeys(config.method) if name != methods.FULL]
+        streamed = None if config.attention == "pass" else config.attention
+        way = "" if streamed is None else f"-{streamed}"
         files = {
-            (name, window): out / f"{file_name(name)}-w{window}.json"
+            (name, window): out / f"{file_name(name)}-w{window}{way}.json"
             for name in names
             for window in dict.fromkeys(config.window)
         }
@@ -110,6 +117,8 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
             if (name, window) in left:
                 method = codecs[name]
                 assert method is not None
+                if streamed is not None:
+                    method = codec.respec(method, window=window, layout="tiles")
                 found = evaluation.fidelity(
                     *arguments,
                     tqdm(sequences, desc=f"{name}, window {window}", unit="seq"),
@@ -117,6 +126,7 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
                     window=window,
                     stride=config.stride,
                     exact=exact,
+                    streamed=streamed,
                 )
                 rows = _rows(config, model, name, method.spec, window, found)
                 command = results.repeated(
@@ -205,6 +215,7 @@ def _rows(
         "dataset": pathlib.Path(config.eval_text).stem,
         "stride": config.stride,
         "n": found.n,
+        "attention": config.attention,
     }
     metrics = {
         "perplexity": (found.perplexity, found.full_precision),

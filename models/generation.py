@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from gsrq_jax import sharded
-from gsrq_jax.attention import attend, causal
+from gsrq_jax.attention import Implementation, attend, causal
 from gsrq_jax.cache import KVCache, append, init_cache, layer_views, stack_layers
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError
@@ -245,26 +245,53 @@ def extend(
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Read more tokens after those in the cache: one to decode, a chunk of a prompt, a new turn.
 
-    The layer loop only reads the cache; one `append` for all layers follows it. With a mesh all of
-    it is spread, as `prefill` leaves it.
+    With a mesh all of it is spread, as `prefill` leaves it.
 
     Returns:
         Logits after each sequence's last new token (of the first where there is none), the cache.
     """
+    hidden, cache = hidden_after(graphdef, params, tokens, count, cache, codec, mesh)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return llama.logits(graphdef, params, last), cache
+
+
+def hidden_after(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+    cache: KVCache,
+    codec: Codec | None,
+    mesh: Mesh | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T hidden"], KVCache]:
+    """`extend` with the hidden states of all new tokens instead of the last one's logits.
+
+    The layer loop only reads the cache; one `append` for all layers follows it.
+
+    Args:
+        graphdef: of the model.
+        params: of the model.
+        tokens: new ones.
+        count: how many of them each sequence has.
+        cache: stacked.
+        codec: as for `prefill`.
+        mesh: as for `prefill`.
+        implementation: of `gsrq_jax.attention.attend`; None, which it must be with a mesh, chooses.
+    """
     positions = cache.length[0][:, None] + jnp.arange(tokens.shape[1])
     views, view = layer_views(cache)
+    here = functools.partial(attend, implementation=implementation)
 
     def layer(q: Array, k: Array, v: Array, held: tuple[Any, Codec | None]):
-        out = _on(mesh, attend, sharded.attend)(q, k, v, view(held[0]), held[1], count)
+        out = _on(mesh, here, sharded.attend)(q, k, v, view(held[0]), held[1], count)
         return out, (k, v)
 
     place = _on(mesh, lambda h: h, sharding.by_channels)
     hidden, (k, v) = llama.apply(
         graphdef, params, tokens, positions, layer, (views, codec), place=place
     )
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    grown = _on(mesh, append, sharded.append)(cache, k, v, codec, count)
-    return llama.logits(graphdef, params, last), grown
+    return hidden, _on(mesh, append, sharded.append)(cache, k, v, codec, count)
 
 
 def _on(mesh: Mesh | None, one: Callable, many: Callable) -> Callable:

@@ -219,7 +219,7 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
         x["query"][row, 0, 0, 1, 5] = bad
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
     histogram, scale = np.zeros((3, 1, 4, 4, 16), np.float32), np.zeros((3, 1, 4), np.int32)
-    histogram[:2, ..., 0] = 1  # the third sequence has nothing coded
+    histogram[:2, ..., 0] = 1e-9  # the third sequence has nothing coded
     monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
     out, lse = mosaic_gpu.attend_tiles(**jax.tree.map(jnp.asarray, x))
     fine = [True, False, True, False, True, True]
@@ -250,6 +250,7 @@ def test_a_finished_table_is_what_the_kernel_makes(stages):
     place, facts = warp.integer(0x3000), warp.integer(0x1000)
     pieces.table(warp, key, warp.put(raw.astype(np.float16)), place, facts)
     made = warp.shared[0x1000:0x1020].view(np.float32)
+    made = made * np.repeat([pieces.COUNT / pieces.SCORE, 1 / pieces.SCORE], 4)
     np.testing.assert_allclose(made[4:], offsets, rtol=1e-5)
     if stages % 8 == 0:  # a narrower strip counts its copies here
         np.testing.assert_allclose(made[:4], steps, rtol=1e-5)
@@ -281,7 +282,7 @@ def test_put_together_weighs_parts_by_their_scales():
     p[:, 2] = 0
     histogram = np.zeros((2, 3, 4, 3, 16), np.float32)
     for at in np.ndindex(2, 3, 6, 3):
-        histogram[at[0], at[1], :, at[3], codes[at]] += p[at[:3]]
+        histogram[at[0], at[1], :, at[3], codes[at]] += p[at[:3]] * pieces.LAST_BIT
     out, lse = mosaic_gpu.put_together(problem, histogram, scale, codewords)
     weight = p * 2.0 ** scale[:, :, None].astype(np.float64)  # EMPTY ones are 0
     values = sum(codewords[np.arange(2)[:, None, None], 0, r, codes[..., r]] for r in range(3))

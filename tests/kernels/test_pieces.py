@@ -8,6 +8,7 @@ from gsrq_jax.kernels import pieces, tiles
 
 STAGES = [2, 4, 8, 12, 16, 24, 32, 48, 64]
 TABLE, FACTS = 0x3000, 0x1000
+SCORE = np.float32(pieces.SCORE)
 
 
 def u32(x):
@@ -18,7 +19,7 @@ def made_table(warp, stages, raw):
     form = pieces.KeyTable(stages, 16)
     pieces.table(warp, form, warp.put(raw.astype(np.float16)), u32(TABLE), u32(FACTS))
     facts = warp.shared[FACTS : FACTS + 32].view(np.float32)
-    return form, facts[:4], facts[4:]
+    return form, facts[:4] * (pieces.COUNT / pieces.SCORE), facts[4:] / pieces.SCORE
 
 
 def entries_of(warp, form):
@@ -72,7 +73,7 @@ def stored_units(codes, codewords):
 
 
 def integers(sums):
-    return np.stack([x.astype(np.int64) - pieces.MAGIC for x in sums])
+    return np.stack([x.astype(np.int64) for x in sums])
 
 
 @pytest.mark.parametrize("base", [0x3000, 0xF000, 0x2A000])
@@ -129,34 +130,67 @@ def test_shares_are_lines_between_knots(every):
     rng = np.random.default_rng(every)
     count = pieces.CHUNK // every
     raw = rng.normal(size=(4, count + 4)).astype(np.float32)
+    raw[:, count + 1 :] = np.nan
+    offsets = rng.normal(size=4).astype(np.float32)
+    in_unit = [np.full(32, x * np.float32(pieces.SCORE)) for x in offsets]
     warp = Lanes()
     warp.shared[0x1000 : 0x1000 + raw.nbytes] = raw.view(np.uint8).ravel()
-    pieces.gather_knots(warp, count, 4 * (count + 4), u32(0x1000), u32(0x2000))
-    shares = [pieces.between_knots(warp, every, u32(0x2000), group) for group in range(8)]
-    token = np.arange(pieces.CHUNK)
-    want = [np.interp(token / every, np.arange(count + 1), x[: count + 1]) for x in raw]
-    np.testing.assert_allclose(np.moveaxis(shares, 0, 1).reshape(4, -1), want, atol=1e-6)
+    pieces.gather_knots(warp, every, 4 * (count + 4), u32(0x1000), in_unit, u32(0x2000))
+    for start in range(0, pieces.CHUNK, 64):
+        for token in pieces.tokens_of_lane(warp):
+            got = pieces.between_knots(warp, every, u32(0x2000), token, start)
+            at = (start + token.astype(int)) / every
+            want = [np.interp(at, np.arange(count + 1), x[: count + 1]) for x in raw]
+            want += offsets[:, None]
+            np.testing.assert_allclose(np.array(got) / pieces.SCORE, want, atol=2e-6)
 
 
-def test_scores():
+def test_two_groups_are_64_tokens():
+    first, second = pieces.tokens_of_lane(Lanes())
+    np.testing.assert_array_equal(np.sort(np.concatenate([first, second])), np.arange(64))
+    for group in (first, second):
+        assert len(set(group % 32)) == 32  # no bank twice
+        np.testing.assert_array_equal(group % 16, np.arange(32) % 16)  # as codes are in order
+
+
+@pytest.mark.parametrize("step", [1e-6, 1e-3, 16])
+def test_scores(step):
     rng = np.random.default_rng(0)
     warp = Lanes()
-    sums = rng.integers(0, 2**19, (4, 32))
-    share, steps, offsets = rng.normal(size=(3, 4, 32)).astype(np.float32)
-    bits = [(x + pieces.MAGIC).astype(np.uint32) for x in sums]
-    got = pieces.scores(warp, bits, share, steps * 1e-3, offsets)
-    want = sums * np.float64(steps * np.float32(1e-3)) + share + offsets
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    sums = rng.integers(0, 2**19, (4, 32)).astype(np.uint32)
+    others = rng.normal(size=(4, 32)).astype(np.float32)
+    steps = np.float32(rng.uniform(size=(4, 32)) * step)
+    unit = np.float32(pieces.SCORE / pieces.COUNT)
+    got = pieces.scores(warp, sums, others * np.float32(pieces.SCORE), steps * unit)
+    want = sums * np.float64(steps) + others
+    np.testing.assert_allclose(np.array(got) / pieces.SCORE, want, rtol=1e-6, atol=1e-6)
 
 
 def chunk_scores(seed, spread):
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(8, 4, 32)) * spread - 70).astype(np.float32)
+    return (rng.normal(size=(8, 4, 32)) * spread - 70).astype(np.float32) * SCORE
 
 
-def fixed_point(pairs):
-    """``[GROUPS, ROWS, lane]`` from the two rows a word."""
-    return np.stack([pairs[i // 2] >> np.uint32(16 * (i % 2)) & 0xFFFF for i in range(4)], axis=1)
+def by_token(groups):
+    """``[GROUPS, …, lane]`` to ``[…, CHUNK]``."""
+    groups = np.asarray(groups)
+    tokens = np.array([np.asarray(t) for t in pieces.tokens_of_lane(Lanes())] * 4).astype(int)
+    tokens += np.arange(8)[:, None] // 2 * 64
+    out = np.empty((*groups.shape[1:-1], pieces.CHUNK), groups.dtype)
+    out[..., tokens] = np.moveaxis(groups, 0, -2)
+    return out
+
+
+def fixed_point(words):
+    """``[ROWS, CHUNK]`` from two tokens a word, lanes 16 to 31 the later one first."""
+    groups = np.empty((8, 4, 32), np.uint32)
+    for j in range(4):
+        for r in range(4):
+            both = [words[r][j] & np.uint32(0xFFFF), words[r][j] >> np.uint32(16)]
+            for odd in range(2):
+                groups[2 * j + odd, r, :16] = both[odd][:16]
+                groups[2 * j + odd, r, 16:] = both[1 - odd][16:]
+    return by_token(groups)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 3.0, 100.0])
@@ -165,30 +199,47 @@ def test_probabilities_are_right_to_their_last_bit(spread):
     s = chunk_scores(1, spread)
     scale = pieces.chunk_scale(warp, s)
     m = np.array([x.view(np.int32)[0] for x in scale])
-    top = s.max(axis=(0, 2))
+    top = s.max(axis=(0, 2)) / SCORE
     assert (m > top).all()
     assert (m - 1 <= top).all()
-    got = fixed_point(np.array(pieces.probabilities(warp, s, scale)))
-    want = 2.0 ** (s.astype(np.float64) - m[:, None] + pieces.PROBABILITY_BITS - pieces.HEADROOM)
+    got = fixed_point(pieces.probabilities(warp, s, scale))
+    shift = pieces.PROBABILITY_BITS - pieces.HEADROOM - m[:, None]
+    want = 2.0 ** (by_token(s).astype(np.float64) / SCORE + shift)
     assert np.abs(got - want).max() <= 0.51
     assert got.max() < 2**pieces.PROBABILITY_BITS
 
 
 def test_the_largest_probability_has_no_bit_too_many():
-    s = np.full((8, 4, 32), np.float32(np.nextafter(np.float32(3), np.float32(2))))
+    s = np.full((8, 4, 32), np.nextafter(np.float32(3), np.float32(2)) * SCORE)
     warp = Lanes()
-    got = fixed_point(np.array(pieces.probabilities(warp, s, pieces.chunk_scale(warp, s))))
+    got = fixed_point(pieces.probabilities(warp, s, pieces.chunk_scale(warp, s)))
     assert got.min() > (1 - pieces.HEADROOM) * 2**pieces.PROBABILITY_BITS
     assert got.max() < 2**pieces.PROBABILITY_BITS
 
 
+def words_of(p):
+    """What `probabilities` would give for ``[ROWS, CHUNK]`` integers."""
+    first, second = (t.astype(int) for t in pieces.tokens_of_lane(Lanes()))
+    words = []
+    for row in p.astype(np.uint32):
+        words.append([])
+        for start in range(0, pieces.CHUNK, 64):
+            a, b = row[start + first], row[start + second]
+            low, high = np.where(np.arange(32) < 16, [a, b], [b, a])
+            words[-1].append((low | high << np.uint32(16)).astype(np.uint32))
+    return words
+
+
 def test_planes_are_a_transpose():
-    words = np.random.default_rng(2).integers(0, 2**32, (2, 8, 32)).astype(np.uint32)
+    p = np.random.default_rng(2).integers(0, 2**16, (4, 256))
     warp = Lanes()
-    got = np.array(pieces.planes(warp, pieces.swaps(warp), words))
-    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & 1  # [2, 8, token, bit]
-    want = (np.swapaxes(bits, -1, -2) << np.arange(32, dtype=np.uint32)).sum(axis=-1)
-    np.testing.assert_array_equal(got, want)
+    got = np.array(pieces.planes(warp, pieces.ways(warp), words_of(p), u32(0x1000)))  # [bit, lane]
+    token = np.arange(32)
+    for lane in range(32):
+        upper, row, j = lane >> 4, lane >> 2 & 3, lane & 3
+        of_32 = p[row, 64 * j + 32 * upper + token]
+        want = [((of_32 >> bit & 1) << token).sum() for bit in range(16)]
+        np.testing.assert_array_equal(got[:, lane], want)
 
 
 @pytest.mark.parametrize("stages", [1, 4, 8, 12, 16, 24, 32, 40, 64])
@@ -198,11 +249,9 @@ def test_histogram_is_probability_on_codes(stages):
     p = rng.integers(0, 2**pieces.PROBABILITY_BITS, (pieces.CHUNK, 4))
     p[::7] = 0
     warp = Lanes()
-    grouped = p.reshape(8, 32, 4).transpose(2, 0, 1).astype(np.uint32)
-    pairs = [grouped[2 * i] | grouped[2 * i + 1] << 16 for i in range(2)]
-    place, codes_at = 0x1000, 0x4000
-    words = pieces.planes(warp, pieces.swaps(warp), pairs)
-    pieces.store_planes(warp, words, u32(place))
+    place, codes_at, way = 0x1000, 0x4000, pieces.ways(warp)
+    turned = pieces.planes(warp, way, words_of(p.T), u32(place))
+    pieces.store_planes(warp, way, turned, u32(place))
     stored = np.asarray(tiles.values_to_tiles(codes)).view(np.uint8).ravel()
     warp.shared[codes_at : codes_at + len(stored)] = stored
     got = np.full((-(-stages // 8) * 8, 16, 4), np.nan)
@@ -215,14 +264,15 @@ def test_histogram_is_probability_on_codes(stages):
     want = np.zeros((stages, 16, 4))
     for r in range(stages):
         np.add.at(want[r], codes[:, r], p)
-    np.testing.assert_array_equal(got[:stages], want)
+    np.testing.assert_array_equal(got[:stages], want * pieces.LAST_BIT)
 
 
 def test_planes_meet_in_no_bank():
     class Watched(Lanes):
         def store_shared(self, address, values, offset=0, where=None):
-            for lanes in (address + offset).reshape(len(values), -1):  # that store at a time
-                assert len(set(lanes // 8 % 16)) == len(lanes)
+            n = len(values)
+            for lanes in (address + offset).reshape(n, -1):  # those that store at a time
+                assert len(set(lanes // (4 * n) % (32 // n))) == len(lanes)
             super().store_shared(address, values, offset, where)
 
         def load_shared(self, address, offset=0, n=1, kind="r"):
@@ -231,7 +281,8 @@ def test_planes_meet_in_no_bank():
             return super().load_shared(address, offset, n, kind)
 
     warp = Watched()
-    pieces.store_planes(warp, np.zeros((2, 8, 32), np.uint32), u32(0))
+    words = pieces.planes(warp, pieces.ways(warp), words_of(np.zeros((4, 256))), u32(0))
+    pieces.store_planes(warp, pieces.ways(warp), words, u32(0))
     pieces.load_planes(warp, u32(0))
 
 

@@ -15,6 +15,7 @@ from gsrq_jax.models.evaluation import (
     divergence,
     exact_hidden,
     fidelity,
+    streamed_hidden,
 )
 
 T = 38  # 37 predictions
@@ -106,6 +107,24 @@ def test_nothing_to_predict():
     for sequences in ([], SEQUENCES[:, :1]):
         with pytest.raises(InputError, match="nothing to predict; give at least one sequence"):
             fidelity(*model(), sequences, BOOKS)
+
+
+@pytest.mark.parametrize("implementation", ["codes", "decoded"])
+def test_a_real_cache_token_by_token_is_the_pass_that_codes_whole_blocks(implementation):
+    tokens = jnp.asarray(SEQUENCES)
+    got = streamed_hidden(*model(), tokens, BOOKS, implementation=implementation, step=1)
+    want = cached_hidden(*model(), tokens, BOOKS, every=SPEC.block)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_several_tokens_a_step_see_a_cache_that_is_coded_later():
+    tokens = jnp.asarray(SEQUENCES)
+    got = streamed_hidden(*model(), tokens, HUGE_WINDOW, implementation="codes", step=8)
+    np.testing.assert_allclose(got, exact_hidden(*model(), tokens), atol=2e-4)  # 38 tokens: padded
+    streamed = fidelity(*model(), SEQUENCES, BOOKS, streamed="codes")
+    in_one = fidelity(*model(), SEQUENCES, BOOKS, every=SPEC.block)
+    assert streamed.full_precision == in_one.full_precision
+    assert 0 < streamed.kl < in_one.kl
 
 
 def test_rise():

@@ -278,6 +278,24 @@ def test_the_command(folder, work, tmp_path, capsys, monkeypatch):
     assert "holds a run with another --eval-text" in capsys.readouterr().err
 
 
+def test_over_a_real_cache(folder, work, tmp_path, capsys):
+    (tmp_path / "held.txt").write_text("the dog and the cat and the dog again. " * 40)
+    arguments = [
+        *("--model", str(folder), "--eval-text", str(tmp_path / "held.txt"), "--length", "300"),
+        *("--window", "0", "--sequences", "1", "--sinks", "2", "--out", str(tmp_path / "out")),
+        *("--calibration.tokens", "1280", "--calibration.length", "256", "--attention", "codes"),
+        *("--work", str(work), "--method"),
+    ]
+    commands.measure_fidelity([*arguments, "gsrq@1+k16+block128"])
+    (file,) = (tmp_path / "out/300").glob("*-w0-codes.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {r["attention"] for r in rows} == {"codes"}
+    assert rows[0]["value"] != rows[0]["full_precision"]
+    with pytest.raises(SystemExit):
+        commands.measure_fidelity([*arguments, "kivi1"])
+    assert "only window, sinks can change after fitting here" in capsys.readouterr().err
+
+
 def test_overlapping_sequences_count_once(model, tmp_path):
     path = tmp_path / "held.txt"
     path.write_text("the dog and the cat and the dog again. " * 10)
