@@ -13,6 +13,8 @@ heads, q query heads each, N blocks of b tokens. A *pair* is (KV head, sequence,
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -53,12 +55,14 @@ class Config:
         depth: slots of the ring for each of them.
         splits: thread blocks that share the blocks of a sequence.
         span: chunks of one block that a scorer takes one after the other, with one table.
+        buffers: chunks of keys that are on their way to each of them, 1 or 2.
     """
 
     scorers: int
     depth: int
     splits: int
     span: int
+    buffers: int = 1
 
     def teams(self, value_stages: int) -> int:
         """Teams of counters, each of one warp an octet of stages, that share the scorers' slots."""
@@ -143,17 +147,19 @@ class Memory:
 
     Attributes:
         tables: of the scorers, a multiple of 4096 each.
-        staged: of the chunk that a scorer is at, codes, the mean key's share as it is copied, and
-            its knots row by row.
+        staged: of the chunks that a scorer is at and waits for, codes and the mean key's share as
+            it is copied.
+        knots: of the chunk that a scorer is at, the mean key's share knot by knot.
         slots: of the ring: planes of probabilities, then codes of values.
         facts: step and offset of each row, for each scorer.
         scales: of each slot, four integers.
-        arrived, full, free: barriers of each scorer's staged chunk and of each slot.
+        arrived, full, free: barriers of each scorer's staged chunks and of each slot.
         nbytes: all of it, with what alignment may take.
     """
 
     tables: int
     staged: int
+    knots: int
     slots: int
     facts: int
     scales: int
@@ -163,23 +169,26 @@ class Memory:
     nbytes: int
     table_bytes: int
     staged_bytes: int
+    knot_bytes: int
     slot_bytes: int
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> "Memory":
         """Laid out one after the other."""
         scorers, ring = config.scorers, config.scorers * config.depth
+        chunks = scorers * config.buffers
         table = problem.key.nbytes if problem.key.shared else 0
         staged = problem.chunk_key_bytes + ROWS * problem.copied_knots * 4
-        staged += 2 * ROWS * problem.knots * 4 * (problem.every > 1)
+        knots = 2 * ROWS * problem.knots * 4 * (problem.every > 1)
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
-            "staged": scorers * staged,
+            "staged": chunks * staged,
+            "knots": scorers * knots,
             "slots": ring * slot,
             "facts": scorers * 2 * ROWS * 4,
             "scales": ring * ROWS * 4,
-            "arrived": scorers * 8,
+            "arrived": chunks * 8,
             "full": ring * 8,
             "free": ring * 8,
         }
@@ -193,6 +202,7 @@ class Memory:
             nbytes=end + 4096,
             table_bytes=table,
             staged_bytes=staged,
+            knot_bytes=knots,
             slot_bytes=slot,
         )
 
@@ -215,10 +225,10 @@ def choose_config(problem: Problem) -> Config:
         return waves * (rounds * (span + TABLE_TIME) + START_TIME)
 
     spans = [1 << i for i in range(6) if problem.chunks_of_block % (1 << i) == 0]
-    for scorers, depth in ((8, 2), (8, 1), (4, 2), (4, 1)):
+    for scorers, depth, buffers in itertools.product((8, 4), (2, 1), (2, 1)):
         choices = [(n, span) for n in range(1, PROCESSORS + 1) for span in spans]
         splits, span = min(choices, key=lambda c: time(scorers, *c))
-        config = Config(scorers, depth, splits, span)
+        config = Config(scorers, depth, splits, span, buffers)
         if Memory.of(problem, config).nbytes <= SHARED_BYTES:
             return config
     raise InputError(
@@ -237,10 +247,12 @@ def check_config(problem: Problem, config: Config) -> None:
     if nbytes > SHARED_BYTES:
         raise InputError(
             f"{config} takes {nbytes} bytes of shared memory, and there are {SHARED_BYTES}; "
-            "use fewer scorers or a depth of 1"
+            "use fewer scorers, a depth of 1 or one buffer"
         )
-    if config.scorers not in (4, 8) or config.depth < 1 or config.splits < 1:
+    if config.scorers not in (4, 8) or min(config.depth, config.splits) < 1:
         raise InputError(f"{config} must have 4 or 8 scorers, a depth and splits of at least 1")
+    if config.buffers not in (1, 2):
+        raise InputError(f"{config} must have 1 or 2 buffers")
     if config.span < 1 or problem.chunks_of_block % config.span:
         chunks = problem.chunks_of_block
         raise InputError(f"{config} must have a span that divides the {chunks} chunks of a block")
@@ -692,7 +704,7 @@ class FusedKernel:
         busy = octets * self.config.teams(self.problem.value_stages)
 
         def barriers() -> None:
-            for i in range(self.config.scorers):
+            for i in range(self.config.scorers * self.config.buffers):
                 warp.barrier_init(self.base + (memory.arrived + 8 * i), 1)
             for i in range(ring):
                 warp.barrier_init(self.base + (memory.full + 8 * i), 2)
@@ -720,8 +732,8 @@ class FusedKernel:
         scorers = self.config.scorers
         scorer = warp.index - COUNTERS
         rounds = (self.spans + (scorers - 1) - scorer) // scorers * self.config.span
-        arrived = self.base + memory.arrived + scorer * 8
-        staged = self.base + memory.staged + scorer * memory.staged_bytes
+        buffers = self.config.buffers
+        knots = self.base + memory.knots + scorer * memory.knot_bytes
         facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
         table = self.base + memory.tables + scorer * memory.table_bytes
         places = pieces.places(warp, p.key, table)
@@ -732,9 +744,15 @@ class FusedKernel:
             chunk = span % self.spans_of_block * self.config.span + k % self.config.span
             return span // self.spans_of_block * p.blocks_of_chunk, chunk
 
+        def buffer(k: Any) -> tuple[Any, Any]:
+            """Addresses of a round's staged chunk and of the barrier that says it has come."""
+            index = scorer * buffers + k % buffers
+            staged = self.base + memory.staged + index * memory.staged_bytes
+            return staged, self.base + memory.arrived + index * 8
+
         def fetch(k: Any) -> None:
             block, chunk = block_and_chunk(k)
-            self._fetch(block, chunk, staged, arrived)
+            self._fetch(block, chunk, *buffer(k))
             if p.key.shared:
                 nbytes = self._present(block, p.blocks_of_chunk * self.product_bytes)
                 source = (
@@ -743,18 +761,19 @@ class FusedKernel:
                 first = warp.equal(k % self.config.span, 0)
                 warp.when(first, lambda: warp.prefetch(source, nbytes))
 
-        warp.when(
-            self.first_lane & warp.less(warp.integer(0), rounds), lambda: fetch(warp.integer(0))
-        )
+        for first in range(buffers):
+            k = warp.integer(first)
+            warp.when(self.first_lane & warp.less(k, rounds), functools.partial(fetch, k))
 
         def round_(k: Any, _: list) -> list:
             block, chunk = block_and_chunk(k)
+            staged, arrived = buffer(k)
             slot, parity = self._slot(k, scorer)
             full = self.base + memory.full + slot * 8
             slot_at = self.base + memory.slots + slot * memory.slot_bytes
             warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
             warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
-            warp.barrier_wait(arrived, k & 1)
+            warp.barrier_wait(arrived, (k // buffers) & 1)
             groups = []
             for tile in range(2):
                 here = block
@@ -765,13 +784,14 @@ class FusedKernel:
                     first = warp.equal(k % self.config.span, 0)
                     warp.when(first, lambda: self._make_table(block, table, facts))
                 if tile == 0 or p.blocks_of_chunk == 2:
-                    others = self._others(staged + p.chunk_key_bytes, tokens, facts)
+                    others = self._others(staged + p.chunk_key_bytes, knots, tokens, facts)
                 groups += self._scores(here, tile, staged, tokens, facts, places, others)
             if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
             warp.sync()
-            warp.when(self.first_lane & warp.less(k + 1, rounds), lambda: fetch(k + 1))
+            further = k + buffers
+            warp.when(self.first_lane & warp.less(further, rounds), lambda: fetch(further))
             scale = pieces.chunk_scale(warp, groups)
             words = pieces.probabilities(warp, groups, scale)
             pieces.store_planes(warp, ways, pieces.planes(warp, ways, words, slot_at), slot_at)
@@ -834,7 +854,7 @@ class FusedKernel:
         warp.store_shared(facts + lane * 4, read)
         warp.sync()
 
-    def _others(self, staged: Any, tokens: list, facts: Any) -> Callable[[int], list]:
+    def _others(self, staged: Any, knots: Any, tokens: list, facts: Any) -> Callable[[int], list]:
         """``[ROWS]`` offsets of a group's scores: of the table, and the mean key's shares."""
         warp, p = self.warp, self.problem
         offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
@@ -842,7 +862,6 @@ class FusedKernel:
             return lambda _: offsets
         stride = p.copied_knots * 4
         if p.every > 1:
-            knots = staged + ROWS * stride
             pieces.gather_knots(warp, p.every, stride, staged, offsets, knots)
             return lambda group: pieces.between_knots(
                 warp, p.every, knots, tokens[group % 2], group // 2 * 64

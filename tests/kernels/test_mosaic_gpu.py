@@ -167,6 +167,11 @@ RUNS = {
     ),
     "a chunk at a time": (Shape(b=512, N=3, R=4, S=4, blocks=(3,)), Config(4, 1, 2, 1)),
     "ring of two": (Shape(N=19, R=4, S=4, blocks=(19,)), Config(4, 2, 1, 1)),
+    "two buffers": (Shape(N=23, R=4, S=4, blocks=(23,)), Config(4, 1, 1, 1, buffers=2)),
+    "two buffers, knots, two chunks a table": (
+        Shape(b=512, N=11, R=4, S=4, blocks=(11,), every=16),
+        Config(4, 2, 1, 2, buffers=2),
+    ),
     "parts, some empty": (Shape(N=5, R=4, S=4, blocks=(5,)), Config(4, 1, 4, 1)),
     "heads and sequences": (Shape(B=2, H=2, q=3, b=128, N=3, R=4, S=4, blocks=(3, 1)), None),
     "one query head": (Shape(H=2, q=1, N=1, R=4, S=4, blocks=(1,)), None),
@@ -311,7 +316,7 @@ def test_the_layout_fits_and_nothing_overlaps(sizes):
     config = mosaic_gpu.choose_config(problem)
     m = mosaic_gpu.Memory.of(problem, config)
     assert m.nbytes <= mosaic_gpu.SHARED_BYTES
-    starts = [m.tables, m.staged, m.slots, m.facts, m.scales, m.arrived, m.full, m.free]
+    starts = [m.tables, m.staged, m.knots, m.slots, m.facts, m.scales, m.arrived, m.full, m.free]
     assert starts == sorted(starts)
     assert m.table_bytes % 4096 == m.staged % 16 == m.slots % 16 == m.slot_bytes % 16 == 0
     assert m.facts % 16 == m.scales % 16 == m.arrived % 8 == 0
@@ -395,6 +400,7 @@ def test_knots_that_are_not_supported():
         (Config(8, 8, 1, 1), r"takes \d+ bytes of shared memory, and there are 230400"),
         (Config(6, 1, 1, 1), "must have 4 or 8 scorers"),
         (Config(8, 1, 0, 1), "splits of at least 1"),
+        (Config(4, 1, 1, 1, 3), "must have 1 or 2 buffers"),
         (Config(8, 1, 1, 3), "a span that divides the 4 chunks of a block"),
     ],
 )
