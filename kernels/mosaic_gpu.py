@@ -55,7 +55,8 @@ class Config:
         depth: slots of the ring for each of them.
         splits: thread blocks that share the blocks of a sequence.
         span: chunks of one block that a scorer takes one after the other, with one table.
-        buffers: chunks of keys that are on their way to each of them, 1 or 2.
+        buffers: chunks of keys that are on their way to each of them, 1 or 2; `choose_config` takes
+            1, with which times were measured.
     """
 
     scorers: int
@@ -225,10 +226,10 @@ def choose_config(problem: Problem) -> Config:
         return waves * (rounds * (span + TABLE_TIME) + START_TIME)
 
     spans = [1 << i for i in range(6) if problem.chunks_of_block % (1 << i) == 0]
-    for scorers, depth, buffers in itertools.product((8, 4), (2, 1), (2, 1)):
+    for scorers, depth in itertools.product((8, 4), (2, 1)):
         choices = [(n, span) for n in range(1, PROCESSORS + 1) for span in spans]
         splits, span = min(choices, key=lambda c: time(scorers, *c))
-        config = Config(scorers, depth, splits, span, buffers)
+        config = Config(scorers, depth, splits, span)
         if Memory.of(problem, config).nbytes <= SHARED_BYTES:
             return config
     raise InputError(
