@@ -502,22 +502,20 @@ def test_the_tpu_kernels_over_a_cache(monkeypatch):
     rng = np.random.default_rng(14)
     packed = make_codebooks(spec, rng)
     books = respec(packed, layout="words")
-    _, k, v = make_tokens(rng, 2, 400)
-    count = jnp.asarray([400, 130])
+    _, k, v = make_tokens(rng, 2, 270)
+    count = jnp.asarray([270, 130])
     new = make_tokens(rng, 2, 2)
-    plain = append(empty(spec, max_length=420), k, v, packed, count)
+    plain = append(empty(spec, max_length=290), k, v, packed, count)
     want = attend(*new, plain, packed, implementation="decoded")
 
     monkeypatch.setattr(devices, "on_tpu", lambda: True)
     with pltpu.force_tpu_interpret_mode():
-        cache = append.__wrapped__(empty(books.spec, max_length=420), k, v, books, count)
+        cache = append.__wrapped__(empty(books.spec, max_length=290), k, v, books, count)
         got = attention.attend(*new, poison(cache), books)
-        asked = attention.attend(*new, cache, books, implementation="fused")
     assert cache.key_codes.dtype == jnp.int32
     for x, y in zip(materialize(plain, packed), materialize(cache, books), strict=True):
         np.testing.assert_array_equal(x, y)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
-    np.testing.assert_array_equal(got, asked)
     np.testing.assert_allclose(
         attend(*new, poison(cache), books, implementation="codes"), want, atol=3e-5, rtol=1e-4
     )

@@ -148,10 +148,9 @@ def laid_out(T=1, q=4, K=16, stride=1):
     return arrays, {"first": 4, "stride": stride, "every": 16}
 
 
-@pytest.mark.parametrize(("T", "q", "stride"), [(1, 4, 1), (3, 3, 2)])
-def test_of_a_cache_is_the_reference(T, q, stride):
-    """More rows than the kernel takes at a time, too, and blocks that do not follow each other."""
-    x, options = laid_out(T, q, stride=stride)
+def test_of_a_cache_is_the_reference():
+    """More rows than the kernel takes at a time, and blocks that do not follow each other."""
+    x, options = laid_out(T=3, q=3, stride=2)
     want = reference.attend_words(**x, **options)
     attend = functools.partial(mosaic_tpu.attend_words, interpret=True, **options)
     for a, b in zip(jax.jit(lambda x: attend(**x))(x), want, strict=True):

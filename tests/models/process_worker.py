@@ -2,8 +2,8 @@
 
 ``write`` generates, and puts what it prints into the folder. ``die`` trains until the second layer
 is to be fitted, where process 3 is killed. ``train`` tries what several processes refuse, trains,
-and ends with bad input of process 1. ``distil`` trains until codebooks are saved, where it is
-interrupted. Nothing is measured.
+and ends with bad input of process 1. ``distil`` refines the codebooks in the
+folder, neither capturing nor fitting, and is interrupted. Nothing is measured.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import time
 import jax
 import tyro
 
+from gsrq_jax import codebook
 from gsrq_jax.calibration import SampleStore
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import commands, evaluation, processes, report, sharding, training
@@ -72,7 +73,9 @@ if what == "distil":
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    training.codebook.save = stopped
+    training.capture = lambda *_, **__: None
+    training._learn = lambda *_: (codebook.load(folder), None, None)
+    codebook.save = stopped
     commands.train(flags)
 with processes.joined():
     if what == "die":

@@ -15,7 +15,7 @@ import tiny
 
 from gsrq_jax import calibration, codebook
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import commands, distillation, processes
+from gsrq_jax.models import commands, distillation, processes, training
 
 WORKER = pathlib.Path(__file__).with_name("process_worker.py")
 
@@ -121,24 +121,26 @@ def test_text_of_two_processes_is_that_of_one(tiny_model, tiny_run, tmp_path, ca
     assert text(found) == text(want)
 
 
-def test_two_processes_sample_and_distil_as_one(tiny_model, tmp_path, monkeypatch):
-    """On text that the model writes, from the same layers; the sequences of a step are shared."""
-    out = tmp_path / "run"
+def test_two_processes_sample_and_distil_as_one(tiny_model, tiny_run, tmp_path, monkeypatch):
+    """On text that the model writes, from the same codebooks; a step's sequences are shared."""
+    out, books = tmp_path / "run", codebook.load(tiny_run / "codebooks")
     flags = ["--model", str(tiny_model), "--out", str(out), *tiny.FLAGS, "--tokens", "256"]
     flags += ["--distill.text", "sampled", "--distill.tokens", "192", "--distill.steps", "2"]
-    flags += ["--distill.check-every", "1", "--distill.batch", "2", "--weights", "none"]
+    flags += ["--distill.check-every", "1", "--distill.batch", "2"]
 
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(codebook, "save", stopped)  # what follows is not new
+    monkeypatch.setattr(training, "capture", lambda *_, **__: None)
+    monkeypatch.setattr(training, "_learn", lambda *_: (books, None, None))
+    monkeypatch.setattr(codebook, "save", stopped)
     with pytest.raises(SystemExit, match="130"):
         commands.train(flags)
     work, one = out / "work", tmp_path / "one"
     one.mkdir()
     for name in ("distil-000.npz", "distill.npz"):
         (work / name).rename(one / name)
-    codes, said = run(2, "distil", tmp_path, *flags, devices=1)
+    codes, said = run(2, "distil", tiny_run / "codebooks", *flags, devices=1)
     assert codes == [130, 130], said
     for name, tolerance in (("distil-000.npz", 0), ("distill.npz", 1e-3)):
         *_, a = calibration.load_leaves(one / name)
