@@ -121,8 +121,8 @@ def attend_tiles(
     key_stages, codewords = key_codewords.shape[2:4]
     keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)[..., None, :]
     values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])[..., None, :]
-    books, where = (key_codewords, value_codewords), (first, stride, every)
-    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, *where)
+    books = key_codewords, value_codewords
+    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, first, stride, every)
 
 
 def attend_words(
@@ -147,8 +147,8 @@ def attend_words(
         words.from_words(codes, *codewords.shape[1:3])
         for codes, codewords in ((key_words, key_codewords), (value_words, value_codewords))
     )
-    books, where = (key_codewords, value_codewords), (first, stride, every)
-    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, *where)
+    books = key_codewords, value_codewords
+    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, first, stride, every)
 
 
 def _attend_blocks(
