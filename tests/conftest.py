@@ -5,6 +5,7 @@ Most of the suite's time is compilation of small programs that run once.
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
 
 _flags = [
@@ -13,9 +14,10 @@ _flags = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 ]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The emitters by way of MLIR take as long as all the rest of a compilation. (Later compilers
-    # have no others, and end the process at a flag that they do not know.)
+old = importlib.metadata.version("jaxlib").startswith("0.10.")
+if old and importlib.util.find_spec("libtpu") is None:
+    # The emitters by way of MLIR take as long as all the rest of a compilation. (Later compilers,
+    # libtpu's among them, have no others, and end the process at a flag that they do not know.)
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags)
 # Where libtpu is: its compiler, in several workers at once and without a TPU host to ask.
