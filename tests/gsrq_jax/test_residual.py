@@ -178,7 +178,8 @@ def test_other_rules(rule):
 def test_nominal_rates(dim, codewords, rates):
     """Stages are fitted in turn, so the highest rate's codewords hold those of all the others."""
     specs = [ResidualSpec.from_bits(bits, dim, codewords=codewords) for bits in rates]
-    x = normal(512, dim) * jnp.exp(-jnp.arange(dim) / dim)
+    # So many points that no rate fits them to the last bit.
+    x = normal(2048, dim) * jnp.exp(-jnp.arange(dim) / dim)
     # Fitted at the highest rate once: a fit of fewer stages differs in its random draws only.
     fitted, _ = fit(KEY, x, specs[-1], iterations=3, warmup=2)
     assert fitted.shape == specs[-1].codebook_shape
@@ -187,7 +188,7 @@ def test_nominal_rates(dim, codewords, rates):
         words = fitted[:, : spec.stages]
         assert words.shape == spec.codebook_shape
         codes = encode(x, words)
-        assert codes.shape == (512, spec.groups, spec.stages)
+        assert codes.shape == (2048, spec.groups, spec.stages)
         assert codes.size * spec.code_bits / x.size == bits
         y = jax.jit(decode)(codes, words)
         assert y.shape == x.shape
