@@ -305,27 +305,33 @@ def test_script_itself():
 
 def test_interrupt_of_the_script_itself(tiny_model, tmp_path):
     """Amid the compilation for the first sequence, where JAX is least ready for it."""
-    progress = tmp_path / "run/work/samples/progress.json"
     # Background jobs of some shells ignore Ctrl-C, and so would a child of this test.
     code = (
         "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    flags = ("--model", tiny_model, "--out", tmp_path / "run", *tiny.FLAGS)
-    with subprocess.Popen(
-        [sys.executable, "-c", code, ROOT / "train_codebooks.py", *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": ""},  # the user's compiler: these tests' is done too soon
-    ) as run:
-        for _ in range(600):
-            if progress.exists() or run.poll() is not None:
-                break
-            time.sleep(0.1)
-        time.sleep(0.4)
-        run.send_signal(signal.SIGINT)
-        _, written = run.communicate(timeout=60)
+    flags = ("--model", tiny_model, *tiny.FLAGS)
+    for attempt in range(3):
+        out = tmp_path / f"run{attempt}"
+        progress = out / "work/samples/progress.json"
+        with subprocess.Popen(
+            [sys.executable, "-c", code, ROOT / "train_codebooks.py", *flags, "--out", out],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"XLA_FLAGS": ""},  # the user's compiler: these tests' is too soon done
+        ) as run:
+            for _ in range(600):
+                if progress.exists() or run.poll() is not None:
+                    break
+                time.sleep(0.1)
+            time.sleep(0.4)
+            run.send_signal(signal.SIGINT)
+            _, written = run.communicate(timeout=120)
+        # Python ignores an interrupt that falls into a callback of its garbage collector.
+        if run.returncode or "_xla_gc_callback" not in written:
+            break
     assert run.returncode == 130, written
     assert written.endswith("interrupted; the same command goes on from here\n")
     assert json.loads(progress.read_text())["done"] < 8
