@@ -323,7 +323,8 @@ class QuantSpec(CacheSpec):
                 bits, head_dim, codewords=codewords, group=group, heads=heads
             )
 
-        return cls(key=code(codewords), value=code(value_codewords or codewords), **fields)
+        of_values = codewords if value_codewords is None else value_codewords
+        return cls(key=code(codewords), value=code(of_values), **fields)
 
     @property
     def head_dim(self) -> int:
