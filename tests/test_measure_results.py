@@ -1,23 +1,19 @@
 """The tool that measures everything: jobs in order, each once, again after a failure."""
 
 import dataclasses
-import importlib.util
+import importlib
 import pathlib
-import sys
 
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / "tools" / "measure_results.py"
+TOOLS = pathlib.Path(__file__).parents[1] / "tools"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("measure_results", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure_results"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["measure_results"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        yield importlib.import_module("measure_results")
 
 
 def test_every_job_once(tool, tmp_path):

@@ -8,7 +8,7 @@ import pathlib
 import re
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import matplotlib
@@ -125,70 +125,60 @@ def repeats(rows: list[Row], again: list[Row]) -> str:
 def scores_table(rows: list[Row]) -> str:
     """LongBench's averages, a line a method, a column a window."""
     rows = [row for row in rows if row["dataset"] == "average"]
-    windows = _windows(rows)
     cells = {(r["method"], r["window"]): r for r in rows}
-    lines = [
-        "| method | bits | stored | " + " | ".join(f"W = {w}" for w in windows) + " |",
-        "| --- | --- | --- |" + " --- |" * len(windows),
-    ]
-    for row in _ordered(rows):
-        own = [cells.get((row["method"], w), cells.get((row["method"], None))) for w in windows]
-        parts = [f"{c['value']:.2f} [{c['low']:.1f}, {c['high']:.1f}]" if c else "–" for c in own]
-        lines.append(f"| {_facts(row)} | " + " | ".join(parts) + " |")
-    return "\n".join(lines)
+
+    def cell(method: str, window: int) -> str:
+        found = cells.get((method, window), cells.get((method, None)))
+        return f"{found['value']:.2f} [{found['low']:.1f}, {found['high']:.1f}]" if found else "–"
+
+    return _table(rows, {f"W = {w}": w for w in _windows(rows)}, cell)
 
 
 def tasks_table(rows: list[Row], window: int) -> str:
     """LongBench's scores at one window, a line a method, a column a task."""
     rows = [row for row in rows if row["window"] in (window, None)]
-    tasks = list(dict.fromkeys(r["dataset"] for r in rows if r["dataset"] != "average"))
+    tasks = {r["dataset"]: r["n"] for r in rows if r["dataset"] != "average"}
     cells = {(r["method"], r["dataset"]): r for r in rows}
-    counts = {r["dataset"]: r["n"] for r in rows}
-    lines = [
-        "| method | bits | stored | " + " | ".join(f"{t} ({counts[t]})" for t in tasks) + " |",
-        "| --- " * (3 + len(tasks)) + "|",
-    ]
-    for row in _ordered(rows):
-        own = [cells.get((row["method"], task)) for task in tasks]
-        parts = [f"{cell['value']:.2f}" if cell else "–" for cell in own]
-        lines.append(f"| {_facts(row)} | " + " | ".join(parts) + " |")
-    return "\n".join(lines)
+
+    def cell(method: str, task: str) -> str:
+        found = cells.get((method, task))
+        return f"{found['value']:.2f}" if found else "–"
+
+    return _table(rows, {f"{task} ({n})": task for task, n in tasks.items()}, cell)
 
 
 def needle_table(rows: list[Row]) -> str:
     """Right answers over all depths, and their log-probability: a line a method, a column a W."""
-    windows = _windows([row for row in rows if row["method"] != "full"])
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
         both = found.setdefault((row["method"], row["window"]), {"needle": [], "logp": []})
         both[row["metric"]].append(row["value"])
+
+    def cell(method: str, window: int) -> str:
+        both = found.get((method, window if method != "full" else 0))
+        if both is None:
+            return "–"
+        return f"{statistics.fmean(both['needle']):.0%} · {statistics.fmean(both['logp']):.2f}"
+
+    windows = _windows([row for row in rows if row["method"] != "full"])
+    return _table(rows, {f"W = {w}": w for w in windows}, cell)
+
+
+def _table(rows: list[Row], columns: dict[str, Any], cell: Callable[[str, Any], str]) -> str:
+    """A line a method, most stored bits first, with ``cell(method, column)`` in its columns."""
     lines = [
-        "| method | bits | stored | " + " | ".join(f"W = {w}" for w in windows) + " |",
-        "| --- | --- | --- |" + " --- |" * len(windows),
+        "| method | bits | stored | " + " | ".join(columns) + " |",
+        "| --- " * (3 + len(columns)) + "|",
     ]
-    for row in _ordered(rows):
-        own = [found.get((row["method"], w if row["method"] != "full" else 0)) for w in windows]
-        parts = [
-            f"{statistics.fmean(x['needle']):.0%} · {statistics.fmean(x['logp']):.2f}" if x else "–"
-            for x in own
-        ]
-        lines.append(f"| {_facts(row)} | " + " | ".join(parts) + " |")
+    methods = {row["method"]: row for row in rows}
+    for row in sorted(methods.values(), key=lambda r: (-r["bits_stored"], r["title"])):
+        cells = " | ".join(cell(row["method"], column) for column in columns.values())
+        lines.append(f"| {row['title']} | {row['bits']:.3g} | {row['bits_stored']:.3g} | {cells} |")
     return "\n".join(lines)
 
 
 def _windows(rows: list[Row]) -> list[int]:
     return sorted({row["window"] for row in rows if row["window"] is not None}, reverse=True)
-
-
-def _ordered(rows: list[Row]) -> list[Row]:
-    """A row of each method, most stored bits first."""
-    return sorted(
-        {row["method"]: row for row in rows}.values(), key=lambda r: (-r["bits_stored"], r["title"])
-    )
-
-
-def _facts(row: Row) -> str:
-    return f"{row['title']} | {row['bits']:.3g} | {row['bits_stored']:.3g}"
 
 
 def is_refined(row: Row) -> bool:
@@ -250,13 +240,10 @@ def ablations(changed: list[Row], rows: list[Row]) -> list[str]:
         names = [r["method"] for r in changed if group(r["method"]) == title]
         if not names:
             continue
-        bases = sorted({name.partition("+")[0] for name in names}, reverse=True)
-        shown = [
-            m
-            for base in bases
-            for m in dict.fromkeys([base, *sorted(names)])
-            if m.partition("+")[0] == base
-        ]
+        by_base: dict[str, list[str]] = {}
+        for name in sorted(set(names)):
+            by_base.setdefault(name.partition("+")[0], []).append(name)
+        shown = [m for base in sorted(by_base, reverse=True) for m in (base, *by_base[base])]
         columns = [
             (length, window)
             for length in lengths

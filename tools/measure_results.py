@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import fcntl
 import fnmatch
+import functools
 import os
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from typing import IO, NamedTuple
 ROOT = pathlib.Path(__file__).parents[1]
 RATES = (2, 1, 0.75, 0.5, 0.375, 0.25)
 WINDOWS = ("128", "32", "0")
+SEQUENCES = {8192: 8, 2048: 24}  # by their length
 FIDELITY, NEEDLE = "measure_fidelity", "measure_needle"
 
 
@@ -70,44 +72,70 @@ def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(x for name in names for x in ("--method", name))
 
 
+def _longbench(
+    inputs: Inputs,
+    tag: str,
+    names: tuple[str, ...],
+    *flags: str,
+    needs: tuple[str, ...],
+) -> Job:
+    out = f"longbench-{tag}"
+    return Job(
+        out,
+        (
+            *("eval_longbench.py", *inputs.common, "--data", inputs.longbench),
+            *("--max-length", "7500", "--buckets", "1", "--batch", "20", "--keep", "decoded"),
+            *(*flags, "--out", out, *_methods(names)),
+        ),
+        needs=needs,
+        keep=(f"{out}/report.json", f"longbench/{tag}.json"),
+    )
+
+
+def _needle(
+    inputs: Inputs, tag: str, names: tuple[str, ...], *flags: str, needs: tuple[str, ...]
+) -> Job:
+    command = (
+        *(*inputs.common, "--text", inputs.test, "--lengths", "8192", "--batch", "10"),
+        *(*flags, "--out", "results/needle", *_methods(names)),
+    )
+    return Job(f"needle-{tag}", command, NEEDLE, needs, memory=14)
+
+
+def _fidelity(
+    inputs: Inputs,
+    name: str,
+    names: tuple[str, ...],
+    *flags: str,
+    out: str,
+    text: str,
+    length: int = 2048,
+    needs: tuple[str, ...] = (),
+) -> Job:
+    count = SEQUENCES[length]
+    command = (
+        *(*inputs.common, "--eval-text", text, "--length", str(length)),
+        *("--sequences", str(count), *flags, "--out", f"results/{out}", *_methods(names)),
+    )
+    return Job(name, command, FIDELITY, needs, memory=20)
+
+
 def _three(
     inputs: Inputs, tag: str, names: tuple[str, ...], fits: tuple[str, ...], *, first: bool = True
 ) -> Iterator[Job]:
     """LongBench, needle and perplexity at both lengths, of methods that share fits, which the
     ``first`` ones with these make."""
     kept = ("--work", str(pathlib.PurePath(fits[0]).parent), "--window", *WINDOWS)
-    out = f"longbench-{tag}"
-    yield Job(
-        out,
-        (
-            *("eval_longbench.py", *inputs.common, "--data", inputs.longbench),
-            *("--max-length", "7500", "--buckets", "1", "--batch", "20", "--keep", "decoded"),
-            *(*kept, "--out", out, *_methods(names)),
-        ),
-        needs=() if first else fits,
-        keep=(f"{out}/report.json", f"longbench/{tag}.json"),
-    )
-    coded = _methods(tuple(name for name in names if name != "full"))
-    yield Job(
-        f"needle-{tag}",
-        (
-            *(*inputs.common, "--text", inputs.test, "--lengths", "8192", "--batch", "10"),
-            *(*kept, "--out", "results/needle", *coded),
-        ),
-        NEEDLE,
-        needs=fits,
-        memory=14,
-    )
-    for length, count in ((8192, 8), (2048, 24)):
-        yield Job(
-            f"fidelity-{length}-{tag}",
-            (
-                *(*inputs.common, "--eval-text", inputs.test, "--length", str(length)),
-                *("--sequences", str(count), *kept, "--out", "results/fidelity", *coded),
-            ),
-            FIDELITY,
+    yield _longbench(inputs, tag, names, *kept, needs=() if first else fits)
+    coded = tuple(name for name in names if name != "full")
+    yield _needle(inputs, tag, coded, *kept, needs=fits)
+    for length in SEQUENCES:
+        yield _fidelity(
+            *(inputs, f"fidelity-{length}-{tag}", coded, *kept),
+            out="fidelity",
+            text=inputs.test,
+            length=length,
             needs=fits,
-            memory=18,
         )
 
 
@@ -160,17 +188,12 @@ ABLATIONS = {
 def ablations(inputs: Inputs) -> Iterator[Job]:
     """The recipe with one part changed, and frames at the longer length, too."""
     for tag, names in ABLATIONS.items():
-        for length, count in ((2048, 24), (8192, 8)):
+        for length in SEQUENCES:
             if length == 2048 or tag in ("frames", "short-blocks", "long-blocks"):
-                yield Job(
-                    f"ablation-{length}-{tag}",
-                    (
-                        *(*inputs.common, "--eval-text", inputs.test, "--length", str(length)),
-                        *("--sequences", str(count), "--work", f"work-ablation-{length}-{tag}"),
-                        *("--window", *WINDOWS, "--out", "results/ablation", *_methods(names)),
-                    ),
-                    FIDELITY,
-                    memory=20,
+                name = f"ablation-{length}-{tag}"
+                flags = ("--work", f"work-{name}", "--window", *WINDOWS)
+                yield _fidelity(
+                    *(inputs, name, names, *flags), out="ablation", text=inputs.test, length=length
                 )
 
 
@@ -189,16 +212,11 @@ TRAINED: dict[str, tuple[str, ...]] = {
 
 def trained(inputs: Inputs) -> Iterator[Job]:
     """Codebooks that are refined, all that is measured of them, and the recipe's second domain."""
-    second = ("--eval-text", "python-source", "--length", "2048", "--sequences", "24")
-    yield Job(
-        "second-domain-gsrq",
-        (
-            *(*inputs.common, *second, "--work", "work-gsrq", "--window", "128"),
-            *("--out", "results/second-domain", *_methods(tuple(f"gsrq@{x:g}" for x in RATES))),
-        ),
-        FIDELITY,
-        ("work-gsrq/gsrq@2.npz",),
-        memory=18,
+    second = functools.partial(_fidelity, out="second-domain", text="python-source")
+    yield second(
+        *(inputs, "second-domain-gsrq", tuple(f"gsrq@{x:g}" for x in RATES)),
+        *("--work", "work-gsrq", "--window", "128"),
+        needs=("work-gsrq/gsrq@2.npz",),
     )
     for name, flags in TRAINED.items():
         books = f"{name}/codebooks"
@@ -215,35 +233,17 @@ def trained(inputs: Inputs) -> Iterator[Job]:
             keep=(f"{name}/report.json", f"training/{name}.json"),
         )
         # Its report is there when all of the run is.
-        needs, both = (f"{name}/report.json",), _methods((books, f"{books}+beam8"))
-        test = ("--eval-text", inputs.test, "--length", "2048", "--sequences", "24")
-        for kind, flags in {
-            "fidelity": (*test, "--window", *WINDOWS, "--out", "results/fidelity"),
-            "second-domain": (*second, "--window", "128", "--out", "results/second-domain"),
-        }.items():
-            command = (*inputs.common, *flags, *both)
-            yield Job(f"{kind}-{name}", command, FIDELITY, needs, memory=18)
-        out = f"longbench-{name}"
-        yield Job(
-            out,
-            (
-                *("eval_longbench.py", *inputs.common, "--data", inputs.longbench),
-                *("--max-length", "7500", "--buckets", "1", "--batch", "20", "--keep", "decoded"),
-                *("--window", "128", "--out", out, *_methods((f"{books}+beam8",))),
-            ),
+        needs, beam = (f"{name}/report.json",), (f"{books}+beam8",)
+        both, here = (books, *beam), ("--window", "128")
+        yield _fidelity(
+            *(inputs, f"fidelity-{name}", both, "--window", *WINDOWS),
+            out="fidelity",
+            text=inputs.test,
             needs=needs,
-            keep=(f"{out}/report.json", f"longbench/{name}.json"),
         )
-        yield Job(
-            f"needle-{name}",
-            (
-                *(*inputs.common, "--text", inputs.test, "--lengths", "8192", "--batch", "10"),
-                *("--window", "128", "--out", "results/needle", *_methods((f"{books}+beam8",))),
-            ),
-            NEEDLE,
-            needs,
-            memory=14,
-        )
+        yield second(inputs, f"second-domain-{name}", both, *here, needs=needs)
+        yield _longbench(inputs, name, beam, *here, needs=needs)
+        yield _needle(inputs, name, beam, *here, needs=needs)
 
 
 class Running(NamedTuple):
