@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from gsrq_jax.kernels import pieces, rotary
+from gsrq_jax.kernels import devices, pieces, rotary
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
 from gsrq_jax.kernels.precision import in_pieces
@@ -265,8 +265,6 @@ def check_config(problem: Problem, config: Config) -> None:
 def check_device() -> None:
     """Refuse what the kernel cannot be compiled for: another jax, another device.
 
-    The device is the abstract mesh's if that has one, else jax's first.
-
     Raises:
         InputError: naming what there is and what is supported.
     """
@@ -276,7 +274,7 @@ def check_device() -> None:
             f"the fused GPU kernel is for jax 0.11 and 0.12, this is {jax.__version__}; install "
             "one of these or use another implementation"
         )
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = devices.device()
     capability = getattr(device, "compute_capability", None)
     hopper = str(capability) == "9.0" or (
         capability is None and re.search(r"\bG?H[12]00\b", device.device_kind) is not None
