@@ -141,9 +141,7 @@ def captured(model: LlamaConfig, mesh: Mesh, length: int) -> Any:
 def fitted(model: LlamaConfig, mesh: Mesh, tokens: int, spec: QuantSpec) -> Any:
     """The step that fits one layer's codebooks to so many tokens, lowered."""
 
-    def spread(shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
-
+    spread = functools.partial(shape_of, mesh)
     heads, dim = model.kv_heads, model.head_dim
     vectors = spread((tokens, heads, dim), jnp.bfloat16, DATA, MODEL)
     norms = spread((tokens, heads), jnp.float32, DATA, MODEL)
@@ -160,39 +158,44 @@ def fitted(model: LlamaConfig, mesh: Mesh, tokens: int, spec: QuantSpec) -> Any:
     )
 
 
+def shape_of(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+    """An array that is spread like that."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+
 def placed(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """Shapes of a pytree with where they live; ``axes`` are a prefix of it."""
+    """Shapes of a pytree, of which ``axes`` are a prefix, with where they live."""
 
     def of(axes: P, part: Any) -> Any:
-        sharding = NamedSharding(mesh, axes)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
-        )
+        return jax.tree.map(lambda x: shape_of(mesh, x.shape, x.dtype, *axes), part)
 
-    return jax.tree.map(of, axes, tree)
+    return jax.tree.map(of, axes, tree, is_leaf=lambda x: isinstance(x, P))
 
 
-def on_mesh(model: LlamaConfig, mesh: Mesh, spec: QuantSpec) -> tuple[Any, Any, Codebooks]:
-    """A bfloat16 model and the codebooks of its layers, without their arrays."""
-    graphdef, params = llama.abstract(model, jnp.bfloat16)
-    params = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        *(params, sharding.shardings(mesh, params)),
-    )
-    heads, of = (model.layers, model.kv_heads), jax.ShapeDtypeStruct
+def on_mesh(mesh: Mesh, sizes: LlamaConfig) -> tuple[Any, Any]:
+    """A bfloat16 model and the shapes of its parameters where they live."""
+    graphdef, shapes = llama.abstract(sizes, jnp.bfloat16)
+    put = functools.partial(jax.tree.map, lambda x, w: shape_of(mesh, x.shape, x.dtype, *w.spec))
+    return graphdef, put(shapes, sharding.shardings(mesh, shapes))
+
+
+def books_on(mesh: Mesh, sizes: LlamaConfig, spec: QuantSpec) -> Codebooks:
+    """Shapes of a model's codebooks where they live."""
+    of, heads = jax.ShapeDtypeStruct, (sizes.layers, sizes.kv_heads)
     books: Any = Codebooks(
         key=of((*heads, *spec.key.codebook_shape), jnp.bfloat16),
         value=of((*heads, *spec.value.codebook_shape), jnp.bfloat16),
-        key_mean=of((*heads, model.head_dim), jnp.float32),
-        inv_freq=of((model.layers, model.head_dim // 2), jnp.float32),
+        key_mean=of((*heads, sizes.head_dim), jnp.float32),
+        inv_freq=of((sizes.layers, sizes.head_dim // 2), jnp.float32),
         spec=spec,
     )
-    return graphdef, params, placed(mesh, sharded.codec_axes(books, stacked=True), books)
+    return placed(mesh, sharded.codec_axes(books, stacked=True), books)
 
 
 def prefilled(model: LlamaConfig, mesh: Mesh, spec: QuantSpec, context: int, chunk: int) -> Any:
     """The reading of one prompt that fills the cache, lowered."""
-    graphdef, params, books = on_mesh(model, mesh, spec)
+    graphdef, params = on_mesh(mesh, model)
+    books = books_on(mesh, model, spec)
     tokens, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, context), (1,)))
     step = functools.partial(generation.read, graphdef, chunk=chunk, max_length=context, mesh=mesh)
     tokens, count = placed(mesh, P(), (tokens, count))
@@ -201,7 +204,8 @@ def prefilled(model: LlamaConfig, mesh: Mesh, spec: QuantSpec, context: int, chu
 
 def decoded(model: LlamaConfig, mesh: Mesh, spec: QuantSpec, context: int) -> Any:
     """The loop that writes one sequence greedily, lowered."""
-    graphdef, params, books = on_mesh(model, mesh, spec)
+    graphdef, params = on_mesh(mesh, model)
+    books = books_on(mesh, model, spec)
     sampler = Sampler()
 
     def state() -> DecodeState:

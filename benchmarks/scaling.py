@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compile_for_pods import books_on, on_mesh, placed, shape_of
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -154,20 +155,6 @@ def one_or(mesh: Mesh) -> Mesh | None:
 # --- arrays where they live -----------------------------------------------------------------------
 
 
-def shape_of(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
-    """An array that is spread like that."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
-
-
-def placed(mesh: Mesh, axes: Any, tree: Any) -> Any:
-    """Shapes of a pytree, of which ``axes`` are a prefix, with where they live."""
-
-    def of(axes: P, part: Any) -> Any:
-        return jax.tree.map(lambda x: shape_of(mesh, x.shape, x.dtype, *axes), part)
-
-    return jax.tree.map(of, axes, tree, is_leaf=lambda x: isinstance(x, P))
-
-
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _drawn(key: jax.Array, size: float, shape: tuple[int, ...], dtype: Any, where: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.unsignedinteger):
@@ -193,26 +180,6 @@ def drawn(tree: Any, seed: int, size: Callable[[tuple[int, ...]], float] = lambd
 def weights(tree: Any) -> Any:
     """Random parameters, small enough for numbers to stay finite."""
     return drawn(tree, 0, lambda shape: shape[-1] ** -0.5)
-
-
-def on_mesh(mesh: Mesh, sizes: LlamaConfig) -> tuple[Any, Any]:
-    """A bfloat16 model and the shapes of its parameters where they live."""
-    graphdef, shapes = llama.abstract(sizes, jnp.bfloat16)
-    put = functools.partial(jax.tree.map, lambda x, w: shape_of(mesh, x.shape, x.dtype, *w.spec))
-    return graphdef, put(shapes, sharding.shardings(mesh, shapes))
-
-
-def books_on(mesh: Mesh, sizes: LlamaConfig, spec: QuantSpec) -> Codebooks:
-    """Shapes of a model's codebooks where they live."""
-    of, heads = jax.ShapeDtypeStruct, (sizes.layers, sizes.kv_heads)
-    books: Any = Codebooks(
-        key=of((*heads, *spec.key.codebook_shape), jnp.bfloat16),
-        value=of((*heads, *spec.value.codebook_shape), jnp.bfloat16),
-        key_mean=of((*heads, sizes.head_dim), jnp.float32),
-        inv_freq=of((sizes.layers, sizes.head_dim // 2), jnp.float32),
-        spec=spec,
-    )
-    return placed(mesh, sharded.codec_axes(books, stacked=True), books)
 
 
 def random_books(shapes: Codebooks, sizes: LlamaConfig) -> Codebooks:
