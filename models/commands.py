@@ -1,13 +1,19 @@
 """The commands: flags to a frozen config, bad input to one line and exit code 2."""
 
+import _thread
+import contextlib
 import dataclasses
+import gc
 import itertools
 import math
 import os
 import pathlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -46,10 +52,11 @@ def run(
     Exits with code 2 and one line on stderr for bad input or a failing disk, 130 when interrupted.
     """
     try:
-        if default is None:
-            action(tyro.cli(config, args=arguments))
-        else:
-            action(tyro.cli(config, args=arguments, default=default))
+        with _interruptible():
+            if default is None:
+                action(tyro.cli(config, args=arguments))
+            else:
+                action(tyro.cli(config, args=arguments, default=default))
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -60,6 +67,36 @@ def run(
             sys.stderr.flush()
             os._exit(130)
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is not lost in garbage collections, where Python drops what a callback raises.
+
+    JAX has such a callback, and after a long compilation it is often the first Python code to run,
+    so that the interrupt which came meanwhile is raised there.
+    """
+    python = signal.default_int_handler
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not python:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, python)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; a little later if a callback of the garbage collector runs."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks:
+            threading.Timer(0.05, _thread.interrupt_main).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def train(arguments: list[str] | None = None) -> None:
