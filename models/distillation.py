@@ -224,7 +224,7 @@ def sample(
     return np.concatenate(rows)
 
 
-_TOGETHER = 64  # sequences sampled at a time
+_TOGETHER = 128  # sequences sampled at a time
 _STRIDE = 64  # tokens between looks at the device
 
 

@@ -50,6 +50,12 @@ def test_another_run_has_it(tool, tmp_path):
     held.close()
 
 
+def test_patterns_give_the_order(tool):
+    jobs = [tool.Job(name, ()) for name in ("a-1", "b-1", "a-2", "c-1")]
+    found = tool.selected(jobs, ["b-*", "*-1", "a-*"])
+    assert [job.name for job in found] == ["b-1", "a-1", "c-1", "a-2"]
+
+
 def test_jobs_of_the_tables(tool):
     """Each has a name of its own; who needs a fit is not the one that makes it."""
     inputs = tool.Inputs("m.gguf", "a.txt", "b.txt", "d")

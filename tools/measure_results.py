@@ -1,10 +1,10 @@
 """Measure all that docs/results.md shows, many commands at a time on each of several GPUs.
 
 ``python tools/measure_results.py --model M.gguf --calibrate valid.txt --test test.txt --longbench
-FOLDER --gpus 0 1``; with ``--list`` jobs are only named, ``--only PATTERN`` takes some of them.
-Results go to ``results/``, all else to ``runs/measure/``. What has run is not run again, what was
-stopped goes on: start the same line once more; a second one, with other GPUs, takes jobs from the
-first.
+FOLDER --gpus 0 1``; with ``--list`` jobs are only named; ``--only PATTERN …`` takes some of them,
+in the order of the patterns. Results go to ``results/``, all else to ``runs/measure/``. What has
+run is not run again, what was stopped goes on: start the same line once more; a second one, with
+other GPUs, takes jobs from the first.
 """
 
 import argparse
@@ -197,15 +197,14 @@ def ablations(inputs: Inputs) -> Iterator[Job]:
                 )
 
 
-WINDOWED = ("--distill.windows", *WINDOWS, "--distill.steps", "210")
+SHARED = ("--preset", "balanced", "--heads", "3", "--distill.steps", "420")
 TRAINED: dict[str, tuple[str, ...]] = {
-    f"gsrq-trained-{bits:g}": ("--preset", "balanced", "--bits", f"{bits:g}", *WINDOWED)
-    for bits in (1, 0.75, 0.5, 0.375, 0.25)
+    f"gsrq-trained-{bits:g}": (*SHARED, "--bits", f"{bits:g}", "--distill.windows", *WINDOWS)
+    for bits in RATES[1:]
 } | {
-    "gsrq-trained-1-heads3": ("--preset", "balanced", "--bits", "1", "--heads", "3", *WINDOWED),
     "gsrq-trained-1-window0": (
-        *("--preset", "balanced", "--bits", "1", "--allocate", "uniform", "--window", "0"),
-        *("--distill.windows", "0", "--distill.steps", "210"),
+        *(*SHARED, "--bits", "1", "--allocate", "uniform", "--window", "0"),
+        *("--distill.windows", "0"),
     ),
 }
 
@@ -350,6 +349,15 @@ def prepare(work: pathlib.Path, **paths: str) -> Inputs:
     return Inputs(**{field: pathlib.Path(path).name for field, path in paths.items()})
 
 
+def selected(jobs: list[Job], patterns: list[str]) -> list[Job]:
+    """Those that a pattern names, in the order of patterns."""
+    left, found = list(jobs), []
+    for pattern in patterns:
+        found += [job for job in left if fnmatch.fnmatch(job.name, pattern)]
+        left = [job for job in left if not fnmatch.fnmatch(job.name, pattern)]
+    return found
+
+
 SETS: dict[str, Callable[[Inputs], Iterator[Job]]] = {
     "peers": peers,
     "trained": trained,
@@ -380,7 +388,7 @@ def main() -> None:
         for make in SETS.values()
         for job in sorted(make(inputs), key=lambda job: (bool(job.needs), -job.memory))
     ]
-    jobs = [job for job in jobs if any(fnmatch.fnmatch(job.name, only) for only in given.only)]
+    jobs = selected(jobs, given.only)
     if given.list:
         print(*(f"{job.name}: {' '.join(job.command)}" for job in jobs), sep="\n")
         return
