@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 CODE := gsrq_jax models kernels tests $(wildcard *.py tools benchmarks)
 PROMPT ?= What does this text allow me to do, and under which conditions?
 
+# Some machines ask for no .pyc files; every process would then compile JAX's sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test format lint typecheck clean
 
 ## demo: learn codebooks for the demo model, then generate with them beside full precision
