@@ -81,8 +81,9 @@ def metric(moment: Float[Array, "*lead d d"], power: float = 0.5) -> Float[Array
     Returns:
         float32, symmetric; the identity where the moment is 0.
     """
+    moment = jnp.asarray(moment, jnp.float32)
     scale = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / moment.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(moment.shape[-1]), moment.shape)
+    eye = jnp.broadcast_to(jnp.eye(moment.shape[-1], dtype=moment.dtype), moment.shape)
     values, vectors = jnp.linalg.eigh(jnp.where(scale > 0, moment / scale, eye))
     values = jnp.maximum(values, _LEAST) ** power
     values = (1 - _MIXED) * values / values.mean(-1, keepdims=True) + _MIXED
