@@ -104,6 +104,8 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
             for name in names
             for window in dict.fromkeys(config.window)
         }
+        if len(set(files.values())) < len(files):
+            raise InputError(f"two of {', '.join(names)} would share a file; rename one")
         left = {key: file for key, file in files.items() if not file.exists()}
         codecs = methods.resolve(
             dict.fromkeys(name for name, _ in left),

@@ -338,6 +338,7 @@ def test_nothing_to_measure(folder, tmp_path, capsys, named):
             "too few for a sequence of 512; give more text or a smaller --length",
         ),
         (("--sequences", "0"), "--sequences must be at least 1, got 0"),
+        (("--length", "4", "--method", "x/y", "--method", "x-y"), "would share a file; rename one"),
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, message):
