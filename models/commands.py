@@ -1,6 +1,5 @@
 """The commands: flags to a frozen config, bad input to one line and exit code 2."""
 
-import _thread
 import contextlib
 import dataclasses
 import gc
@@ -94,7 +93,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in callbacks:
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            # A signal to the thread: `_thread.interrupt_main` would not wake it from a system call.
+            main = threading.get_ident()  # whose handlers these are
+            threading.Timer(0.05, signal.pthread_kill, (main, number)).start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt

@@ -360,6 +360,7 @@ def test_an_interrupt_amid_garbage_collection(capsys):
         time.sleep(10)
 
     reached: list[str] = []
+    began = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit, match="130"):
@@ -369,6 +370,7 @@ def test_an_interrupt_amid_garbage_collection(capsys):
         signal.signal(signal.SIGINT, before)
         gc.callbacks.remove(collected)
     assert reached == ["callback", "action"]
+    assert time.monotonic() - began < 5  # and not after what it interrupts
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
