@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
-CODE := gsrq_jax models kernels tests $(wildcard *.py tools benchmarks)
+CODE := gsrq_jax models kernels tests docs $(wildcard *.py tools benchmarks)
 PROMPT ?= What does this text allow me to do, and under which conditions?
 
 # Some machines ask for no .pyc files; every process would then compile JAX's sources again.

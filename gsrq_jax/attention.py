@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.cache import (
@@ -18,8 +19,10 @@ from gsrq_jax.cache import (
     block_positions,
     blocks_after,
     check_spec,
+    check_vectors,
     coded_tokens,
     exact_tokens,
+    new_tokens,
     outlier_slots,
 )
 from gsrq_jax.codebook import Codebooks, errors, of_heads, unpack
@@ -41,7 +44,7 @@ def attend(
     v: Float[Array, "B T H d"],
     cache: KVCache,
     codec: Codec | None = None,
-    count: Int[Array, " B"] | None = None,
+    count: Int[ArrayLike, " B"] | None = None,
     *,
     implementation: Implementation | None = None,
     axis_name: str | None = None,
@@ -76,17 +79,20 @@ def attend(
         InputError: if specs or shapes do not fit, or ``fused`` or ``codes`` is asked for where it
             cannot be had.
     """
-    check_spec(cache, codec)
     if cache.length.ndim != 1:
         raise InputError(
             "attend takes one layer's cache; scan or vmap over the layers of a stacked one"
         )
-    batch, tokens, _, dim = q.shape
-    heads = k.shape[2]
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    check_vectors(cache, k, v)
+    check_spec(cache, codec)
+    batch, tokens, heads, dim = _check_queries(q, k, v)
+    if not tokens:
+        return q
     query = q.astype(jnp.float32).reshape(batch, tokens, heads, -1, dim) * reference.scale_of(dim)
 
     step = jnp.arange(tokens)
-    new = jnp.full((batch,), tokens) if count is None else count
+    new = new_tokens(count, batch, tokens)
     themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
     sinks, window = (
         (keys, values, jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[1])))
@@ -133,6 +139,22 @@ def attend(
         parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
     out, _ = reference.merge(parts)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def _check_queries(q: Array, k: Array, v: Array) -> tuple[int, int, int, int]:
+    """``B, T, H, d`` of queries ``[B, T, Q, d]`` and their keys and values ``[B, T, H, d]``.
+
+    Raises:
+        InputError: if they do not fit each other.
+    """
+    fit = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2]
+    if not fit or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise InputError(
+            f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit; they are "
+            "[B, T, Q, d], [B, T, H, d] and [B, T, H, d], Q a multiple of H"
+        )
+    batch, tokens, heads, dim = k.shape
+    return batch, tokens, heads, dim
 
 
 def _attend_laid_out(
@@ -257,7 +279,11 @@ def causal(
 
     Never a matrix of all tokens by all: by cuDNN's flash attention in half precision on GPUs that
     have it, else by some queries at a time.
+
+    Raises:
+        InputError: if shapes do not fit.
     """
+    _check_queries(q, k, v)
     if _has_flash_attention(q.dtype, q.shape[-1]):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if q.shape[1] <= 2 * _QUERY_CHUNK:
@@ -314,9 +340,14 @@ def attend_as_cached(
 
     One teacher-forced pass for measuring fidelity. Each past key and value is exact or its decoded
     code by `was_coded`, ``every`` and ``window`` as there, and by whether it was an outlier then.
+
+    Returns:
+        In the dtype of q.
+
+    Raises:
+        InputError: if shapes do not fit.
     """
-    batch, tokens, _, dim = q.shape
-    heads = k.shape[2]
+    batch, tokens, heads, dim = _check_queries(q, k, v)
     position = jnp.arange(tokens)
     old_k, old_v = remembered(k, v, codec)
     stays = None

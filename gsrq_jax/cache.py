@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, Self, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.codebook import Codebooks, errors
 from gsrq_jax.codec import Codec, Codes
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, known
 from gsrq_jax.spec import CacheSpec, QuantSpec
 
 
@@ -153,11 +154,15 @@ def init_cache(
         axis_name: mapped axis over which the blocks are spread; then this device's part.
 
     Raises:
-        InputError: if ``head_dim`` is not the spec's, its codes are for another number of heads, or
-            ``max_length`` is not positive.
+        InputError: if ``head_dim`` is not the spec's, its codes are for another number of heads, a
+            size is not positive, or ``dtype`` is not a floating type.
     """
-    if max_length < 1:
-        raise InputError(f"max_length must be at least 1, got {max_length}")
+    sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "max_length": max_length}
+    for name, size in (sizes if layers is None else sizes | {"layers": layers}).items():
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, got {size}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype must be a floating type, got {jnp.dtype(dtype).name}")
     if spec is not None and head_dim != spec.head_dim:
         raise InputError(
             f"the spec is for heads of {spec.head_dim} channels, the model's have {head_dim}; "
@@ -199,7 +204,12 @@ def init_cache(
     if (kept := outliers_kept(spec)) > 0:
         slots = (*lead, batch, kept, kv_heads)
         outliers = Outliers(
-            exact(kept), exact(kept), jnp.zeros(slots, jnp.int32), jnp.full(slots, -jnp.inf)
+            exact(kept),
+            exact(kept),
+            jnp.zeros(slots, jnp.int32),
+            jnp.full(
+                slots, -jnp.inf, jnp.float32
+            ),  # not weakly typed, for what appends give is not
         )
     return KVCache(
         sink_key=exact(sinks),
@@ -232,7 +242,7 @@ def block_positions(spec: CacheSpec, blocks: Int[Array, " N"]) -> Int[Array, "N 
 
 
 def check_spec(cache: KVCache, codec: Codec | None) -> None:
-    """Refuse a codec of another spec than the cache's.
+    """Refuse a codec of another spec than the cache's, or codebooks of other layers or heads.
 
     Raises:
         InputError: naming both.
@@ -243,6 +253,56 @@ def check_spec(cache: KVCache, codec: Codec | None) -> None:
             f"the cache was made for [{cache.spec or 'full precision'}], the codec for "
             f"[{ours or 'full precision'}]; use one spec"
         )
+    if not isinstance(codec, Codebooks):
+        return
+    layers = cache.length.shape[0] if cache.length.ndim == 2 else None
+    if codec.layers != layers:
+        of_codec, of_cache = (
+            "one layer" if n is None else f"a stack of {n} layers" for n in (codec.layers, layers)
+        )
+        raise InputError(
+            f"the codebooks are of {of_codec}, the cache of {of_cache}; take the same of both "
+            "(a layer's codebooks are jax.tree.map(lambda x: x[i], codebooks))"
+        )
+    if codec.kv_heads != (heads := cache.window_key.shape[-2]):
+        raise InputError(
+            f"the codebooks are of {codec.kv_heads} KV heads, the cache of {heads}; "
+            "train codebooks for this model"
+        )
+
+
+def check_vectors(cache: KVCache, k: Array, v: Array) -> None:
+    """Refuse keys and values ``[*L, B, T, H, d]`` that are not alike or not the cache's.
+
+    Raises:
+        InputError: naming the shapes.
+    """
+    lead, heads = cache.window_key.shape[:-3], cache.window_key.shape[-2:]
+    if k.shape != v.shape or (*k.shape[:-3], *k.shape[-2:]) != (*lead, *heads):
+        takes = ", ".join(map(str, (*lead, "T", *heads)))
+        raise InputError(
+            f"keys {k.shape} and values {v.shape} do not fit this cache, which takes ({takes})"
+        )
+
+
+def new_tokens(count: Int[ArrayLike, " B"] | None, batch: int, tokens: int) -> Int[Array, " B"]:
+    """How many of ``tokens`` new ones each sequence has, int32; None means all.
+
+    Raises:
+        InputError: if there is not one number for each sequence or, where they are concrete, one is
+            not from 0 to ``tokens``.
+    """
+    if count is None:
+        return jnp.full((batch,), tokens, jnp.int32)
+    new = jnp.asarray(count, jnp.int32)
+    if new.shape != (batch,):
+        raise InputError(
+            f"count must have the shape {(batch,)}, a number for each sequence, got {new.shape}"
+        )
+    given = known(count)
+    if given is not None and not ((given >= 0) & (given <= tokens)).all():
+        raise InputError(f"count must be from 0 to the {tokens} new tokens, got {given.tolist()}")
+    return new
 
 
 # --- append ---------------------------------------------------------------------------------------
@@ -253,7 +313,7 @@ def append(
     k: Float[Array, "*L B T H d"],
     v: Float[Array, "*L B T H d"],
     codec: Codec | None = None,
-    count: Int[Array, " B"] | None = None,
+    count: Int[ArrayLike, " B"] | None = None,
     *,
     axis_name: str | None = None,
 ) -> KVCache:
@@ -276,27 +336,23 @@ def append(
             given the same tokens, and encodes the blocks that are its own.
 
     Raises:
-        InputError: if shapes or specs do not fit, or, where lengths are concrete, if a sequence
-            would outgrow the cache. Inside jit growth is the caller's to check
-            (`KVCache.capacity`): tokens beyond it corrupt that sequence.
+        InputError: if shapes or specs do not fit, or, where numbers are concrete, if a count is not
+            from 0 to T or a sequence would outgrow the cache. Inside jit growth is the caller's to
+            check (`KVCache.capacity`): tokens beyond it corrupt that sequence.
     """
-    spec = cache.spec
-    batch, tokens, heads, dim = k.shape[-4:]
-    expected = (*cache.length.shape, tokens, heads, dim)
-    held = (*cache.window_key.shape[:-3], tokens, *cache.window_key.shape[-2:])
-    if k.shape != v.shape or k.shape != expected or k.shape != held:
-        raise InputError(
-            f"keys {k.shape} and values {v.shape} do not fit this cache, which takes {held}"
-        )
+    spec, k, v = cache.spec, jnp.asarray(k), jnp.asarray(v)
+    check_vectors(cache, k, v)
     check_spec(cache, codec)
+    batch, tokens = k.shape[-4:-2]
     if not tokens:
         return cache
-    new = jnp.full((batch,), tokens, jnp.int32) if count is None else count.astype(jnp.int32)
+    new = new_tokens(count, batch, tokens)
     before = cache.length
     after = before + new
-    if not isinstance(after, jax.core.Tracer) and int(after.max()) > cache.capacity:
+    needed = known(after)
+    if needed is not None and needed.max() > cache.capacity:
         raise InputError(
-            f"the cache holds {cache.capacity} tokens and {int(after.max())} are needed; "
+            f"the cache holds {cache.capacity} tokens and {needed.max()} are needed; "
             "make it with a larger max_length"
         )
 

@@ -152,8 +152,20 @@ def fit_layer(
         The codebooks, and the report; errors and cosines there are those of the metric.
 
     Raises:
-        InputError: if there are fewer tokens than codewords, or what a metric needs is missing.
+        InputError: if shapes do not fit, there are fewer tokens than codewords, or what a metric
+            needs is missing.
     """
+    heads = k.shape[:2]
+    for name, x, shape in (
+        ("keys", k, (*heads, spec.head_dim)),
+        ("values", v, (*heads, spec.head_dim)),
+        ("positions", positions, heads[:1]),
+        ("inv_freq", inv_freq, (spec.head_dim // 2,)),
+        ("k_norms", k_norms, heads),
+        ("v_norms", v_norms, heads),
+    ):
+        if x is not None and x.shape != shape:
+            raise InputError(f"{name} have the shape {x.shape}; {shape} is needed here")
     mean = mean_key(k, positions, inv_freq, axis_name=axis_name)
     if not options.center:
         mean = jnp.zeros_like(mean)
@@ -202,7 +214,7 @@ def fit_layer(
         key=keys,
         value=values,
         key_mean=mean,
-        inv_freq=jnp.asarray(inv_freq),
+        inv_freq=jnp.asarray(inv_freq, jnp.float32),
         spec=spec,
         key_metric=key_metric,
         value_metric=value_metric,
@@ -276,7 +288,7 @@ def fit_sharded(
         key=key,
         value=value,
         key_mean=mean,
-        inv_freq=jnp.asarray(inv_freq),
+        inv_freq=jnp.asarray(inv_freq, jnp.float32),
         spec=spec,
         key_metric=key_metric,
         value_metric=value_metric,
@@ -307,7 +319,7 @@ def _metrics(
 
     def of_keys(moments: Moments) -> Array:
         if options.key_metric == "queries":
-            return jnp.eye(spec.head_dim) * jnp.tile(moments.query, 2)[..., None]
+            return jnp.eye(spec.head_dim, dtype=jnp.float32) * jnp.tile(moments.query, 2)[..., None]
         match spec.frame:  # how far a key is turned in its frame, every case of it once
             case "block":
                 turned = jnp.arange(spec.block)

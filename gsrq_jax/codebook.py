@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gsrq_jax import packing, residual
 from gsrq_jax.codec import Codes
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, known
 from gsrq_jax.frame import from_frame, origin, to_frame
 from gsrq_jax.kernels import tiles, words
 from gsrq_jax.rope import rotate
@@ -306,15 +306,15 @@ def validate(codebooks: Codebooks) -> None:
         if x.dtype not in allowed:
             names = " or ".join(jnp.dtype(t).name for t in allowed)
             raise InputError(f"{name} is {x.dtype}; convert it to {names}")
-        known = isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)
-        if known and not bool(jnp.isfinite(x).all()):
+        numbers = known(x)
+        if numbers is not None and not np.isfinite(numbers).all():
             raise InputError(f"{name} holds numbers that are not finite; train the codebooks again")
         stages = by_layer.get(name)
         if stages is not None and lead:
             if len(stages) != lead[0]:
                 raise InputError(f"the spec has stages of {len(stages)} layers, {name} {lead[0]}")
-            if known and any(
-                bool(jnp.any(of[:, :, n:] != 0)) for of, n in zip(x, stages, strict=True)
+            if numbers is not None and any(
+                (of[:, :, n:] != 0).any() for of, n in zip(numbers, stages, strict=True)
             ):
                 raise InputError(
                     f"{name} has codewords in stages that the spec does not give to their layer; "
@@ -476,6 +476,8 @@ def _find(path: str | os.PathLike[str]) -> Path:
         return previous
     if not folder.exists():
         raise InputError(f"there are no codebooks at {path}; train them or correct the path")
+    if (folder / "codebooks").is_dir():
+        raise InputError(f"{path} is the folder of a run; its codebooks are {path}/codebooks")
     return folder
 
 
@@ -546,7 +548,7 @@ def _damaged(path: str | os.PathLike[str], reason: str) -> InputError:
 def _reason(error: Exception) -> str:
     """The last clause of an error's first line, or its type."""
     text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [""])[0]
-    return text.rsplit(": ", 1)[-1][:200] or type(error).__name__
+    return text.rsplit(": ", 1)[-1].split(". ")[0][:200] or type(error).__name__
 
 
 @contextlib.contextmanager

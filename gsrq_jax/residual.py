@@ -132,8 +132,14 @@ def fit(
     if d != spec.dim:
         raise InputError(f"the spec is for {spec.dim} channels, but the points have {d}")
     check_beam(beam)
-    if refits < 0:
-        raise InputError(f"refits must be at least 0, got {refits}")
+    start = 1 if rule == "gskm" else 0
+    for name, given, least in (
+        ("iterations", iterations, 1),
+        ("warmup", warmup, start),
+        ("refits", refits, 0),
+    ):
+        if given < least:
+            raise InputError(f"{name} must be at least {least}, got {given}")
     if refits:
         _check_refit(spec.stages, spec.codewords, ridge)
     weights = _of_groups(weights, points, spec.groups).reshape(-1, n, spec.groups)
@@ -233,7 +239,10 @@ def _fit_stages(
             report = FitReport(
                 error=_ratio(total(jnp.sum(jnp.square(residual), -1)), energy),
                 cosine=_ratio(total(_cosine(points, points - residual)), weight),
-                dead=jnp.sum((count if axis_name is None else lax.psum(count, axis_name)) <= 0),
+                dead=jnp.sum(
+                    (count if axis_name is None else lax.psum(count, axis_name)) <= 0,
+                    dtype=jnp.int32,
+                ),
             )
             return (residual, error, codes, words), report
 
@@ -377,7 +386,9 @@ def _refit(
     sums, _ = lax.scan(add, sums, jax.tree.map(lambda x: _chunked(x, chunk), (at, weights, left)))
     gram, moment = summed(sums)
     pull = ridge * jnp.mean(jnp.diagonal(gram))
-    factor = jax.scipy.linalg.cho_factor(gram + pull * jnp.eye(stages * k), lower=True)
+    factor = jax.scipy.linalg.cho_factor(
+        gram + pull * jnp.eye(stages * k, dtype=gram.dtype), lower=True
+    )
     new = words + jax.scipy.linalg.cho_solve(factor, moment).reshape(words.shape)
     return jnp.where(objective(left_by(new)) < objective(left), new, words)
 
@@ -397,6 +408,7 @@ def _of_groups(weights: Array | None, points: Array, groups: int) -> Array:
     each = (*points.shape[:-1], groups)
     if weights is None:
         weights = jnp.ones(each[:-1])
+    weights = weights.astype(jnp.float32)  # whatever jax_enable_x64 says
     if weights.shape not in (each, each[:-1]):
         raise InputError(
             f"weights must have the shape {each[:-1]}, one a point, or {each}, one a group of it, "
@@ -433,7 +445,7 @@ def encode(
         ``[*lead, n, groups, stages]`` uint8, or uint16 where ``K`` is above 256.
 
     Raises:
-        InputError: if the shapes do not fit, or ``beam`` is out of range.
+        InputError: if the shapes do not fit, or ``beam`` or ``chunk`` is out of range.
     """
     *lead, _, d = x.shape
     *code_lead, groups, _, k, group = codewords.shape
@@ -443,6 +455,8 @@ def encode(
             "leading axes must be equal, groups × group must be the vector's size, K at most 65536"
         )
     check_beam(beam)
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
     x, codewords = lax.stop_gradient((x, codewords))
     if beam == 1 and k <= 256 and devices.on_tpu():
         from gsrq_jax.kernels import mosaic_tpu_encode  # takes longer to import than all of this

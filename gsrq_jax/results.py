@@ -60,6 +60,14 @@ def write_result(
     return path
 
 
+def command_line() -> str:
+    """How this process was started, as a user would type it."""
+    program = sys.argv[0]
+    if program.endswith(".py"):
+        return shlex.join(["python", *sys.argv])
+    return shlex.join([pathlib.PurePath(program).name, *sys.argv[1:]])  # an installed command
+
+
 def repeated(program: str, *, instead: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """This process's command line for one of its results, which does not depend on the others.
 

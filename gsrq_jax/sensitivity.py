@@ -4,10 +4,11 @@ metrics.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, known
 from gsrq_jax.kmeans import AxisName
 
 
@@ -30,10 +31,8 @@ def log_smooth(
     Raises:
         InputError: if a norm is negative or not finite (not noticed under ``jit``).
     """
-    norms = jnp.asarray(norms, jnp.float32)
-    if not isinstance(norms, jax.core.Tracer) and not bool(
-        ((norms >= 0) & (norms < jnp.inf)).all()
-    ):
+    given, norms = known(norms), jnp.asarray(norms, jnp.float32)
+    if given is not None and not ((given >= 0) & (given < np.inf)).all():
         raise InputError(
             "gradient norms must be finite and at least 0; "
             "look for overflow in the loss (scale it down or use float32)"
@@ -81,8 +80,9 @@ def metric(moment: Float[Array, "*lead d d"], power: float = 0.5) -> Float[Array
     Returns:
         float32, symmetric; the identity where the moment is 0.
     """
+    moment = jnp.asarray(moment, jnp.float32)
     scale = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / moment.shape[-1]
-    eye = jnp.broadcast_to(jnp.eye(moment.shape[-1]), moment.shape)
+    eye = jnp.broadcast_to(jnp.eye(moment.shape[-1], dtype=moment.dtype), moment.shape)
     values, vectors = jnp.linalg.eigh(jnp.where(scale > 0, moment / scale, eye))
     values = jnp.maximum(values, _LEAST) ** power
     values = (1 - _MIXED) * values / values.mean(-1, keepdims=True) + _MIXED

@@ -16,14 +16,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from gsrq_jax import attention
 from gsrq_jax import cache as single
-from gsrq_jax.cache import KVCache, outliers_kept
+from gsrq_jax.cache import KVCache, new_tokens, outliers_kept
 from gsrq_jax.calibration import DATA, MODEL
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import Codec
@@ -118,7 +118,7 @@ def attend(
     v: Float[Array, "B T H d"],
     cache: KVCache,
     codec: Codec | None = None,
-    count: Int[Array, " B"] | None = None,
+    count: Int[ArrayLike, " B"] | None = None,
     **options: Any,
 ) -> Float[Array, "B T Q d"]:
     """`gsrq_jax.attention.attend` over one layer of a cache of `init_cache`'s kind."""
@@ -134,7 +134,7 @@ def attend(
         ),
         out_specs=VECTORS,
     )
-    return mapped(q, k, v, cache, codec, _counts(k, count))
+    return mapped(q, k, v, cache, codec, new_tokens(count, *k.shape[-4:-2]))
 
 
 def causal(
@@ -154,7 +154,7 @@ def append(
     k: Float[Array, "*L B T H d"],
     v: Float[Array, "*L B T H d"],
     codec: Codec | None = None,
-    count: Int[Array, " B"] | None = None,
+    count: Int[ArrayLike, " B"] | None = None,
 ) -> KVCache:
     """`gsrq_jax.cache.append` to a cache of `init_cache`'s kind; growth is the caller's to check.
 
@@ -169,9 +169,4 @@ def append(
         in_specs=(axes, vectors, vectors, codec_axes(codec, stacked=stacked), P()),
         out_specs=axes,
     )
-    return mapped(cache, k, v, codec, _counts(k, count))
-
-
-def _counts(k: Array, count: Array | None) -> Array:
-    batch, tokens = k.shape[-4:-2]
-    return jnp.full(batch, tokens, jnp.int32) if count is None else count
+    return mapped(cache, k, v, codec, new_tokens(count, *k.shape[-4:-2]))

@@ -6,6 +6,7 @@ Bits are derived from the shape of the code, never stored beside it.
 
 import dataclasses
 import math
+import operator
 import statistics
 from typing import Any, Literal, Self
 
@@ -32,6 +33,20 @@ def check_beam(beam: int) -> None:
         raise InputError(f"beam must be from 1 (greedy) to {MOST_BEAM}, got {beam}")
 
 
+def _make_whole(spec: Any, *names: str) -> None:
+    """Fields as plain integers, which JSON and hashes take, whatever kind of integer was given.
+
+    Raises:
+        InputError: for what is not a whole number.
+    """
+    for name in names:
+        given = getattr(spec, name)
+        try:
+            object.__setattr__(spec, name, operator.index(given))
+        except TypeError:
+            raise InputError(f"{name} must be a whole number, got {given!r}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class ResidualSpec:
     """The code of one vector: ``dim`` channels in groups of ``group``, each in ``stages`` stages.
@@ -56,6 +71,7 @@ class ResidualSpec:
     heads: int = 1
 
     def __post_init__(self):
+        _make_whole(self, "dim", "group", "stages", "codewords", "heads")
         if self.dim < 1 or self.group < 1 or self.dim % self.group:
             raise InputError(
                 f"group {self.group} does not divide the head size {self.dim}; "
@@ -147,6 +163,7 @@ class CacheSpec:
     sinks: int = 4
 
     def __post_init__(self):
+        _make_whole(self, "block", "window", "sinks")
         for name, least in (("block", 1), ("window", 0), ("sinks", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -227,6 +244,7 @@ class QuantSpec(CacheSpec):
 
     def __post_init__(self):
         super().__post_init__()
+        _make_whole(self, "beam", "mean_every", "outliers")
         check_beam(self.beam)
         if self.outliers < 0:
             raise InputError(f"outliers must be at least 0, got {self.outliers}")
@@ -255,6 +273,8 @@ class QuantSpec(CacheSpec):
             raise InputError("key_stages and value_stages are given together or not at all")
         if self.key_stages is None or self.value_stages is None:
             return
+        for name in ("key_stages", "value_stages"):
+            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
         if len(self.key_stages) != len(self.value_stages):
             raise InputError(
                 f"key_stages are of {len(self.key_stages)} layers and value_stages of "
@@ -421,9 +441,6 @@ class QuantSpec(CacheSpec):
         try:
             rest = dict(data)
             key, value = ResidualSpec(**rest.pop("key")), ResidualSpec(**rest.pop("value"))
-            for name in ("key_stages", "value_stages"):
-                if rest.get(name) is not None:
-                    rest[name] = tuple(rest[name])
             return cls(key=key, value=value, **rest)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a quantisation spec ({error}): {data}") from error

@@ -1,6 +1,5 @@
 """The commands: flags to a frozen config, bad input to one line and exit code 2."""
 
-import _thread
 import contextlib
 import dataclasses
 import gc
@@ -51,12 +50,13 @@ def run(
 
     Exits with code 2 and one line on stderr for bad input or a failing disk, 130 when interrupted.
     """
+    program = os.path.basename(sys.argv[0])
     try:
         with _interruptible():
             if default is None:
-                action(tyro.cli(config, args=arguments))
+                action(tyro.cli(config, prog=program, args=arguments))
             else:
-                action(tyro.cli(config, args=arguments, default=default))
+                action(tyro.cli(config, prog=program, args=arguments, default=default))
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -93,7 +93,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         if frame.f_code in callbacks:
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            # A signal to the thread: `_thread.interrupt_main` would not wake it from a system call.
+            main = threading.get_ident()  # whose handlers these are
+            threading.Timer(0.05, signal.pthread_kill, (main, number)).start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt
@@ -188,6 +190,8 @@ def _generate(config: GenerateConfig) -> None:
     sampler = generation.Sampler(config.temperature, config.top_p)
     if config.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, got {config.max_new_tokens}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {config.seed}")
     for flag, given in (("--compare", config.compare), ("--layout", config.layout is not None)):
         if given and config.codebooks is None:
             raise InputError(f"{flag} needs --codebooks")

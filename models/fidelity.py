@@ -78,6 +78,11 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
     """
     if min(config.window, default=-1) < 0:
         raise InputError("--window takes numbers from 0 up, at least one")
+    if config.sequences < 1:
+        raise InputError(f"--sequences must be at least 1, got {config.sequences}")
+    names = [name for name in dict.fromkeys(config.method) if name != methods.FULL]
+    if not names:
+        raise InputError("no method to measure is named; give at least one, such as gsrq@1")
     model = loading.load(config.model, dtype=config.dtype)
     sequences = _sequences(config, model)
     out = config.out / str(config.length)
@@ -92,7 +97,6 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
     }
     with writing(out):
         claim(out, "fidelity", asked, begin=False)
-        names = [name for name in dict.fromkeys(config.method) if name != methods.FULL]
         streamed = None if config.attention == "pass" else config.attention
         way = "" if streamed is None else f"-{streamed}"
         files = {
@@ -100,6 +104,8 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
             for name in names
             for window in dict.fromkeys(config.window)
         }
+        if len(set(files.values())) < len(files):
+            raise InputError(f"two of {', '.join(names)} would share a file; rename one")
         left = {key: file for key, file in files.items() if not file.exists()}
         codecs = methods.resolve(
             dict.fromkeys(name for name, _ in left),
@@ -109,6 +115,12 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
             window=128,
             sinks=config.sinks,
         )
+        if streamed is not None:
+            codecs = {
+                name: codec.respec(one, layout="tiles")
+                for name, one in codecs.items()
+                if one is not None
+            }
         claim(out, "fidelity", asked)
         arguments = (model.graphdef, model.params)
         tokens = [jnp.asarray(s)[None] for s in sequences] if left else []
@@ -118,7 +130,7 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
                 method = codecs[name]
                 assert method is not None
                 if streamed is not None:
-                    method = codec.respec(method, window=window, layout="tiles")
+                    method = codec.respec(method, window=window)
                 found = evaluation.fidelity(
                     *arguments,
                     tqdm(sequences, desc=f"{name}, window {window}", unit="seq"),
@@ -157,10 +169,10 @@ def _sequences(config: FidelityConfig, model: loading.LoadedModel) -> Int[np.nda
     wanted = room + (config.sequences - 1) * stride
     ids = text.tokens(pieces, tokenizer, count=wanted)
     begins = range(0, len(ids) - room + 1, stride)
-    if config.sequences < 1 or not begins:
+    if not begins:
         raise InputError(
             f"the text {config.eval_text!r} has {len(ids)} tokens, too few for a sequence of "
-            f"{config.length}; give more text, or smaller --length and at least one of --sequences"
+            f"{config.length}; give more text or a smaller --length"
         )
     return np.stack(
         [np.concatenate([np.asarray(start, np.int32), ids[b : b + room]]) for b in begins]

@@ -111,7 +111,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if magic != b"GGUF":
-        raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
+        raise InputError(f"{path} is not a GGUF file: it begins with {magic!r}; fetch it again")
     try:
         reader = gguf.GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +83,7 @@ def write(
     results.write_result(
         folder / "report.json",
         measured,
-        command=shlex.join(["python", *sys.argv]),
+        command=results.command_line(),
         config=config,
         interval="95 %, bootstrap over rows",
         data="LongBench (THUDM/LongBench, MIT), its prompts and metrics",

@@ -93,9 +93,9 @@ def evaluate(config: LongBenchConfig) -> pathlib.Path:
         InputError: for whatever in ``config`` cannot be used, and for a disk that is full or not
             ours to write. No answer is written if ``config`` was at fault.
     """
-    for name in ("batch", "buckets"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    for name, least in (("batch", 1), ("buckets", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"--{name} must be at least {least}, got {getattr(config, name)}")
     if min(config.window, default=-1) < 0:
         raise InputError("--window takes numbers from 0 up, at least one")
     if not config.method:

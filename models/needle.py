@@ -418,13 +418,15 @@ def measure(config: NeedleConfig) -> pathlib.Path:
 
 
 def _check(config: NeedleConfig) -> None:
-    for name in ("samples", "keys", "batch"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    for name, least in (("samples", 1), ("keys", 1), ("batch", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"--{name} must be at least {least}, got {getattr(config, name)}")
     if config.keys > len(WORDS):
         raise InputError(f"--keys must be at most {len(WORDS)}, got {config.keys}")
     if not (config.lengths and config.depths and config.window):
         raise InputError("give at least one of --lengths, --depths and --window each")
+    if min(config.window) < 0:
+        raise InputError("--window takes numbers from 0 up")
     for depth in config.depths:
         if not 0 <= depth <= 1:
             raise InputError(f"--depths must be from 0 to 1, got {depth}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,7 +130,7 @@ def write(
     results.write_result(
         folder / "report.json",
         rows,
-        command=" ".join(["python", *sys.argv]),
+        command=results.command_line(),
         config=config,
         spec=spec.to_json(),
         summary=str(spec),

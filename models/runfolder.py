@@ -60,6 +60,10 @@ def claim(
         (out / _NEW_RECORD).write_text(json.dumps(record | {_INPUTS: given}, indent=1))
         os.replace(out / _NEW_RECORD, out / _RECORD)
         return
+    if before["kind"] != kind:
+        raise InputError(
+            f"{out} holds a run of another kind ({before['kind']}); choose another {flag}"
+        )
     if changed := [x for x in record if x not in before or record[x] != before[x]]:
         names = ", ".join("--" + x.replace("_", "-") for x in changed)
         raise InputError(

@@ -86,7 +86,10 @@ def make_mesh(
     if min(shape) < 1 or (
         data * model != len(devices) and (processes > 1 or data * model > len(devices))
     ):
-        raise InputError(f"a mesh of {data} × {model} does not fit {len(devices)} devices")
+        raise InputError(
+            f"a mesh of {data} × {model} does not fit {len(devices)} devices; choose two sizes "
+            "with that product, or none"
+        )
     if groups % model:
         codes = f", of which {together} share codes," if together > 1 else ""
         raise InputError(

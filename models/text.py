@@ -36,7 +36,8 @@ def read(name: str) -> Iterator[str]:
     path = pathlib.Path(name).expanduser()
     if not path.is_file():
         raise InputError(
-            f"there is no file {name}; correct the path, or give data sets and folders by --dataset"
+            f"there is no file {name}; correct the path (data sets and folders are for --dataset, "
+            "where a command has it)"
         )
     try:
         yield path.read_text(encoding="utf-8")

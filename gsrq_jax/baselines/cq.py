@@ -122,7 +122,7 @@ def fit(
     return Codebooks(
         key=centroids(key_rng, k, spec.key, k_fisher),
         value=centroids(value_rng, v, spec.value, v_fisher),
-        key_mean=jnp.zeros(k.shape[1:]),
+        key_mean=jnp.zeros(k.shape[1:], jnp.float32),
         inv_freq=jnp.asarray(inv_freq, jnp.float32),
         spec=spec,
     )

@@ -550,3 +550,91 @@ def test_refusals():
             make_codebooks(pre, rng),
             implementation="codes",
         )
+
+
+def test_shapes_that_do_not_fit_are_named():
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(13)
+    books, cache = make_codebooks(spec, rng), empty(spec)
+    q, k, v = make_tokens(rng, 2, 3)
+    for wrong in (
+        (q[:, :, :3], k, v),  # query heads that KV heads do not divide
+        (q[:1], k, v),
+        (q[:, :2], k, v),
+        (q[..., :8], k, v),
+    ):
+        for call in (
+            lambda *x: attention.attend(*x, cache, books),
+            lambda *x: attention.attend_as_cached(*x, books),
+            attention.causal,
+        ):
+            with pytest.raises(InputError, match=r"do not fit; .*\[B, T, Q, d\].*multiple of H"):
+                call(*wrong)
+    for wrong in ((k[:1], v[:1]), (k[:, :, :1], v[:, :, :1]), (k, v[:, :2]), (k[0], v[0])):
+        for call in (
+            lambda k, v: attention.attend(q, k, v, cache, books),
+            lambda k, v: append.__wrapped__(cache, k, v, books),
+        ):
+            with pytest.raises(InputError, match=r"do not fit this cache, .* \(2, T, 2, 16\)"):
+                call(*wrong)
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), books)
+    with pytest.raises(InputError, match=r"of a stack of 2 layers, the cache of one layer"):
+        attention.attend(q, k, v, cache, two)
+    with pytest.raises(InputError, match=r"of one layer, the cache of a stack of 3 layers"):
+        append.__wrapped__(empty(spec, layers=3), *(jnp.stack([x] * 3) for x in (k, v)), books)
+    half = jax.tree.map(lambda x: x[:1] if x.ndim > 1 else x, books)
+    with pytest.raises(InputError, match="of 1 KV heads, the cache of 2"):
+        attention.attend(q, k, v, cache, half)
+    assert attention.attend(q[:, :0], k[:, :0], v[:, :0], cache, books).shape == (2, 0, 6, DIM)
+
+
+def test_counts_are_checked():
+    cache, rng = empty(None), np.random.default_rng(13)
+    q, k, v = make_tokens(rng, 2, 3)
+    assert append.__wrapped__(
+        cache, np.asarray(k), np.asarray(v), None, [1, 3]
+    ).length.tolist() == [1, 3]
+    for call in (
+        lambda count: append.__wrapped__(cache, k, v, None, count),
+        lambda count: attention.attend(q, k, v, cache, None, count),
+    ):
+        with pytest.raises(
+            InputError, match=r"count must be from 0 to the 3 new tokens, got \[1, 4\]"
+        ):
+            call(jnp.asarray([1, 4]))
+        with pytest.raises(InputError, match=r"count must have the shape \(2,\)"):
+            call(2)
+        with pytest.raises(InputError, match="count must be from 0 to the 3 new tokens"):
+            jax.jit(call, static_argnums=0)((1, 4))
+
+
+@pytest.mark.parametrize("bad", [{"batch": 0}, {"layers": 0}, {"max_length": 0}])
+def test_a_cache_has_positive_sizes(bad):
+    with pytest.raises(InputError, match=f"{next(iter(bad))} must be at least 1, got 0"):
+        empty(None, **bad)
+
+
+def test_a_cache_holds_floats():
+    with pytest.raises(InputError, match="dtype must be a floating type, got int8"):
+        init_cache(None, batch=1, kv_heads=1, head_dim=4, max_length=8, dtype=jnp.int8)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_decode_loop_is_traced_once(x64):
+    """A step gives back the types that it was given, weak ones and those of 64 bits too."""
+    spec = LAYOUTS["outliers"]
+    rng = np.random.default_rng(13)
+    books, new = make_codebooks(spec, rng), make_tokens(rng, 2, 1)
+
+    def step(cache):
+        attention.attend(*new, cache, books)
+        return append.__wrapped__(cache, *new[1:], books)
+
+    def types(cache):
+        return jax.tree.map(lambda x: (x.dtype.name, x.weak_type), cache)
+
+    with jax.enable_x64(x64):
+        cache = empty(spec)
+        after = jax.eval_shape(step, cache)
+        assert types(after) == types(cache)
+        assert {x.dtype.name for x in jax.tree.leaves(after)} == {"float32", "uint8", "int32"}

@@ -363,3 +363,49 @@ def test_full_disk_does_not_count_as_stored(tmp_path):
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 0
     store.put(0, *arrays)
     np.testing.assert_array_equal(store.layer(1).k_norms, arrays[2][1].astype(np.float32))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_types_of_codebooks_are_those_of_the_docstring(x64):
+    """Whatever jax_enable_x64 says and numpy holds; traced only."""
+    spec = dataclasses.replace(SPEC, beam=2)
+    options = dataclasses.replace(FEW, refits=1, key_metric="queries", value_metric="output")
+    moments = Moments(None, None, np.ones((H, D // 2)))
+
+    def fitted(rng, k, norms):
+        at = np.arange(N)
+        return calibration.fit_layer(
+            *(rng, k, k, at, np.asarray(INV_FREQ, float), spec),
+            k_norms=norms,
+            v_norms=None,
+            moments=moments,
+            output=np.ones((H, D, D)),
+            options=options,
+        )
+
+    with jax.enable_x64(x64):
+        books, report = jax.eval_shape(
+            fitted, jax.random.key(0), np.ones((N, H, D)), np.ones((N, H))
+        )
+    assert {x.dtype.name for x in jax.tree.leaves(books)} == {"float32"}
+    for side in report:
+        assert (side.error.dtype, side.dead.dtype) == (jnp.float32, jnp.int32)
+
+
+@pytest.mark.parametrize("field", ["iterations", "warmup"])
+def test_options_out_of_range(samples, field):
+    with pytest.raises(InputError, match=f"{field} must be at least 1, got 0"):
+        fit(samples, options=dataclasses.replace(FEW, **{field: 0}))
+
+
+def test_samples_that_do_not_fit_each_other(samples):
+    k, v, positions = samples
+    for name, wrong in (
+        ("keys", (k[..., :4], v, positions)),
+        ("values", (k, v[:, :1], positions)),
+        ("positions", (k, v, positions[:5])),
+    ):
+        with pytest.raises(InputError, match=f"{name} have the shape"):
+            fit(wrong)
+    with pytest.raises(InputError, match=r"k_norms have the shape \(256,\); \(256, 2\)"):
+        fit(samples, k_norms=jnp.ones(N))

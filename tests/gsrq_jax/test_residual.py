@@ -216,6 +216,8 @@ def test_bad_input():
             encode(x, codewords)
     with pytest.raises(InputError, match="do not fit codes"):
         decode(jnp.zeros((5, 2, 2), jnp.uint8), random_codewords())
+    with pytest.raises(InputError, match="chunk must be at least 1, got 0"):
+        encode(jnp.zeros((5, 8)), jnp.zeros((1, 2, 4, 8)), chunk=0)
 
 
 @pytest.mark.parametrize(("codewords", "stages", "groups"), [(16, 9, 1), (4, 17, 2), (64, 3, 1)])

@@ -3,7 +3,7 @@ import json
 import jax
 import pytest
 
-from gsrq_jax.results import write_result
+from gsrq_jax.results import command_line, write_result
 
 
 def test_round_trip(tmp_path):
@@ -25,3 +25,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             write_result(path, [{"value": bad}], command="a")
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_command_is_as_it_was_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_codebooks.py", "--text", "a text.txt"])
+    assert command_line() == "python train_codebooks.py --text 'a text.txt'"
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/gsrq-train", "--bits", "1"])
+    assert command_line() == "gsrq-train --bits 1"

@@ -44,8 +44,11 @@ def test_scale_free_ordered_and_positive(norms, power):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -1.0])
 def test_unusable_norms(bad):
+    norms = jnp.array([1.0, bad, 2.0])
     with pytest.raises(InputError, match="finite and at least 0"):
-        log_smooth(jnp.array([1.0, bad, 2.0]))
+        log_smooth(norms)
+    with pytest.raises(InputError, match="finite and at least 0"):  # constants of a trace, too
+        jax.jit(lambda: log_smooth(norms))()
 
 
 def test_bfloat16_norms_give_float32_weights():

@@ -6,6 +6,7 @@ import math
 import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,7 @@ def test_rates_that_cannot_be_had_name_those_that_can(bits, says):
         ({"group": 0}, "group 0 does not divide"),
         ({"dim": 0}, "head size 0"),
         ({"stages": 0}, "stages must be at least 1, got 0"),
+        ({"stages": 2.0}, "stages must be a whole number, got 2.0"),
         ({"codewords": 1}, "got 1"),
         ({"codewords": 24}, "power of two from 2 to 65536, got 24"),
         ({"codewords": 131072}, "got 131072"),
@@ -284,3 +286,16 @@ def test_stages_by_layer():
 def test_stages_by_layer_that_cannot_be(change, says):
     with pytest.raises(InputError, match=says):
         dataclasses.replace(BY_LAYER, **change)
+
+
+def test_any_integers_and_sequences_of_stages_make_the_same_spec():
+    number = np.int64
+    whole = ResidualSpec(number(8), number(8), number(2), number(16), number(1))
+    spec = QuantSpec(
+        key=whole, value=whole, window=number(5), key_stages=[2, number(1)], value_stages=[1, 2]
+    )
+    code = ResidualSpec(8, 8, 2, 16)
+    assert spec == QuantSpec(key=code, value=code, window=5, key_stages=(2, 1), value_stages=(1, 2))
+    assert hash(spec) == hash(QuantSpec.from_json(json.loads(json.dumps(spec.to_json()))))
+    with pytest.raises(InputError, match=r"window must be a whole number, got 2\.5"):
+        dataclasses.replace(spec, window=2.5)

@@ -122,7 +122,9 @@ def test_unusable_models(refused, tiny_model, tmp_path, damage, words):
             ["--tokens", "64", "--codewords", "64", "--stages", "1"],
             "64 codewords need as many points, got 62; give",
         ),
-        (["--fit.iterations", "0"], "iterations (0)"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--fit.warmup", "0"], "warmup must be at least 1, got 0"),
+        (["--fit.iterations", "0"], "iterations must be at least 1, got 0"),
         (["--eval-length", "513"], "--eval-length 513 is beyond the context of tiny, 512 tokens"),
         (["--text", "/no/such.txt"], "there is no file /no/such.txt; correct the path"),
         (["--text", os.devnull], "there is no file /dev/null"),
@@ -186,6 +188,13 @@ def test_folder_of_another_run(refused, tiny_run, tiny_model):
     message = refused(commands.train, *args, "--bits", "0.5", "--eval-sequences", "1")
     assert "holds a run with another --bits, --eval-sequences; choose another --out" in message
     assert before == {x: x.read_bytes() for x in tiny_run.rglob("*") if x.is_file()}
+
+
+def test_folder_of_another_kind_of_run(refused, tiny_run, tiny_model):
+    text = tiny_model / "config.json"
+    flags = ("--model", tiny_model, "--text", text, "--lengths", "500", "--keys", "1")
+    message = refused(commands.measure_needle, *flags, "--out", tiny_run)
+    assert f"{tiny_run} holds a run of another kind (train); choose another --out" in message
 
 
 def test_finished_run_without_its_codebooks(refused, tiny_run, tiny_model, tmp_path):
@@ -351,6 +360,7 @@ def test_an_interrupt_amid_garbage_collection(capsys):
         time.sleep(10)
 
     reached: list[str] = []
+    began = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit, match="130"):
@@ -360,6 +370,7 @@ def test_an_interrupt_amid_garbage_collection(capsys):
         signal.signal(signal.SIGINT, before)
         gc.callbacks.remove(collected)
     assert reached == ["callback", "action"]
+    assert time.monotonic() - began < 5  # and not after what it interrupts
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
@@ -426,6 +437,8 @@ def test_generation_on_a_mesh_with_heads_that_share_codes(
         (["--codebooks", "/no/such/books"], "there are no codebooks at /no/such/books; train them"),
         (["--codebooks", os.path.dirname(__file__)], "is not a codebook checkpoint or is damaged"),
         (["--chat", "yes"], "no chat template; give a plain prompt"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--seed", "4294967296"], "--seed must be from 0 to 4294967295, got 4294967296"),
     ],
 )
 def test_unusable_flags_of_generation(refused, tiny_model, flags, words):
@@ -453,3 +466,19 @@ def test_codebooks_of_another_model(refused, tiny_run, tmp_path):
     books = tiny_run / "codebooks"
     message = refused(commands.generate, "--model", other, "--codebooks", books, "A prompt")
     assert f"the codebooks in {books} were trained for another model: weights is" in message
+
+
+def test_folder_of_a_run_for_its_codebooks(refused, tiny_run, tiny_model):
+    message = refused(commands.generate, "--model", tiny_model, "--codebooks", tiny_run, "A prompt")
+    assert f"{tiny_run} is the folder of a run; its codebooks are {tiny_run}/codebooks" in message
+    file = tiny_run / "report.json"
+    message = refused(commands.generate, "--model", tiny_model, "--codebooks", file, "A prompt")
+    assert "damaged (Could not recognize the checkpoint at" in message
+    assert len(message) < 300 + 3 * len(str(file))
+
+
+def test_help_names_the_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/gsrq-generate"])
+    with pytest.raises(SystemExit):
+        commands.generate(["--help"])
+    assert capsys.readouterr().out.startswith("usage: gsrq-generate [-h]")

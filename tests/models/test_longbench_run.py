@@ -353,6 +353,7 @@ def _file_name(path):
         (["--window", "-1"], "--window takes numbers from 0 up"),
         (["--window"], "--window takes numbers from 0 up, at least one"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--buckets", "0"], "--buckets must be at least 1, got 0"),
         (["--max-length", "1"], "--max-length must be at least 2, got 1"),
         (["--max-length", "480"], "new ones is beyond the context of tiny, 512 tokens; choose a"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,10 @@ def test_over_a_real_cache(folder, work, tmp_path, capsys):
     with pytest.raises(SystemExit):
         commands.measure_fidelity([*arguments, "kivi1"])
     assert "only window, sinks can change after fitting here" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(SystemExit):  # and then no run is begun
+        commands.measure_fidelity([*arguments, "kivi1"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_overlapping_sequences_count_once(model, tmp_path):
@@ -311,13 +316,29 @@ def test_overlapping_sequences_count_once(model, tmp_path):
     assert got.n == 100 + 2 * 60
 
 
+@pytest.mark.parametrize("named", [(), ("--method", "full")])
+def test_nothing_to_measure(folder, tmp_path, capsys, named):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        commands.measure_fidelity(
+            ["--model", str(folder), "--eval-text", "python", "--out", str(out), *named]
+        )
+    assert "no method to measure is named; give at least one" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--length", "600"), "--length must be from 2 to the context"),
         (("--length", "100", "--stride", "100"), "--stride must be from 1 to 99"),
         (("--window", "-1"), "--window takes numbers from 0 up"),
-        (("--length", "512"), "too few for a sequence of 512"),
+        (
+            ("--length", "512"),
+            "too few for a sequence of 512; give more text or a smaller --length",
+        ),
+        (("--sequences", "0"), "--sequences must be at least 1, got 0"),
+        (("--length", "4", "--method", "x/y", "--method", "x-y"), "would share a file; rename one"),
     ],
 )
 def test_bad_flags(folder, tmp_path, capsys, flags, message):

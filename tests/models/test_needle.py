@@ -297,6 +297,8 @@ def test_documents_say_what_the_rows_say(run, results):
         (("--keys", "1000"), f"at most {len(WORDS)}"),
         (("--keys", "0"), "--keys must be at least 1"),
         (("--samples", "0"), "--samples must be at least 1"),
+        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--window", "-1"), "--window takes numbers from 0 up"),
         (("--depths", "1.5"), "--depths must be from 0 to 1, got 1.5"),
         (("--depths",), "at least one of"),
         (("--method", "nonesuch"), "unknown method 'nonesuch'"),

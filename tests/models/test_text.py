@@ -43,7 +43,7 @@ def test_files_and_python(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"there is no file /no/such\.txt; correct the path"):
         next(text.read("/no/such.txt"))
-    with pytest.raises(InputError, match=r"there is no file .*by --dataset"):
+    with pytest.raises(InputError, match=r"there is no file .*folders are for --dataset"):
         next(text.read(str(tmp_path)))
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"cannot read .*latin1\.txt as UTF-8 text .*; give"):
