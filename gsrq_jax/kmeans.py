@@ -386,7 +386,9 @@ def _cluster(
     points = jnp.where(counted[:, None], points, 0)
     weights = jnp.where(counted, weights, 0)
     if kernels.fused(implementation, n, d, codewords):
-        sweep = functools.partial(_fused_sweep, points.astype(jnp.float32), weights)
+        more = -n % mosaic_gpu_cluster.EIGHT
+        points = jnp.pad(points.astype(jnp.float32), ((0, more), (0, 0)))
+        sweep = functools.partial(_fused_sweep, points, jnp.pad(weights, (0, more)))
     else:
         sweep = functools.partial(_sweep, (_chunks(points, chunk), _chunks(weights, chunk)))
 

@@ -37,6 +37,9 @@ from gsrq_jax.kernels.precision import in_pieces
 
 ROWS = 64
 """Points that a warpgroup takes at a time: what its matrix instruction has."""
+EIGHT = 8
+"""Points come in eights, as they lie in shared memory; `nearest` copies points of another number to
+fill the last eight."""
 NORMS = 16
 """Terms of the product that subtracts half the squared lengths: one step of the instruction."""
 MOST_CODEWORDS, MOST_CHANNELS = 1024, 256
@@ -226,12 +229,13 @@ def nearest(
     check(points, codewords.shape[1])
 
     def of_problems(points: Array, codewords: Array) -> tuple[Array, Array, Array]:
+        n = points.shape[1]
+        points = jnp.pad(points, ((0, 0), (0, -n % EIGHT), (0, 0)))
         problem = problem_of(points, codewords.shape[1])
         chosen = config or choose_nearest(problem)
         high, low, norms = _codeword_pieces(codewords, chosen.codewords)
         kernel = _nearest_kernel(problem, chosen, unit, interpret)
         code, score, square = kernel(points, high, low, norms)
-        n = problem.points
         code, score, square = code[..., :n], score[..., :n], square[:, 0, :n]
         if code.shape[1] == 1:
             return code[:, 0], score[:, 0], square
@@ -469,7 +473,8 @@ def choose_sums(problem: Problem, kinds: int, **given: int) -> SumsConfig:
                 continue
             room = (SHARED_BYTES - memory.tiles - 16) // memory.tile_bytes
             depth = given.get("depth", min(8, room))
-            if depth > room or (depth - 1) * memory.tile_bytes < UNDER_WAY:
+            short = (depth - 1) * memory.tile_bytes < UNDER_WAY and "depth" not in given
+            if depth > room or short:
                 continue
             blocks = p.problems * (p.channels // width)
             splits = given.get("splits") or _splits(blocks, -(-p.points // tile), 16)

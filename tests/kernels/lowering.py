@@ -2,7 +2,7 @@
 
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
-``nearest`` and ``sums`` what it says about those of k-means (of `nearest_module`, `sums_module`),
+``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100,
 ``python lowering.py loop`` a model's decode loop, ``python lowering.py encode`` greedy encoding.
 """
@@ -15,9 +15,15 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, tiles
+
+supported = pytest.mark.skipif(
+    not jax.__version__.startswith(("0.11.", "0.12.")),
+    reason=f"the kernels for GPUs are for jax 0.11 and 0.12, this is {jax.__version__}",
+)
 
 
 def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
@@ -200,6 +206,9 @@ if __name__ == "__main__":
     elif what in ("nearest", "sums"):
         make = {"nearest": nearest_module, "sums": sums_module}[what]
         assemble(make(**numbers), library)
+    elif what == "cluster":
+        assemble(nearest_module(), library)
+        assemble(sums_module(kinds=2), library)
     elif what == "compile":
         attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
         print(compiled(lambda x: attend(**x), (shapes(**numbers),), library))
