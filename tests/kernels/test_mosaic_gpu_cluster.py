@@ -59,7 +59,11 @@ def run_nearest(problem, points, words, unit=False, **given):
 
 
 NEAREST = {
-    "odd lengths, groups of codewords": (Problem(2, 70, 64, 21), False, {"codewords": 16}),
+    "odd lengths, groups of codewords": (
+        Problem(2, 70, 64, 21),
+        False,
+        {"codewords": 16, "warpgroups": 1, "depth": 2},
+    ),
     "directions, two tiles each": (Problem(1, 200, 64, 16), True, {"warpgroups": 2, "depth": 1}),
 }
 
