@@ -649,8 +649,9 @@ def _top_one_by_one(k: int, scores: Array, wanted: Array) -> tuple[Array, Array]
     pass. Few or none are wanted: cells seldom die.
     """
     place = jnp.arange(len(scores))
+    State = tuple[Array, Array, Array, Array, Array]
 
-    def find(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def find(state: State) -> State:
         found, last, at, top, index = state
         left = (scores < last) | ((scores == last) & (place > at))
         at = jnp.argmax(jnp.where(left, scores, -jnp.inf)).astype(jnp.int32)

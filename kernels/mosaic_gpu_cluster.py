@@ -276,8 +276,10 @@ def two_pieces(x: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, 
 def _nearest_kernel(problem: Problem, config: NearestConfig, unit: bool, interpret: Any) -> Any:
     """The kernel as a function of points and `_codeword_pieces`; its outputs are whole tiles."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jax.experimental.pallas import mosaic_gpu
 
+    # To type checkers its transforms are abstract.
+    plgpu: Any = mosaic_gpu
     d, k = problem.channels, config.codewords
     warpgroups, depth = config.warpgroups, config.depth
     groups = -(-problem.codewords // k)
