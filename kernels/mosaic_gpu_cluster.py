@@ -331,8 +331,8 @@ def _nearest_kernel(problem: Problem, config: NearestConfig, unit: bool, interpr
             x = plgpu.load(tile.at[own, slot], layout=registers)
             squared = jnp.sum(x * x, axis=1)
             if unit:
-                length = jnp.maximum(jnp.sqrt(squared), TINY)
-                x = x / lax.broadcast_in_dim(length, x.shape, [0])
+                inverse = 1 / jnp.maximum(jnp.sqrt(squared), TINY)
+                x = x * lax.broadcast_in_dim(inverse, x.shape, [0])
             upper, lower = two_pieces(x)
             # All of the tile is in registers: the next one may come.
             pl.when(step + depth < count)(lambda: fetch(step + depth, slot))
@@ -770,9 +770,9 @@ class SumsKernel:
         self._add_batches(tile + memory.point_bytes + first * 4, values, sums, c.width * 4)
 
     def _add_numbers(self, tile: Any, copy: Any) -> None:
-        """Each lane one of the numbers, so that many write the same to the same place."""
+        """Each of the first lanes one of the numbers."""
         warp, c, memory = self.warp, self.config, self.memory
-        number = warp.lane & (NUMBERS - 1)
+        number = warp.lane & (NUMBERS - 1)  # in the other lanes an address that is there
         first = copy * (c.tile // c.copies) * 4
         row = tile + memory.point_bytes + (number + (1 + self.kinds)) * memory.row_bytes + first
         sums = self.base + memory.numbers + copy * memory.number_bytes + number * 4

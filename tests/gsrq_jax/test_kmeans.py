@@ -5,8 +5,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gsrq_jax.errors import InputError
-from gsrq_jax.kernels import cluster as plain
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster
 from gsrq_jax.kmeans import (
     _top_one_by_one,
     assign,
@@ -348,14 +346,6 @@ def test_sums_by_products_are_those_of_rows(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     product = cell_sums(values, code, 16)
     assert (np.abs(product - want) <= 1e-6 * size).all()
-
-
-@pytest.fixture
-def plain_kernels(monkeypatch):
-    """The kernels' functions in plain jnp, where a GPU would have the kernels."""
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
-    for name in ("nearest", "cell_sums"):
-        monkeypatch.setattr(mosaic_gpu_cluster, name, getattr(plain, name))
 
 
 @pytest.mark.parametrize("rule", ["kmeans", "spherical", "unit"])
