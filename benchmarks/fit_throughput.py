@@ -215,7 +215,7 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
     for implementation in config.implementations:
         if "layer" in config.parts:
             yield from layer(config, implementation)
-    for shape in config.shapes:
+    for shape in config.shapes if set(config.parts) - {"layer"} else ():
         problems, n, d, k = _numbers(shape)
         at = jax.random.split(jax.random.key(0))
         x = np.asarray(jax.random.normal(at[0], (problems, n, d)))
@@ -337,6 +337,8 @@ def main(config: Config) -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_result(file, rows, command=command)
+        if not rows:
+            raise InputError("nothing that was asked for can be measured here")
     print(table(json.loads(file.read_text(encoding="utf-8"))))
 
 
