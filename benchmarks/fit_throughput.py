@@ -5,7 +5,8 @@
 Random points, float32 in and out of every implementation. *assign* finds the nearest codeword of
 each point; *sweep* is a whole pass of Lloyd's, with new centroids; *layer* is all that
 `gsrq_jax.calibration.fit_layer` does for a layer of LLaMA-3-8B's shapes, and what 32 of them take.
-torch and flash-kmeans (Triton) are measured where they can be imported. Writes
+Ours are XLA's program and, on Hopper GPUs, the fused kernels. torch and flash-kmeans (Triton) are
+measured where they can be imported. Writes
 `results/fit-throughput.json`; ``--table`` prints what is there.
 """
 
@@ -14,6 +15,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,8 @@ import numpy as np
 from gsrq_jax import kmeans
 from gsrq_jax.calibration import FitOptions, fit_layer
 from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import cluster as kernels
+from gsrq_jax.kernels.cluster import Implementation
 from gsrq_jax.models import commands
 from gsrq_jax.models.config import LLAMA_3_8B
 from gsrq_jax.results import repeated, write_result
@@ -59,6 +63,8 @@ class Config:
     Attributes:
         shapes: ``problems x points x channels x codewords`` of assignments and sweeps.
         parts: what is measured.
+        implementations: of ours; what cannot be had here is left out.
+        others: whether torch and flash-kmeans are measured, where they are.
         tokens: of the layer.
         bits: of the layer's codes.
         repeats: timed runs of each, of which the median counts.
@@ -73,6 +79,8 @@ class Config:
         "512x16384x128x16",
     )
     parts: tuple[Literal["assign", "sweep", "layer"], ...] = ("assign", "sweep", "layer")
+    implementations: tuple[Implementation, ...] = ("xla", "mosaic_gpu")
+    others: bool = True
     tokens: int = 1_048_576
     bits: float = 1.0
     repeats: int = 5
@@ -94,25 +102,40 @@ def seconds(run: Run, repeats: int, wait: Callable[[Any], Any]) -> tuple[float, 
 # --- implementations: names, and runs of the parts -----------------------------------------------
 
 
-def ours(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
+def ours(implementation: Implementation, x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
     """k-means and GSKM of `gsrq_jax.kmeans`."""
+    if not available(implementation, *x.shape[1:], centroids.shape[1]):
+        return
     points, words = jax.device_put(x), jax.device_put(centroids)
     rng = jax.random.split(jax.random.key(0), len(x))
     rules = ("kmeans", "gskm")
 
     def sweeps(rule: str, count: int) -> Callable[..., Any]:
-        fit = functools.partial(getattr(kmeans, rule), codewords=centroids.shape[1])
+        fit = functools.partial(
+            getattr(kmeans, rule), codewords=centroids.shape[1], implementation=implementation
+        )
         return lambda r, x, c: fit(r, x, init=c, iterations=count).centroids
 
-    programs = [(lambda _, x, c: kmeans.assign(x, c))]
+    programs = [(lambda _, x, c: kmeans.assign(x, c, implementation=implementation))]
     programs += [sweeps(rule, count) for rule in rules for count in (1 + SWEEPS, 1)]
     lowered = [jax.jit(jax.vmap(f)).lower(rng, points, words) for f in programs]
     with ThreadPoolExecutor() as pool:  # compiled beside each other
         compiled = list(pool.map(lambda program: program.compile(), lowered))
     assign, *runs = [functools.partial(run, rng, points, words) for run in compiled]
-    yield Way("assign", "gsrq_jax", assign)
+    yield Way("assign", f"gsrq_jax ({implementation})", assign)
     for index, rule in enumerate(rules):
-        yield Way("sweep", f"gsrq_jax, {rule}", *runs[2 * index : 2 * index + 2])
+        name = f"gsrq_jax ({implementation}), {rule}"
+        yield Way("sweep", name, *runs[2 * index : 2 * index + 2])
+
+
+def available(implementation: Implementation, n: int, d: int, k: int) -> bool:
+    """Whether it can be had here for such a problem; if not, the reason is printed."""
+    try:
+        kernels.fused(implementation, n, d, k)
+    except InputError as error:
+        print(f"without {implementation}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def of_torch(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
@@ -166,10 +189,13 @@ def of_flash_kmeans(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
     )
 
 
-def implementations() -> dict[str, tuple[Callable, Callable[[Any], Any]]]:
+def implementations(config: Config) -> dict[str, tuple[Callable, Callable[[Any], Any]]]:
     """Those that can be had here, and how to wait for what they return."""
-    found = {"gsrq_jax": (ours, jax.block_until_ready)}
-    if importlib.util.find_spec("torch"):
+    found = {
+        name: (functools.partial(ours, name), jax.block_until_ready)
+        for name in config.implementations
+    }
+    if config.others and importlib.util.find_spec("torch"):
         import torch
 
         if torch.cuda.is_available():
@@ -186,14 +212,15 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
     """Rows, as they are found."""
     if config.repeats < 1:
         raise InputError(f"--repeats must be at least 1, got {config.repeats}")
-    if "layer" in config.parts:
-        yield layer(config)
-    for shape in config.shapes:
+    for implementation in config.implementations:
+        if "layer" in config.parts:
+            yield from layer(config, implementation)
+    for shape in config.shapes if set(config.parts) - {"layer"} else ():
         problems, n, d, k = _numbers(shape)
         at = jax.random.split(jax.random.key(0))
         x = np.asarray(jax.random.normal(at[0], (problems, n, d)))
         centroids = np.asarray(jax.random.normal(at[1], (problems, k, d)))
-        for implementation, wait in implementations().values():
+        for implementation, wait in implementations(config).values():
             for way in implementation(x, centroids):
                 if way.part not in config.parts:
                     continue
@@ -214,18 +241,20 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
                 }
 
 
-def layer(config: Config) -> dict[str, Any]:
+def layer(config: Config, implementation: Implementation) -> Iterator[dict[str, Any]]:
     """One layer of LLaMA-3-8B's shapes, fitted to random keys and values."""
     model = LLAMA_3_8B
     heads, d = model.kv_heads, model.head_dim
     code = ResidualSpec.from_bits(config.bits, d)
     spec = QuantSpec(key=code, value=code)
+    if not available(implementation, config.tokens, d, code.codewords):
+        return
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (config.tokens, heads, d)
     k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
     norms = jnp.exp(jax.random.normal(keys[2], shape[:2]))
     positions = jnp.arange(config.tokens) % 2048
-    options = FitOptions()
+    options = FitOptions(implementation=implementation)
     fit = jax.jit(
         lambda rng, k, v, norms: (
             fit_layer(
@@ -246,9 +275,9 @@ def layer(config: Config) -> dict[str, Any]:
     )
     passes = options.warmup + options.iterations
     work = 2 * heads * config.tokens * code.stages * code.codewords * passes
-    return {
+    yield {
         "part": "layer",
-        "implementation": "gsrq_jax, gskm",
+        "implementation": f"gsrq_jax ({implementation}), gskm",
         "problems": 2 * heads,
         "points": config.tokens,
         "channels": d,
@@ -308,6 +337,8 @@ def main(config: Config) -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_result(file, rows, command=command)
+        if not rows:
+            raise InputError("nothing that was asked for can be measured here")
     print(table(json.loads(file.read_text(encoding="utf-8"))))
 
 

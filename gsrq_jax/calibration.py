@@ -27,7 +27,7 @@ from gsrq_jax import residual
 from gsrq_jax.codebook import Codebooks, apart, of_heads, together, under
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import to_frame
-from gsrq_jax.kmeans import AxisName
+from gsrq_jax.kmeans import AxisName, Implementation
 from gsrq_jax.rope import rotate
 from gsrq_jax.sensitivity import log_smooth, metric
 from gsrq_jax.spec import QuantSpec, ResidualSpec
@@ -54,6 +54,8 @@ class FitOptions:
         value_metric: the same of values: Euclidean, ``gradient``, or ``output`` for the output
             projection ``W_oᵀW_o``.
         metric_power: of these moments, see `gsrq_jax.sensitivity.metric`.
+        implementation: ``xla``, or ``mosaic_gpu`` for the kernels for Hopper GPUs; see
+            `gsrq_jax.kmeans.kmeans`.
     """
 
     rule: residual.Rule = "gskm"
@@ -65,6 +67,7 @@ class FitOptions:
     key_metric: KeyMetric = "none"
     value_metric: ValueMetric = "none"
     metric_power: float = 0.5
+    implementation: Implementation | None = None
 
     def __post_init__(self):
         for name, kind in (("key_metric", KeyMetric), ("value_metric", ValueMetric)):
@@ -201,6 +204,7 @@ def fit_layer(
             refits=options.refits,
             axis_name=axis_name,
             problem_axis=head_axis,
+            implementation=options.implementation,
         )
         words, report = (
             apart(words, code),

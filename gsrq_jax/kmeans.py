@@ -19,6 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import cluster as kernels
+from gsrq_jax.kernels import mosaic_gpu_cluster
+from gsrq_jax.kernels.cluster import Implementation
 from gsrq_jax.kernels.precision import in_pieces
 
 Rule = Literal["kmeans", "spherical", "gskm"]
@@ -27,6 +30,8 @@ AxisName = str | tuple[str, ...] | None
 Totals = dict[str, Array]
 
 LEAST_GAIN = 1e-4
+TERMS = 4096
+"""Of a sum over points, as many as are added up in one product."""
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _exact_dot = functools.partial(
     jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -57,7 +62,9 @@ class KMeansResult:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("codewords", "iterations", "chunk", "axis_name"), inline=True
+    jax.jit,
+    static_argnames=("codewords", "iterations", "chunk", "axis_name", "implementation"),
+    inline=True,
 )
 def kmeans(
     rng: PRNGKeyArray,
@@ -69,6 +76,7 @@ def kmeans(
     iterations: int = 15,
     chunk: int | None = None,
     axis_name: AxisName = None,
+    implementation: Implementation | None = None,
 ) -> KMeansResult:
     """Weighted k-means: a centroid is the weighted mean of its cell.
 
@@ -82,6 +90,10 @@ def kmeans(
         iterations: passes over the points, each judging an iterate and computing the next.
         chunk: points handled at a time; None leaves it to `default_chunk`.
         axis_name: mapped axis or axes over which the points are spread.
+        implementation: of a pass: ``xla``, or ``mosaic_gpu`` for the kernels for Hopper GPUs
+            (`gsrq_jax.kernels.mosaic_gpu_cluster`): float32 in three of the four products of
+            bfloat16 pieces, by which 7 codes in a million differ; ``chunk`` does not count there.
+            None is ``xla``, for the kernels have not been measured.
 
     Returns:
         The best iterate.
@@ -90,12 +102,23 @@ def kmeans(
         InputError: if there are more codewords than points, or shapes do not fit.
     """
     return _cluster(
-        rng, points, weights, codewords, init, "kmeans", iterations, chunk, axis_name
+        rng,
+        points,
+        weights,
+        codewords,
+        init,
+        "kmeans",
+        iterations,
+        chunk,
+        axis_name,
+        implementation,
     ).result
 
 
 @functools.partial(
-    jax.jit, static_argnames=("codewords", "iterations", "chunk", "axis_name"), inline=True
+    jax.jit,
+    static_argnames=("codewords", "iterations", "chunk", "axis_name", "implementation"),
+    inline=True,
 )
 def spherical(
     rng: PRNGKeyArray,
@@ -107,19 +130,37 @@ def spherical(
     iterations: int = 15,
     chunk: int | None = None,
     axis_name: AxisName = None,
+    implementation: Implementation | None = None,
 ) -> KMeansResult:
     """Weighted k-means of directions ``x/‖x‖`` with unit centroids; zero vectors do not count.
 
     Arguments, result and errors are those of `kmeans`.
     """
     return _cluster(
-        rng, points, weights, codewords, init, "spherical", iterations, chunk, axis_name
+        rng,
+        points,
+        weights,
+        codewords,
+        init,
+        "spherical",
+        iterations,
+        chunk,
+        axis_name,
+        implementation,
     ).result
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("codewords", "shape_update", "iterations", "warmup", "chunk", "axis_name"),
+    static_argnames=(
+        "codewords",
+        "shape_update",
+        "iterations",
+        "warmup",
+        "chunk",
+        "axis_name",
+        "implementation",
+    ),
     inline=True,
 )
 def gskm(
@@ -134,6 +175,7 @@ def gskm(
     warmup: int = 5,
     chunk: int | None = None,
     axis_name: AxisName = None,
+    implementation: Implementation | None = None,
 ) -> KMeansResult:
     """Weighted gain-shape k-means (paper): codewords ``g·u``, one gain for each codeword.
 
@@ -151,12 +193,21 @@ def gskm(
     rule = _gskm_rule(shape_update)
     if init is None:
         start = _cluster(
-            rng, points, weights, codewords, None, "spherical", warmup, chunk, axis_name
+            rng,
+            points,
+            weights,
+            codewords,
+            None,
+            "spherical",
+            warmup,
+            chunk,
+            axis_name,
+            implementation,
         )
         gains = start.totals["norm"] / jnp.maximum(start.totals["count"], _TINY)
         init = jnp.maximum(gains, LEAST_GAIN)[:, None] * start.result.centroids
     return _cluster(
-        rng, points, weights, codewords, init, rule, iterations, chunk, axis_name
+        rng, points, weights, codewords, init, rule, iterations, chunk, axis_name, implementation
     ).result
 
 
@@ -172,6 +223,7 @@ def cluster(
     warmup: int = 5,
     chunk: int | None = None,
     axis_name: AxisName = None,
+    implementation: Implementation | None = None,
 ) -> KMeansResult:
     """The rule's function on these points, with as many passes whatever the rule.
 
@@ -180,7 +232,7 @@ def cluster(
     Raises:
         InputError: if the rule is unknown, or what the rule's function raises.
     """
-    options = {"chunk": chunk, "axis_name": axis_name}
+    options = {"chunk": chunk, "axis_name": axis_name, "implementation": implementation}
     if rule == "gskm":
         return gskm(
             rng,
@@ -227,9 +279,12 @@ def nearest(
     return jnp.argmax(found, -1), jnp.max(found, -1)
 
 
-@functools.partial(jax.jit, static_argnames="chunk", inline=True)
+@functools.partial(jax.jit, static_argnames=("chunk", "implementation"), inline=True)
 def assign(
-    points: Float[Array, "n d"], centroids: Float[Array, "k d"], chunk: int | None = None
+    points: Float[Array, "n d"],
+    centroids: Float[Array, "k d"],
+    chunk: int | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
     """Nearest centroid of each point, and the squared distance to it.
 
@@ -237,10 +292,17 @@ def assign(
         points: ``[n, d]``, any float type.
         centroids: ``[K, d]``.
         chunk: points handled at a time; None leaves it to `default_chunk`.
+        implementation: as `kmeans` has it.
 
     Returns:
         ``[n]`` int32 codes and ``[n]`` float32 squared errors.
+
+    Raises:
+        InputError: if the implementation is unknown or not for these shapes or this device.
     """
+    if kernels.fused(implementation, *points.shape, len(centroids)):
+        code, score, square = _nearest_fused(points.astype(jnp.float32), centroids)
+        return code, jnp.maximum(square - score, 0)
 
     def of_chunk(x: Array) -> tuple[Array, Array]:
         x = x.astype(jnp.float32)
@@ -302,6 +364,7 @@ def _cluster(
     iterations: int,
     chunk: int | None,
     axis_name: AxisName,
+    implementation: Implementation | None,
 ) -> _Clustering:
     n, d = points.shape
     chunk = default_chunk(codewords) if chunk is None else chunk
@@ -322,16 +385,21 @@ def _cluster(
     counted = weights > 0
     points = jnp.where(counted[:, None], points, 0)
     weights = jnp.where(counted, weights, 0)
-    chunks = _chunks(points, chunk), _chunks(weights, chunk)
+    if kernels.fused(implementation, n, d, codewords):
+        more = -n % mosaic_gpu_cluster.EIGHT
+        points = jnp.pad(points.astype(jnp.float32), ((0, more), (0, 0)))
+        sweep = functools.partial(_fused_sweep, points, jnp.pad(weights, (0, more)))
+    else:
+        sweep = functools.partial(_sweep, (_chunks(points, chunk), _chunks(weights, chunk)))
 
     # One draw of noise serves the start and every re-seeding, for what is drawn changes with the
     # errors. It depends on a point's place among all devices' points, not on how many they are.
     first = 0 if axis_name is None else n * lax.axis_index(axis_name)
     noise = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(rng, i)))(first + jnp.arange(n))
 
-    def draw(mass: Array) -> Array:
+    def draw(mass: Array, wanted: Array | None = None) -> Array:
         scores = jnp.log(mass) + noise
-        return _project(_top_points(scores, points, codewords, axis_name), rule)
+        return _project(_top_points(scores, points, codewords, axis_name, wanted), rule)
 
     start = draw(weights) if init is None else _project(init.astype(jnp.float32), rule)
     nothing = jnp.zeros_like(start[:, 0])
@@ -345,7 +413,9 @@ def _cluster(
 
     def iterate(carry: tuple[Array, Totals], _: None) -> tuple[tuple[Array, Totals], Array]:
         centroids, best = carry
-        totals, mass = _sweep(chunks, centroids, rule, axis_name)
+        totals, mass = sweep(centroids, rule)
+        if axis_name is not None:
+            totals = lax.psum(totals, axis_name)
         weight = jnp.maximum(totals["count"].sum(), _TINY)
         here = {
             "centroids": centroids,
@@ -359,7 +429,7 @@ def _cluster(
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
 
         dead = totals["count"] <= 0
-        seeds = draw(mass[:n])[jnp.cumsum(dead) - 1]
+        seeds = draw(mass[:n], dead.sum())[jnp.cumsum(dead) - 1]
         centroids = jnp.where(dead[:, None], seeds, _update(totals, centroids, rule))
         return (centroids, best), here["objective"]
 
@@ -375,12 +445,10 @@ def _cluster(
     return _Clustering(result, best)
 
 
-def _sweep(
-    chunks: tuple[Array, Array], centroids: Array, rule: str, axis_name: AxisName
-) -> tuple[Totals, Array]:
-    """Sums over the cells and all devices, and the weighted error of each of this one's points."""
+def _sweep(chunks: tuple[Array, Array], centroids: Array, rule: str) -> tuple[Totals, Array]:
+    """Sums over the cells, and the weighted error of each point; those beyond the last are 0."""
     k, d = centroids.shape
-    length = jnp.sqrt(jnp.sum(jnp.square(centroids), -1))
+    summed = _summed(rule)
 
     def add(totals: Totals, chunk: tuple[Array, Array]) -> tuple[Totals, Array]:
         x, w = chunk
@@ -391,43 +459,92 @@ def _sweep(
         if rule == "spherical":
             w, x, size = jnp.where(norm > 0, w, 0), direction, jnp.ones_like(norm)
         code, score = nearest(x, centroids)
-        error = w * jnp.maximum(size * size - score, 0)
-        reach = length[code]
-        cosine = (score + reach * reach) / jnp.maximum(2 * size * reach, _TINY)
-        each = w[:, None] * jnp.concatenate(
-            [x, direction, norm[:, None], jnp.ones_like(x[:, :1])], 1
+        error, angle = _fit_of(w, size, score, code, centroids)
+        vectors = {"point": x, "direction": direction}
+        each = [vectors[name] for name in summed] + [norm[:, None], jnp.ones_like(x[:, :1])]
+        *sums, norm, count = jnp.split(
+            cell_sums(w[:, None] * jnp.concatenate(each, 1), code, k),
+            [*range(d, len(summed) * d + 1, d), len(summed) * d + 1],
+            axis=1,
         )
-        point, direction, norm, count = jnp.split(
-            cell_sums(each, code, k), (d, 2 * d, 2 * d + 1), axis=1
-        )
-        new = {
-            "point": point,
-            "direction": direction,
+        new = dict(zip(summed, sums, strict=True)) | {
             "norm": norm[:, 0],
             "count": count[:, 0],
             "error": error.sum(),
-            "angle": jnp.sum(w * (1 - cosine)),
+            "angle": angle.sum(),
         }
         return jax.tree.map(jnp.add, totals, new), error
 
     x, w = chunks
     # Zeros made from the data vary over the same mesh axes as what is added to them.
     zero = jnp.zeros_like(x[0, 0, 0], jnp.float32) + jnp.zeros_like(w[0, 0])
-    shapes = {"point": (k, d), "direction": (k, d), "norm": (k,), "count": (k,)}
+    shapes = {name: (k, d) for name in summed} | {"norm": (k,), "count": (k,)}
     zeros = {name: jnp.broadcast_to(zero, shape) for name, shape in shapes.items()}
     totals, error = lax.scan(add, zeros | {"error": zero, "angle": zero}, chunks)
-    if axis_name is not None:
-        totals = lax.psum(totals, axis_name)
     return totals, error.reshape(-1)
+
+
+def _fused_sweep(
+    points: Array, weights: Array, centroids: Array, rule: str
+) -> tuple[Totals, Array]:
+    """`_sweep` by the kernels for GPUs."""
+    unit, summed = rule == "spherical", _summed(rule)
+    code, score, square = _nearest_fused(points, centroids, unit=unit)
+    norm = jnp.sqrt(square)
+    if unit:
+        weights = jnp.where(norm > 0, weights, 0)
+    size = jnp.ones_like(norm) if unit else norm
+    error, angle = _fit_of(weights, size, score, code, centroids)
+    factors = {"point": weights, "direction": weights / jnp.maximum(norm, _TINY)}
+    sums, numbers = mosaic_gpu_cluster.cell_sums(
+        points[None],
+        code[None],
+        jnp.stack([factors[name] for name in summed])[None],
+        jnp.stack([weights * norm, weights])[None],
+        len(centroids),
+    )
+    totals = dict(zip(summed, sums[0], strict=True)) | {
+        "norm": numbers[0, 0],
+        "count": numbers[0, 1],
+        "error": error.sum(),
+        "angle": angle.sum(),
+    }
+    return totals, error
+
+
+def _nearest_fused(
+    points: Array, centroids: Array, unit: bool = False
+) -> tuple[Array, Array, Array]:
+    """Codes, scores and squared lengths of one problem's points."""
+    found = mosaic_gpu_cluster.nearest(points[None], centroids.astype(jnp.float32)[None], unit=unit)
+    code, score, square = (x[0] for x in found)
+    return code, score, square
+
+
+def _fit_of(
+    weights: Array, size: Array, score: Array, code: Array, centroids: Array
+) -> tuple[Array, Array]:
+    """Weighted squared error and ``1 − cos`` of points of these lengths."""
+    error = weights * jnp.maximum(size * size - score, 0)
+    reach = jnp.sqrt(jnp.sum(jnp.square(centroids), -1))[code]
+    cosine = (score + reach * reach) / jnp.maximum(2 * size * reach, _TINY)
+    return error, weights * (1 - cosine)
+
+
+def _summed(rule: str) -> tuple[str, ...]:
+    """The vectors whose sums over the cells make the rule's centroids."""
+    if rule == "gskm-unit":
+        return "point", "direction"
+    return ("direction",) if rule == "spherical" else ("point",)
 
 
 def _update(totals: Totals, centroids: Array, rule: str) -> Array:
     """The next centroids; those of empty cells mean nothing."""
-    mean = totals["point"] / jnp.maximum(totals["count"], _TINY)[:, None]
+    if rule != "spherical":
+        mean = totals["point"] / jnp.maximum(totals["count"], _TINY)[:, None]
     if rule == "kmeans":
         return mean
-    summed = totals["point"] if rule == "gskm-raw" else totals["direction"]
-    shape = _unit(summed)
+    shape = _unit(totals["point"] if rule == "gskm-raw" else totals["direction"])
     # Directions that cancel exactly leave a cell the shape that it had.
     shape = jnp.where(jnp.any(shape != 0, -1, keepdims=True), shape, _unit(centroids))
     if rule == "spherical":
@@ -459,16 +576,22 @@ def _unit(x: Array) -> Array:
 def cell_sums(values: Array, code: Array, k: int) -> Array:
     """``[k, f]`` sums of ``[n, f]`` rows by code. Only the CPU is fast at adding row by row, and
     only there is the order of the additions fixed. Elsewhere they are a product with one-hots,
-    which bfloat16 holds exactly as it holds a float32 in three pieces."""
+    which bfloat16 holds exactly as it holds a float32 in three pieces: `TERMS` terms at a time,
+    beside each other, for of ``k × 3f`` numbers alone a GPU makes less than it can do at once."""
 
     def by_rows(values: Array, code: Array) -> Array:
         return jax.ops.segment_sum(values, code, k)
 
     def by_product(values: Array, code: Array) -> Array:
+        n, f = values.shape
+        parts = max(1, -(-n // TERMS))
+        more = -n % parts
+        values = jnp.pad(values, ((0, more), (0, 0))).reshape(parts, -1, f)
+        code = jnp.pad(code, (0, more), constant_values=k).reshape(parts, 1, -1)
         one_hot = (code == jnp.arange(k)[:, None]).astype(jnp.bfloat16)
-        pieces = jnp.concatenate(in_pieces(values, 3, jnp.bfloat16), axis=1)
+        pieces = jnp.concatenate(in_pieces(values, 3, jnp.bfloat16), axis=-1)
         sums = jnp.matmul(one_hot, pieces, preferred_element_type=jnp.float32)
-        return sums.reshape(k, 3, -1).sum(axis=1)
+        return sums.reshape(parts, k, 3, f).sum(axis=(0, 2))
 
     return lax.platform_dependent(values, code, cpu=by_rows, default=by_product)
 
@@ -482,12 +605,15 @@ def _chunks(x: Array, chunk: int) -> Array:
     return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
 
 
-def _top_points(scores: Array, points: Array, k: int, axis_name: AxisName) -> Array:
+def _top_points(
+    scores: Array, points: Array, k: int, axis_name: AxisName, wanted: Array | None
+) -> Array:
     """``[k, d]`` float32 points of the highest scores over all devices, best first.
 
-    Where only fewer have a score above −∞, the best one fills the rest.
+    Where only fewer have a score above −∞, the best one fills the rest. With ``wanted`` those after
+    so many may be any.
     """
-    top, index = lax.top_k(scores, min(k, len(scores)))
+    top, index = _top(scores, min(k, len(scores)), wanted)
     if axis_name is None:
         rows = points[index].astype(jnp.float32)
     else:
@@ -501,3 +627,40 @@ def _top_points(scores: Array, points: Array, k: int, axis_name: AxisName) -> Ar
         )
         return jnp.where(top[:, None] > 0, rows, rows[0])
     return jnp.where(jnp.isfinite(top)[:, None], rows, rows[0])
+
+
+def _top(scores: Array, k: int, wanted: Array | None) -> tuple[Array, Array]:
+    """The k highest scores and where they are, or with ``wanted`` at least so many."""
+    if wanted is None:
+        return lax.top_k(scores, k)
+
+    def by_sorting(scores: Array, _: Array) -> tuple[Array, Array]:
+        top, index = lax.top_k(scores, k)
+        return top, index
+
+    one_by_one = functools.partial(_top_one_by_one, k)
+    return lax.platform_dependent(scores, wanted, cuda=one_by_one, default=by_sorting)
+
+
+def _top_one_by_one(k: int, scores: Array, wanted: Array) -> tuple[Array, Array]:
+    """`_top` by one pass for each that is wanted; what comes after them is −∞.
+
+    For more than a few XLA sorts all scores on a GPU, which takes longer than the rest of a fused
+    pass. Few or none are wanted: cells seldom die.
+    """
+    place = jnp.arange(len(scores))
+    State = tuple[Array, Array, Array, Array, Array]
+
+    def find(state: State) -> State:
+        found, last, at, top, index = state
+        left = (scores < last) | ((scores == last) & (place > at))
+        at = jnp.argmax(jnp.where(left, scores, -jnp.inf)).astype(jnp.int32)
+        last = jnp.where(left[at], scores[at], -jnp.inf)
+        return found + 1, last, at, top.at[found].set(last), index.at[found].set(at)
+
+    # Made from the scores, so that they vary over the same mesh axes.
+    last, at = jnp.full_like(scores[0], jnp.inf), jnp.full_like(scores[0], -1, jnp.int32)
+    top, index = jnp.broadcast_to(-last, k), jnp.broadcast_to(at + 1, k)
+    most, start = jnp.minimum(wanted, k), jnp.zeros_like(wanted)
+    done = lax.while_loop(lambda state: state[0] < most, find, (start, last, at, top, index))
+    return done[3], done[4]

@@ -19,11 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels import devices
 from gsrq_jax.kmeans import (
     AxisName,
+    Implementation,
     Rule,
     ShapeUpdate,
+    assign,
     cell_sums,
     cluster,
     default_chunk,
@@ -72,6 +75,7 @@ class FitReport:
         "axis_name",
         "problem_axis",
         "batch_size",
+        "implementation",
     ),
 )
 def fit(
@@ -91,6 +95,7 @@ def fit(
     axis_name: AxisName = None,
     problem_axis: AxisName = None,
     batch_size: int | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*lead groups stages k g"], FitReport]:
     """Codewords of all stages and groups, each problem of ``lead`` on its own (GSRQ, paper).
 
@@ -120,6 +125,7 @@ def fit(
         problem_axis: mapped axis or axes over which the first axis of ``lead`` is spread.
         batch_size: problems (of ``lead`` and groups) solved together; None means all. 1 takes the
             least memory and is no slower on a CPU.
+        implementation: of clustering and, without a beam, of coding; see `gsrq_jax.kmeans.kmeans`.
 
     Returns:
         ``[*lead, groups, stages, K, g]`` float32 codewords, and the report.
@@ -159,8 +165,10 @@ def fit(
             warmup=warmup,
             chunk=chunk,
             axis_name=axis_name,
+            implementation=implementation,
         ),
         chunk=chunk,
+        implementation=implementation,
     )
     points = points.reshape(len(weights), n, spec.groups, spec.group)
     keys = _keys(rng, len(weights), spec.groups, problem_axis)
@@ -199,6 +207,7 @@ def _fit_stages(
     axis_name: AxisName,
     cluster: Callable,
     chunk: int | None,
+    implementation: Implementation | None,
 ) -> tuple[Array, FitReport]:
     """One problem: ``[n, g]`` points to ``[R, K, g]`` codewords."""
 
@@ -232,8 +241,16 @@ def _fit_stages(
                 residual = jnp.take_along_axis(residuals, best[..., None], 1)[:, 0]
                 return residual, error, codes, jnp.take_along_axis(code, best, 1)[:, 0]
 
-            size = chunk or max(1, default_chunk(spec.codewords) // _slots(beam))
-            residual, error, codes, code = _in_chunks(extend, size, points, residual, error, codes)
+            if beam == 1 and kernels.fused(implementation, *points.shape, spec.codewords):
+                code, _ = assign(residual, centroids, implementation=implementation)
+                residual = residual - centroids[code]
+                error = jnp.sum(jnp.square(residual), -1)[:, None]
+                codes = codes.at[:, 0, number].set(code.astype(codes.dtype))
+            else:
+                size = chunk or max(1, default_chunk(spec.codewords) // _slots(beam))
+                residual, error, codes, code = _in_chunks(
+                    extend, size, points, residual, error, codes
+                )
             words = words.at[number].set(centroids)
             count = cell_sums(weights[:, None], code, spec.codewords)
             report = FitReport(

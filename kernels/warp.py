@@ -237,6 +237,11 @@ class Warp:
                 body()
                 scf.yield_([])
 
+    def add_where_equal(self, x: Value, y: Value, a: Value, b: Value) -> Value:
+        """``x + y`` in float32 where two integers are the same, else ``x``."""
+        code = "{.reg .pred p; setp.eq.u32 p, $3, $4; mov.f32 $0, $1; @p add.f32 $0, $1, $2;}"
+        return self._ptx(code, "f", x, y, a, b)
+
     def loop(
         self, count: Value, carry: list[Value], body: Callable[[Value, list[Value]], list[Value]]
     ) -> list[Value]:
@@ -358,6 +363,21 @@ class Warp:
             "[$0], [$1], $2, [$3];"
         )
         self._ptx(code, "", to, source, nbytes, barrier, effects=True)
+
+    def copy_16_to_shared(self, to: Value, source: Value, where: Value) -> None:
+        """Copy 16 bytes a lane in the background, or write zeros where the condition fails."""
+        nbytes = self.select(where, self.integer(16), 0)
+        self._ptx(
+            "cp.async.cg.shared.global [$0], [$1], 16, $2;", "", to, source, nbytes, effects=True
+        )
+
+    def copies_end_group(self) -> None:
+        """What this lane has begun to copy by 16 bytes since the last group is the next one."""
+        self._ptx("cp.async.commit_group;", "", effects=True)
+
+    def copies_wait(self, groups: int) -> None:
+        """Wait until no more than so many of the lane's latest groups are under way."""
+        self._ptx(f"cp.async.wait_group {groups};", "", effects=True)
 
     def prefetch(self, source: Value, nbytes: Value) -> None:
         """Copy from memory to the second-level cache in the background, 16 bytes or a multiple."""

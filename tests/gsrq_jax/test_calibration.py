@@ -79,6 +79,8 @@ def test_beam_and_refits(samples):
     assert (errors["refits"] < 0.97 * errors["beam"]).all()
     with pytest.raises(InputError, match="refits must be at least 0, got -1"):
         fit(samples, options=dataclasses.replace(FEW, refits=-1))
+    with pytest.raises(InputError, match="multiples of 64 up to 256 as channels, got 8"):
+        fit(samples, options=dataclasses.replace(FEW, implementation="mosaic_gpu"))
 
 
 def test_what_heads_have_in_common_is_coded_once(samples):

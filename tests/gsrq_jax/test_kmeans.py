@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from gsrq_jax.errors import InputError
 from gsrq_jax.kmeans import (
+    _top_one_by_one,
     assign,
     cell_sums,
     check_finite,
@@ -345,3 +346,65 @@ def test_sums_by_products_are_those_of_rows(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     product = cell_sums(values, code, 16)
     assert (np.abs(product - want) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("rule", ["kmeans", "spherical", "unit"])
+def test_fused_passes_give_the_same(rule, plain_kernels):
+    """Odd length, points of weight 0 that hold NaN, an empty cell, directions of a zero."""
+    n, d, k = 301, 64, 16
+    x, w = normal(n, d).at[7].set(jnp.nan), some_weights(n).at[7].set(0)
+    x = x.at[9].set(0) if rule == "spherical" else x
+    init = normal(k, d, seed=3).at[2].set(100)
+    how = {"init": init, "k": k, "iterations": 5}
+    fused, xla = (run(rule, x, w, implementation=i, **how) for i in ("mosaic_gpu", "xla"))
+    np.testing.assert_allclose(fused.history, xla.history, rtol=1e-5)
+    np.testing.assert_allclose(fused.centroids, xla.centroids, atol=1e-5)
+    np.testing.assert_allclose(fused.counts, xla.counts, rtol=1e-5)
+    np.testing.assert_allclose(fused.angle, xla.angle, rtol=1e-5)
+    assert fused.dead == xla.dead
+
+
+def test_fused_passes_of_mapped_and_of_spread_points(plain_kernels):
+    x, rngs = normal(2 * 320, 64).reshape(2, 320, 64), jax.random.split(KEY)
+
+    def fit(implementation, axis_name=None):
+        def one(rng, x):
+            options = {"axis_name": axis_name, "implementation": implementation}
+            return gskm(rng, x, 16, iterations=3, warmup=2, **options).centroids
+
+        return one
+
+    xla = jax.vmap(fit("xla"))(rngs, x)
+    np.testing.assert_allclose(jax.vmap(fit("mosaic_gpu"))(rngs, x), xla, atol=1e-5)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.shard_map(
+        fit("mosaic_gpu", "data"), mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
+    )
+    np.testing.assert_allclose(jax.jit(spread)(rngs[0], x[0]), xla[0], atol=1e-5)
+
+
+def test_fused_assignment(plain_kernels):
+    x, c = normal(100, 64), normal(16, 64, seed=1)
+    for fused, xla in zip(assign(x, c, implementation="mosaic_gpu"), assign(x, c), strict=True):
+        np.testing.assert_allclose(fused, xla, rtol=1e-5)
+
+
+def test_implementations_are_checked():
+    with pytest.raises(InputError, match="choose one of xla, mosaic_gpu"):
+        run("kmeans", normal(), implementation="triton")
+    with pytest.raises(InputError, match=r"multiples of 64 up to 256 as channels, got 6"):
+        assign(normal(), normal(K), implementation="mosaic_gpu")
+
+
+def test_points_are_drawn_one_by_one_as_by_sorting():
+    scores = jnp.floor(4 * normal(300, 1)[:, 0]).at[jnp.array([3, 80])].set(-jnp.inf)
+    few = jnp.full(300, -jnp.inf).at[jnp.array([4, 90])].set(1.0)
+    find = jax.jit(_top_one_by_one, static_argnums=0)
+    for x, k, wanted in ((scores, 8, 0), (scores, 8, 5), (scores, 8, 9), (few, 8, 5)):
+        top, index = find(k, x, jnp.int32(wanted))
+        expected, places = jax.lax.top_k(x, k)
+        there = slice(0, min(wanted, k))
+        np.testing.assert_array_equal(top[there], expected[there])
+        real = jnp.isfinite(expected[there])
+        np.testing.assert_array_equal(index[there][real], places[there][real])
+        assert (top[min(wanted, k) :] == -jnp.inf).all()

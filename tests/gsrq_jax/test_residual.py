@@ -231,3 +231,12 @@ def test_stages_scored_together_are_the_same_codes(monkeypatch, codewords, stage
     got = jax.jit(lambda x, w: encode(x, w, chunk=128))(x, words.astype(np.float32))
     np.testing.assert_array_equal(got, want)
     assert got.dtype == want.dtype == np.uint8
+
+
+def test_fused_passes_give_the_same_codewords(plain_kernels):
+    """Two problems, odd length, a point of weight 0 that holds NaN, stages refitted."""
+    spec = ResidualSpec(dim=64, group=64, stages=2, codewords=16)
+    x, w = normal(2, 203, 64).at[0, 5].set(jnp.nan), jnp.ones((2, 203)).at[0, 5].set(0)
+    fused, xla = (quick(KEY, x, spec, w, refits=1, implementation=i) for i in ("mosaic_gpu", "xla"))
+    np.testing.assert_allclose(fused[0], xla[0], atol=1e-5)
+    np.testing.assert_allclose(fused[1].error, xla[1].error, rtol=1e-5)

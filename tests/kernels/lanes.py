@@ -47,6 +47,7 @@ class Lanes:
         self.lane = LANES.astype(np.uint32)
         self.index, self.block = self.integer(index), self.integer(block)
         self.active = np.ones(32, bool)
+        self.groups = [[]]  # of copies by 16 bytes
 
     def put(self, array):
         return self.memory.put(array)
@@ -141,6 +142,9 @@ class Lanes:
     def either(self, condition, then, other):
         self.when(condition, then)
         self.when(~condition, other)
+
+    def add_where_equal(self, x, y, a, b):
+        return np.where(a == b, x + y, x)
 
     def loop(self, count, carry, body):
         (rounds,) = set(count.tolist())
@@ -263,6 +267,25 @@ class Lanes:
 
         self.shared[to : to + nbytes] = 255  # nothing is there before the barrier says so
         self.gate.copies.put(later)
+
+    def copy_16_to_shared(self, to, source, where):
+        for lane in np.flatnonzero(self.active):
+            at, start = int(to[lane]), int(source[lane])
+            assert at % 16 == start % 16 == 0, "a misaligned copy"
+            octets = np.zeros(16, np.uint8)
+            if where[lane]:
+                assert start + 16 <= len(self.memory.octets), "a copy from beyond memory"
+                octets = self.memory.octets[start : start + 16]
+            self.shared[at : at + 16] = 255  # nothing is there before it is waited for
+            self.groups[-1].append((at, octets))
+
+    def copies_end_group(self):
+        self.groups.append([])
+
+    def copies_wait(self, groups):
+        while len(self.groups) - 1 > groups:
+            for at, octets in self.groups.pop(0):
+                self.shared[at : at + 16] = octets
 
     def prefetch(self, source, nbytes):
         source, nbytes = self._one(source, nbytes)

@@ -2,7 +2,8 @@
 
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
-``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, and
+``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100,
 ``python lowering.py loop`` a model's decode loop, ``python lowering.py encode`` greedy encoding.
 """
 
@@ -14,9 +15,15 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from gsrq_jax.kernels import mosaic_gpu, tiles
+from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, tiles
+
+supported = pytest.mark.skipif(
+    not jax.__version__.startswith(("0.11.", "0.12.")),
+    reason=f"the kernels for GPUs are for jax 0.11 and 0.12, this is {jax.__version__}",
+)
 
 
 def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
@@ -44,9 +51,31 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
 
 
 def mosaic_module(arguments, every=1):
+    """Module of the kernel of attention."""
+    return only_module(lambda x: mosaic_gpu.attend_tiles(**x, every=every), arguments)
+
+
+def nearest_module(P=2, n=4096, d=128, K=256, unit=0, **given):
+    """Module of the kernel that finds the nearest codewords; what else is given is not chosen."""
+    s, c = jax.ShapeDtypeStruct, mosaic_gpu_cluster
+    chosen = c.choose_nearest(c.Problem(P, n, d, K), **given)
+    find = functools.partial(c.nearest, unit=bool(unit), config=chosen)
+    return only_module(find, s((P, n, d), jnp.float32), s((P, K, d), jnp.float32))
+
+
+def sums_module(P=2, n=4096, d=128, K=256, kinds=1, **given):
+    """Module of the kernel that adds up cells; what else is given is not chosen."""
+    s, c = jax.ShapeDtypeStruct, mosaic_gpu_cluster
+    chosen = c.choose_sums(c.Problem(P, n, d, K), kinds, **given)
+    add = functools.partial(c.cell_sums, codewords=K, config=chosen)
+    points, code = s((P, n, d), jnp.float32), s((P, n), jnp.int32)
+    return only_module(add, points, code, *(s((P, i, n), jnp.float32) for i in (kinds, 2)))
+
+
+def only_module(function, *arguments):
     """The kernel's module, of the only Mosaic call in the lowered operation."""
     with on_abstract():
-        traced = jax.jit(lambda x: mosaic_gpu.attend_tiles(**x, every=every)).trace(arguments)
+        traced = jax.jit(function).trace(*arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     found = []
 
@@ -95,9 +124,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def assemble(arguments, library, every):
-    """Make ptxas say what it has to say."""
-    code = mosaic_module(arguments, every)
+def assemble(code, library):
+    """Make ptxas say what it has to say about a module."""
     compile_ = ctypes.CDLL(library).MosaicGpuCompile
     compile_.argtypes, compile_.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
     compile_(code, len(code))  # prints; what it returns needs a GPU to be loaded
@@ -172,13 +200,18 @@ if __name__ == "__main__":
 
     what, *sizes = sys.argv[1:]
     numbers = {name: int(value) for name, value in (a.split("=") for a in sizes)}
-    every = numbers.pop("every", 1)
-    arguments, library = shapes(**numbers), str(plugin._get_library_path())
+    every, library = numbers.pop("every", 1), str(plugin._get_library_path())
     if what == "assemble":
-        assemble(arguments, library, every)
+        assemble(mosaic_module(shapes(**numbers), every), library)
+    elif what in ("nearest", "sums"):
+        make = {"nearest": nearest_module, "sums": sums_module}[what]
+        assemble(make(**numbers), library)
+    elif what == "cluster":
+        assemble(nearest_module(), library)
+        assemble(sums_module(kinds=2), library)
     elif what == "compile":
         attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
-        print(compiled(lambda x: attend(**x), (arguments,), library))
+        print(compiled(lambda x: attend(**x), (shapes(**numbers),), library))
     elif what == "loop":
         from gsrq_jax.models.generation import ON_GPU
 

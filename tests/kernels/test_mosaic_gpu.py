@@ -2,20 +2,14 @@
 
 import dataclasses
 import functools
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import Lanes, Memory, run_block
-from lowering import mosaic_module, on_abstract, shapes
+from lowering import mosaic_module, on_abstract, shapes, supported
 from test_reference import check, decode, expected
 
 from gsrq_jax.kernels import mosaic_gpu, pieces, reference, tiles
@@ -425,10 +419,6 @@ def test_versions_of_jax_that_are_not_supported(monkeypatch, version):
 
 # --- for a GPU that is not there ------------------------------------------------------------------
 
-supported = pytest.mark.skipif(
-    not jax.__version__.startswith(("0.11.", "0.12.")),
-    reason=f"the kernel is for jax 0.11 and 0.12, this is {jax.__version__}",
-)
 FORMS = {
     "1 bit": {},
     "blocks of 128, 8 heads, 3 tokens": {"b": 128, "q": 8, "T": 3},
@@ -454,45 +444,6 @@ def test_other_gpus_are_refused_when_lowered_for():
         pytest.raises(InputError, match="this is NVIDIA A100"),
     ):
         mosaic_gpu.attend_tiles(**shapes())
-
-
-def installed(module):
-    """Its spec, or None if it or a package that it is in is not there."""
-    try:
-        return importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-
-
-@pytest.fixture(scope="module")
-def without_a_gpu(tmp_path_factory):
-    """``run(what, sizes)``: what lowering.py prints in a process that sees a stand-in of a GPU."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler for the stand-in of the CUDA driver")
-    if installed("jax_plugins.xla_cuda13") is None:
-        pytest.skip("jax is installed without CUDA 13")
-    cuda = installed("nvidia.cu13")
-    places = [Path(p) / "bin" for p in cuda.submodule_search_locations] if cuda else []
-    if not any((p / "ptxas").exists() for p in places) and shutil.which("ptxas") is None:
-        pytest.skip("ptxas is not installed")
-    folder = tmp_path_factory.mktemp("cuda")
-    here = Path(__file__).parent
-    command = [compiler, "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1"]
-    subprocess.run([*command, here / "fake_cuda.c"], check=True)
-    environment = os.environ | {
-        "LD_LIBRARY_PATH": str(folder),
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-    }
-
-    def run(what, sizes):
-        numbers = [f"{k}={v}" for k, v in sizes.items()]
-        command = [sys.executable, here / "lowering.py", what, *numbers]
-        done = subprocess.run(command, capture_output=True, env=environment, check=False)
-        return (done.stdout + done.stderr).decode(errors="replace")
-
-    return run
 
 
 @supported

@@ -38,7 +38,7 @@ def test_rows_and_table(benchmark, tmp_path, monkeypatch, capsys):
     assert layer["model_seconds"] == 3 * layer["seconds"]
     assert layer["rate"] == pytest.approx(2 * 256 * 256 * layer["passes"] / layer["seconds"])
     printed = capsys.readouterr().out
-    assert f"| 2 × 64 × 8 | 16 | gsrq_jax | {assign['seconds'] * 1e3:,.2f} |" in printed
+    assert f"| 2 × 64 × 8 | 16 | gsrq_jax (xla) | {assign['seconds'] * 1e3:,.2f} |" in printed
     benchmark.main(benchmark.dataclasses.replace(config, table=True))
     assert capsys.readouterr().out.strip() == benchmark.table(data)
 

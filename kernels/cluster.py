@@ -1,0 +1,93 @@
+"""What a sweep of k-means is made of, in plain jnp, and whether a GPU has it fused.
+
+`gsrq_jax.kernels.mosaic_gpu_cluster` has both functions as kernels for Hopper GPUs.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from gsrq_jax.kernels import mosaic_gpu_cluster
+from gsrq_jax.kernels.errors import InputError
+
+Implementation = Literal["xla", "mosaic_gpu"]
+FUSED_WHERE_SUPPORTED = False
+"""Whether the kernels are taken where nothing else is asked for. They have not been measured."""
+
+
+def fused(
+    implementation: Implementation | None, points: int, channels: int, codewords: int
+) -> bool:
+    """Whether so many points are to be clustered by the kernels for GPUs.
+
+    Args:
+        implementation: ``mosaic_gpu``, the kernels, or ``xla``. None is `FUSED_WHERE_SUPPORTED`.
+        points: their number.
+        channels: of each.
+        codewords: their number.
+
+    Raises:
+        InputError: if the implementation is unknown, or the kernels are asked for and are not for
+            such points, such a device or such a version of jax.
+    """
+    if implementation not in (None, *get_args(Implementation)):
+        names = ", ".join(get_args(Implementation))
+        raise InputError(f"unknown implementation {implementation!r}; choose one of {names}")
+    if implementation == "xla" or (implementation is None and not FUSED_WHERE_SUPPORTED):
+        return False
+    try:
+        like = jax.ShapeDtypeStruct((1, points, channels), jnp.float32)
+        mosaic_gpu_cluster.check_supported(like, codewords)
+    except InputError:
+        if implementation is None:
+            return False
+        raise
+    return True
+
+
+def nearest(
+    points: Float[Array, "P n d"], codewords: Float[Array, "P K d"], *, unit: bool = False
+) -> tuple[Int[Array, "P n"], Float[Array, "P n"], Float[Array, "P n"]]:
+    """The nearest codeword of each point, its score and the point's squared length.
+
+    Args:
+        points: float32.
+        codewords: float32.
+        unit: whether scores are those of the points' directions.
+
+    Returns:
+        Codes (int32), scores ``2⟨x, c⟩ − ‖c‖²`` and ``‖x‖²``.
+    """
+    square = jnp.sum(jnp.square(points), -1)
+    if unit:
+        points = points / jnp.maximum(jnp.sqrt(square), mosaic_gpu_cluster.TINY)[..., None]
+    exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    scores = 2 * exact("pnd,pkd->pnk", points, codewords)
+    scores = scores - jnp.sum(jnp.square(codewords), -1)[:, None]
+    return jnp.argmax(scores, -1).astype(jnp.int32), jnp.max(scores, -1), square
+
+
+def cell_sums(
+    points: Float[Array, "P n d"],
+    code: Int[Array, "P n"],
+    factors: Float[Array, "P F n"],
+    numbers: Float[Array, "P 2 n"],
+    codewords: int,
+) -> tuple[Float[Array, "P F K d"], Float[Array, "P 2 K"]]:
+    """Sums over the cells of points times factors, and of two numbers of each point.
+
+    Args:
+        points: float32.
+        code: the cell of each point, below K.
+        factors: of each kind of sums.
+        numbers: added up as they are.
+        codewords: cells, K.
+    """
+    hot = (code[..., None] == jnp.arange(codewords)).astype(jnp.float32)
+    exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    sums = exact("pfnk,pnd->pfkd", factors[..., None] * hot[:, None], points)
+    return sums, exact("pnk,pfn->pfk", hot, numbers)
