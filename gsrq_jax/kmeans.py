@@ -276,7 +276,7 @@ def nearest(
     Holds ``[*lead, n, k]`` floats; `assign` is the chunked form.
     """
     found = scores(points, centroids)
-    return jnp.argmax(found, -1), jnp.max(found, -1)
+    return jnp.argmax(found, -1).astype(jnp.int32), jnp.max(found, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "implementation"), inline=True)
@@ -298,7 +298,8 @@ def assign(
         ``[n]`` int32 codes and ``[n]`` float32 squared errors.
 
     Raises:
-        InputError: if the implementation is unknown or not for these shapes or this device.
+        InputError: if the implementation is unknown or not for these shapes or this device, or for
+            a chunk below 1.
     """
     if kernels.fused(implementation, *points.shape, len(centroids)):
         code, score, square = _nearest_fused(points.astype(jnp.float32), centroids)
@@ -310,7 +311,10 @@ def assign(
         return code, jnp.maximum(jnp.sum(jnp.square(x), -1) - score, 0)
 
     n = points.shape[0]
-    code, error = lax.map(of_chunk, _chunks(points, chunk or default_chunk(len(centroids))))
+    chunk = default_chunk(len(centroids)) if chunk is None else chunk
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
+    code, error = lax.map(of_chunk, _chunks(points, chunk))
     return code.reshape(-1)[:n], error.reshape(-1)[:n]
 
 
@@ -368,7 +372,7 @@ def _cluster(
 ) -> _Clustering:
     n, d = points.shape
     chunk = default_chunk(codewords) if chunk is None else chunk
-    weights = jnp.ones(n) if weights is None else weights.astype(jnp.float32)
+    weights = jnp.ones(n, jnp.float32) if weights is None else weights.astype(jnp.float32)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     if codewords > n * devices:
         raise InputError(
@@ -395,7 +399,9 @@ def _cluster(
     # One draw of noise serves the start and every re-seeding, for what is drawn changes with the
     # errors. It depends on a point's place among all devices' points, not on how many they are.
     first = 0 if axis_name is None else n * lax.axis_index(axis_name)
-    noise = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(rng, i)))(first + jnp.arange(n))
+    noise = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(rng, i), dtype=jnp.float32))(
+        first + jnp.arange(n)
+    )
 
     def draw(mass: Array, wanted: Array | None = None) -> Array:
         scores = jnp.log(mass) + noise
@@ -437,7 +443,7 @@ def _cluster(
     result = KMeansResult(
         centroids=best["centroids"],
         objective=best["objective"],
-        dead=jnp.sum(best["count"] <= 0),
+        dead=jnp.sum(best["count"] <= 0, dtype=jnp.int32),
         angle=best["angle"],
         counts=best["count"],
         history=history,
@@ -524,11 +530,12 @@ def _nearest_fused(
 def _fit_of(
     weights: Array, size: Array, score: Array, code: Array, centroids: Array
 ) -> tuple[Array, Array]:
-    """Weighted squared error and ``1 − cos`` of points of these lengths."""
+    """Weighted squared error and ``1 − cos`` of points of these lengths; 0 where one of them is."""
     error = weights * jnp.maximum(size * size - score, 0)
     reach = jnp.sqrt(jnp.sum(jnp.square(centroids), -1))[code]
-    cosine = (score + reach * reach) / jnp.maximum(2 * size * reach, _TINY)
-    return error, weights * (1 - cosine)
+    product = 2 * size * reach
+    cosine = (score + reach * reach) / jnp.maximum(product, _TINY)
+    return error, jnp.where(product > 0, weights * (1 - cosine), 0)
 
 
 def _summed(rule: str) -> tuple[str, ...]:

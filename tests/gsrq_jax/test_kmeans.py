@@ -208,6 +208,7 @@ def test_zero_vectors(rule):
     for field in jax.tree.leaves(result):
         assert np.isfinite(field).all()
     np.testing.assert_allclose(result.counts.sum(), N // 2 if rule == "spherical" else N)
+    assert 0 < result.angle < 1  # they have none
     only_zeros = run(rule, jnp.zeros((N, D)))
     for field in jax.tree.leaves(only_zeros):
         assert np.isfinite(field).all()
@@ -293,6 +294,20 @@ def test_bfloat16_points_are_summed_in_float32():
     np.testing.assert_allclose(result.centroids, centroids, atol=1e-4)
 
 
+@every_rule
+def test_types_do_not_depend_on_jax_enable_x64(rule):
+    """Traced only."""
+    with jax.enable_x64(True):
+        points = np.ones((N, D))
+        options = {"shape_update": rule} if rule in ("unit", "raw") else {}
+        function = {"kmeans": kmeans, "spherical": spherical}.get(rule, gskm)
+        found = jax.eval_shape(lambda x: function(KEY, x, K, **options), points)
+        codes, errors = jax.eval_shape(assign, points, np.ones((K, D)))
+    assert found.dead.dtype == codes.dtype == jnp.int32
+    rest = (found.centroids, found.objective, found.angle, found.counts, found.history, errors)
+    assert {x.dtype for x in rest} == {jnp.dtype(jnp.float32)}
+
+
 def test_cluster_runs_the_rules():
     options = {"iterations": 5, "warmup": 3, "chunk": 256}
     result = cluster(KEY, normal(), K, jnp.ones(N), rule="kmeans", **options)
@@ -317,6 +332,8 @@ def test_bad_input():
         gskm(KEY, x, 4, warmup=0)
     with pytest.raises(InputError, match="unknown shape_update 'round'"):
         gskm(KEY, x, 4, shape_update="round")
+    with pytest.raises(InputError, match="chunk must be at least 1, got 0"):
+        assign(normal(), normal(K), chunk=0)
     with pytest.raises(InputError, match="unknown rule 'median'"):
         cluster(KEY, x, 4, rule="median")
 
