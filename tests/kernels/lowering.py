@@ -124,7 +124,7 @@ def compiled(function, arguments, library, how=None, **options):
     return lowered.compile(compiler_options=how).as_text()
 
 
-def decode_loop(batch=2, context=4096, layers=3):
+def decode_loop(batch=8, context=4096, layers=3):
     """The decode loop of a model with two KV heads of 128 channels, and its arguments."""
     from gsrq_jax.cache import init_cache
     from gsrq_jax.codebook import Codebooks
