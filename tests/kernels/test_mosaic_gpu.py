@@ -546,6 +546,17 @@ def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
 
 
 @supported
+def test_weights_of_8_bits_are_read_where_they_are(without_a_gpu):
+    """By products of integers; nothing makes a copy of them or other numbers of them."""
+    hlo = without_a_gpu("int8", {})
+    products = re.findall(r"= \(s32\[16,\d+\]\S* \S+ custom-call\(.*__cublas", hlo)
+    assert len(products) == 8, hlo[-2000:]  # seven of a layer, and the logits'
+    weight = r"(?:1,|3,)?(?:256|512|1024),(?:256|1024)"
+    assert re.search(rf"= s8\[{weight}\]", hlo)
+    assert not re.search(rf"= (?:s8|bf16|f32)\[{weight}\]\S* (?:fusion|copy|convert)", hlo)
+
+
+@supported
 def test_encoding_changes_residuals_in_place(without_a_gpu):
     """Once for four stages of 16 codewords."""
     hlo = without_a_gpu("encode", {})
