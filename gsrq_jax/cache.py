@@ -248,6 +248,7 @@ def check_spec(cache: KVCache, codec: Codec | None) -> None:
 # --- append ---------------------------------------------------------------------------------------
 
 
+@jax.named_scope("append")
 def append(
     cache: KVCache,
     k: Float[Array, "*L B T H d"],
