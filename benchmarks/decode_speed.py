@@ -1025,6 +1025,8 @@ def main(config: Config) -> None:
         for row in run(config, rows):
             rows.append(row)
             write_result(file, compared(rows), command=command, config=fields)
+        if not rows:
+            return
     data = json.loads(file.read_text(encoding="utf-8"))
     table = markdown(data)
     file.with_suffix(".md").write_text(table, encoding="utf-8")
