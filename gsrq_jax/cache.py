@@ -363,10 +363,13 @@ def _flush(
     stacked = cache.length.ndim == 2
     if stacked:
         put = jax.vmap(put)
+
+        def of_layer(layer: tuple[KVCache, Array, Array, Codec]) -> Any:
+            exact, k, v, codec = layer
+            return encode(exact, k, v, codec, count)
+
         (keys, values), target, outliers = jax.lax.map(
-            lambda layer: encode(*layer, count),
-            (exact, k, v, codec),
-            batch_size=_layers_at_once(k, codec.spec),
+            of_layer, (exact, k, v, codec), batch_size=_layers_at_once(k, codec.spec)
         )
     else:
         (keys, values), target, outliers = encode(exact, k, v, codec, count)

@@ -213,7 +213,9 @@ def output_moments(graphdef: nnx.GraphDef[Llama], params: nnx.State) -> Float32[
     """``W_oᵀW_o`` of each KV head's values: the sum over the query heads that read it."""
     model = nnx.merge(graphdef, params)
     c = model.config
-    weights = model.layers.self_attn.o_proj.kernel[...].astype(jnp.float32)
+    o_proj = model.layers.self_attn.o_proj
+    assert isinstance(o_proj, nnx.Linear)  # what is learned from has its weights in full
+    weights = o_proj.kernel[...].astype(jnp.float32)
     weights = weights.reshape(c.layers, c.kv_heads, -1, c.head_dim, c.hidden_size)
     return jnp.einsum("LHqdo,LHqeo->LHde", weights, weights)
 
