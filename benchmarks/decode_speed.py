@@ -1,17 +1,19 @@
 """Time of decode attention, and of whole decode steps, over a coded cache and over a bf16 one.
 
     python benchmarks/decode_speed.py                          # all of it, on this machine's device
-    python benchmarks/decode_speed.py --part attention --quick # minutes instead of an hour
+    python benchmarks/decode_speed.py --seconds 300            # what comes first, and no longer
+    python benchmarks/decode_speed.py --part attention --quick # a first look
 
 ``attention`` is one layer's operation at LLaMA-3-8B's shapes, timed in a program of several layers
 one after the other, as a decode step has them; random codes. ``model`` is a decode loop of a model
 of these shapes with random weights, over a cache that is filled with random numbers; ``prefill`` is
-that model reading a prompt. Writes
-`results/decode-speed/<device>.json`, and beside it a table and a plot. ``--render FILE`` writes
-only these again.
+that model reading a prompt. Writes `results/decode-speed/<device>.json` row by row, those that
+matter most first, and beside it a table and a plot; the same command goes on where one was cut off.
+``--render FILE`` writes only these again.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import glob
@@ -25,7 +27,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
@@ -44,7 +47,7 @@ from gsrq_jax.kernels import decode
 from gsrq_jax.kernels.reference import scale_of
 from gsrq_jax.models import commands, generation, llama
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
-from gsrq_jax.results import write_result
+from gsrq_jax.results import commit, device, versions, write_result
 from gsrq_jax.spec import QuantSpec
 
 matplotlib.use("Agg")
@@ -63,6 +66,10 @@ TOY = dataclasses.replace(
 )
 MODELS = {"llama-3-8b": LLAMA_3_8B, "toy": TOY}
 FULL = "bf16"
+ATTEND, APPEND = (
+    "attend",
+    "append",
+)  # scopes of `gsrq_jax.attention.attend`, `gsrq_jax.cache.append`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +94,13 @@ class Config:
         steps: tokens that are decoded.
         prompts: tokens of prompts that are read and encoded.
         only_coded: leave out the model's loop in bf16.
+        long: tokens of one more context, of one sequence; 0 for none.
         largest: also the largest batch that fits, by context, and the longest context of one
             sequence.
+        weights: of the model's loop; int8 at the shapes of attention alone.
+        memory: bytes of the device; by default what it says that it has.
+        seconds: after which nothing more is begun; 0 for no end.
+        jobs: programs that are compiled at a time; nothing is timed meanwhile.
         out: folder under which ``results`` lies.
         render: only write table and plot of this result file again.
     """
@@ -110,7 +122,12 @@ class Config:
     steps: int = 32
     prompts: tuple[int, ...] = (8192, 32768)
     only_coded: bool = False
-    largest: bool = False
+    long: int = 2**20
+    largest: bool = True
+    weights: tuple[Literal["bf16", "int8"], ...] = ("bf16", "int8")
+    memory: float = 0
+    seconds: float = 0
+    jobs: int = max(1, min(16, (os.cpu_count() or 1) // 2))
     out: pathlib.Path = ROOT
     render: pathlib.Path | None = None
 
@@ -130,6 +147,19 @@ class Config:
             mean_every=self.mean_every,
             layout="tiles",
         )
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """`shapes` as numbers."""
+        return [
+            (int(batch), int(context)) for batch, context in (s.split("x") for s in self.shapes)
+        ]
+
+    @property
+    def room(self) -> float:
+        """Bytes of the device's memory, infinite where it does not say."""
+        stats = jax.devices()[0].memory_stats() or {}
+        return self.memory or float(stats.get("bytes_limit", math.inf))
 
 
 def peer_spec(name: str, dim: int) -> UniformSpec:
@@ -161,6 +191,7 @@ def microseconds(run: Callable[[], Any], count: int, times: int) -> dict[str, fl
     return {"microseconds": float(quarters[1]), "spread": float(quarters[2] - quarters[0])}
 
 
+@functools.cache
 def bandwidth(times: int) -> float:
     """Bytes a second that the device's memory gives a program that reads and writes as much."""
     x = _made(lambda: jnp.ones((2**28 if on_gpu() else 2**20,), jnp.float32))
@@ -196,8 +227,13 @@ def exact_layer(
 ) -> tuple[jax.Array, jax.Array]:
     """Random keys and values in bfloat16."""
     c = config.sizes
-    shape = (batch, context, c.kv_heads, c.head_dim)
-    k, v = (jax.random.normal(at, shape, jnp.bfloat16) for at in jax.random.split(key))
+    shape = (context, c.kv_heads, c.head_dim)
+
+    def sequences(key: jax.Array) -> jax.Array:  # one at a time: what drawing needs is not little
+        keys = jax.random.split(key, batch)
+        return jax.lax.map(lambda key: jax.random.normal(key, shape, jnp.bfloat16), keys)
+
+    k, v = map(sequences, jax.random.split(key))
     return k, v
 
 
@@ -218,6 +254,7 @@ def rounded_layer(
     return jax.tree.unflatten(tree, list(map(draw, keys, leaves)))
 
 
+@jax.named_scope(ATTEND)
 def exact_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None
 ) -> jax.Array:
@@ -231,8 +268,11 @@ def exact_attention(
     )
 
 
-def profile(run: Callable[[], Any], count: int) -> dict[str, float]:
-    """Microseconds of the device over ``count``, by operation; empty where no device reports it."""
+def profile(run: Callable[[], Any], count: int, scopes: Mapping[str, str]) -> dict[str, float]:
+    """Microseconds of the device over ``count``, by operation; empty where no device reports it.
+
+    ``scopes``, of `scopes_of`, are noted behind the operations, after `` | ``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
@@ -244,20 +284,47 @@ def profile(run: Callable[[], Any], count: int) -> dict[str, float]:
                 continue
             for line in plane.lines:
                 for event in line.events if "Stream" in line.name else ():
-                    found[event.name] += event.duration_ns / 1e3 / count
+                    scope = scopes.get(str(dict(event.stats).get("hlo_op")))
+                    name = event.name if scope is None else f"{event.name} | {scope}"
+                    found[name] += event.duration_ns / 1e3 / count
     return dict(sorted(found.items(), key=lambda x: -x[1]))
 
 
+def scopes_of(hlo: str) -> dict[str, str]:
+    """Where in the traced function each instruction of a compiled program comes from."""
+    found: dict[str, str] = {}
+    inner: dict[str, str] = {}  # of a computation: its last instruction that knows
+    body = ""
+    for line in hlo.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?(\S+) \(.*\{$", line):
+            body = opened[1]
+        if not (made := re.match(r"\s+(?:ROOT )?%?(\S+) = ", line)):
+            continue
+        named, calls = re.search(r'op_name="([^"]*)"', line), re.search(r"calls=%?([^\s,]+)", line)
+        if named:
+            scope = re.sub(r"\b(?:jit\(\w+\)|while|body|closed_call|eval_jaxpr)/", "", named[1])
+            found[made[1]] = inner[body] = scope
+        elif calls and calls[1] in inner:  # computations stand before their callers
+            found[made[1]] = inner[calls[1]]
+    return found
+
+
 def by_part(profile: Mapping[str, float]) -> dict[str, float]:
-    """A profile's ``kernel``, ``products`` (of XLA) and ``rest``."""
+    """A profile's ``kernel``, ``attend`` without it, ``append`` with encoding, the ``products``
+    (of weights, and all that are not known to be of those two) and the ``rest``."""
     parts = {"products": 0.0, "rest": 0.0}
-    for name, took in profile.items():
+    for operation, took in profile.items():
+        name, _, scope = operation.partition(" | ")
+        scoped = [part for part in scope.split("/") if part in (ATTEND, APPEND)]
         if "mosaic" in name:
-            parts["kernel"] = parts.get("kernel", 0.0) + took
+            part = "kernel"
+        elif scoped:
+            part = scoped[0]
         elif re.search(r"gemm|gemv|nvjet|cutlass|dot", name):
-            parts["products"] += took
+            part = "products"
         else:
-            parts["rest"] += took
+            part = "rest"
+        parts[part] = parts.get(part, 0.0) + took
     return parts if profile else {}
 
 
@@ -329,78 +396,70 @@ def chained(way: Way, config: Config, batch: int) -> Any:
     return jax.jit(run).lower(query, [layer] * config.repeat, jnp.int32(1)).compile()
 
 
-def measure_attention(
-    config: Config, batch: int, context: int, before: Callable[[], Any] = lambda: None
-) -> Iterator[dict[str, Any]]:
-    """Rows of one shape; the first are bf16's. ``before`` is called when all is compiled."""
-    c = config.sizes
-    programs = [(way, chained(way, config, batch)) for way in ways(config, batch, context)]
-    before()
-    per_token = 2 * c.kv_heads * c.head_dim / 8 / bandwidth(config.times) * 1e6
-
-    def row(way: str, bits: float, took: dict[str, Any]) -> dict[str, Any]:
-        found = {"part": "attention", "what": way, "batch": batch, "context": context}
-        found |= {"bits": bits} | took
-        print({name: x for name, x in found.items() if name != "operations"}, flush=True)
-        return found | {"floor_microseconds": batch * context * bits * per_token}
-
-    def timed(way: Way, program: Callable[..., Any]) -> dict[str, Any]:
-        make = jax.jit(way.layer)
-        layers = [make(key) for key in jax.random.split(jax.random.key(0), config.repeat)]
-        query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
-        run = functools.partial(program, query, layers)
-        once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
-        rounds = math.ceil(config.at_least * 1e6 / once)
-        count = rounds * config.repeat
-        took = microseconds(lambda: run(jnp.int32(rounds)), count, config.times)
-        operations = profile(lambda: run(jnp.int32(1)), config.repeat)
-        if operations:
-            took["device_microseconds"] = sum(operations.values())
-        return row(way.what, way.bits, took | by_part(operations) | {"operations": operations})
-
-    rows = [timed(*programs[0])]
-    if (took := torch_microseconds(config, batch, context)) is not None:
-        rows.append(row(f"{FULL}, torch SDPA", 16, took))
-    base = min(r["microseconds"] for r in rows)
-    rest = (timed(*program) for program in programs[1:])
-    for found in itertools.chain(rows, rest):
-        yield found | {
-            "times": base / found["microseconds"],
-            **({"times_kernel": base / found["kernel"]} if "kernel" in found else {}),
-        }
+def measure_attention(way: Way, program: Any, config: Config, batch: int) -> dict[str, Any]:
+    """Of a program that `chained` made."""
+    c, make = config.sizes, jax.jit(way.layer)
+    layers = [make(key) for key in jax.random.split(jax.random.key(0), config.repeat)]
+    query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
+    run = functools.partial(program, query, layers)
+    once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
+    rounds = math.ceil(config.at_least * 1e6 / once)
+    took = microseconds(lambda: run(jnp.int32(rounds)), rounds * config.repeat, config.times)
+    operations = profile(lambda: run(jnp.int32(1)), config.repeat, scopes_of(program.as_text()))
+    if operations:
+        took["device_microseconds"] = sum(operations.values())
+    return took | by_part(operations) | {"operations": operations}
 
 
-def torch_microseconds(config: Config, batch: int, context: int) -> dict[str, float] | None:
-    """The same attention by torch, if there is one that sees the device and has the memory.
-
-    Two layers in turn: at the sizes that are timed, each is more than the second-level cache holds.
-    """
+def torch_attentions() -> dict[str, Callable[..., Any]]:
+    """What there is for torch on this device: ``(query[B,1,Q,d], key, value [B,T,H,d])``."""
     try:
         import torch
-        from torch.nn.functional import scaled_dot_product_attention
     except ImportError:
-        return None
+        return {}
     if not (on_gpu() and torch.cuda.is_available()):
-        return None
+        return {}
+
+    def sdpa(query: Any, key: Any, value: Any) -> Any:
+        by_head = (x.transpose(1, 2) for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*by_head, enable_gqa=True)
+
+    found = {"torch SDPA": sdpa}
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError:
+        return found
+    return found | {"FlashAttention-3": flash_attn_with_kvcache}
+
+
+def measure_torch(
+    attend: Callable[..., Any], config: Config, batch: int, context: int
+) -> dict[str, Any]:
+    """Attention by torch, over as many layers as fill 2 GiB, at least two and at most ``repeat``:
+    more than the second-level cache holds."""
+    import torch
+
     c, kind = config.sizes, {"dtype": torch.bfloat16, "device": "cuda"}
+    # As SDPA likes them: heads before tokens. Seen the other way around, FlashAttention takes them.
     past = (batch, c.kv_heads, context, c.head_dim)
+    several = 2**30 // (2 * math.prod(past)) + 1
+    try:
+        query = torch.randn(batch, 1, c.heads, c.head_dim, **kind)
+        layers = [
+            [torch.randn(past, **kind).transpose(1, 2) for _ in range(2)]
+            for _ in range(min(max(2, several), config.repeat))
+        ]
 
-    def measure() -> dict[str, float]:
-        query = torch.randn(batch, c.heads, 1, c.head_dim, **kind)
-        layers = [(torch.randn(past, **kind), torch.randn(past, **kind)) for _ in range(2)]
-
-        def run() -> None:
-            for i in range(config.repeat):
-                scaled_dot_product_attention(query, *layers[i % 2], enable_gqa=True)
+        def run(rounds: int) -> None:
+            for i in range(rounds * config.repeat):
+                attend(query, *layers[i % len(layers)])
             torch.cuda.synchronize()
 
-        return microseconds(run, config.repeat, config.times)
-
-    try:
-        return measure()
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"{FULL}, torch SDPA at {batch} x {context}: {error}", flush=True)
-        return None
+        once = microseconds(lambda: run(1), 1, 3)["microseconds"]
+        rounds = math.ceil(config.at_least * 1e6 / once)
+        return microseconds(lambda: run(rounds), rounds * config.repeat, config.times)
+    except torch.cuda.OutOfMemoryError:
+        return {"error": UNFIT}
     finally:
         torch.cuda.empty_cache()
 
@@ -410,6 +469,8 @@ def torch_microseconds(config: Config, batch: int, context: int) -> dict[str, fl
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if dtype == jnp.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
     return jax.random.uniform(key, shape, dtype, -1, 1) * dtype.type(shape[-1] ** -0.5)
 
 
@@ -421,7 +482,7 @@ def random_params(shapes: Any) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
-def compiled(program: Any, *arguments: Any) -> tuple[Callable[..., Any], float]:
+def compiled(program: Any, *arguments: Any) -> tuple[Any, float]:
     """It, compiled for the arguments, and the most bytes that it has at a time."""
     done = program.lower(*arguments).compile(compiler_options=generation.loop_options())
     m = done.memory_analysis()
@@ -452,15 +513,15 @@ class Loop:
         make: ``(given, carry)``.
     """
 
-    step: Callable[..., Any]
+    step: Any
     nbytes: float
     make: Callable[[], tuple[tuple[Any, ...], Any]]
 
 
-def coded_loop(config: Config, bits: float, batch: int, context: int) -> Loop:
+def coded_loop(config: Config, bits: float, batch: int, context: int, weights: str) -> Loop:
     """`gsrq_jax.models.generation.decode`."""
     c, spec = config.sizes, config.spec(bits, context)
-    graphdef, shapes = llama.abstract(c, jnp.bfloat16)
+    graphdef, shapes = llama.abstract(c, jnp.bfloat16, int8=weights == "int8")
     room = 2 * config.steps + 2
 
     def state(key: jax.Array) -> generation.DecodeState:
@@ -498,20 +559,23 @@ def coded_loop(config: Config, bits: float, batch: int, context: int) -> Loop:
     now = jax.eval_shape(state, keys[1])
     step, nbytes = compiled(jax.jit(loop, donate_argnums=2), *given, now, jnp.int32(1))
 
+    filled = jax.jit(state).lower(keys[1]).compile()
+
     def make() -> tuple[tuple[Any, ...], Any]:
-        return (random_params(shapes), _made(books, keys[0])), _made(state, keys[1])
+        return (random_params(shapes), _made(books, keys[0])), filled(keys[1])
 
     return Loop(step, nbytes, make)
 
 
-def exact_loop(config: Config, batch: int, context: int) -> Loop:
+def exact_loop(config: Config, batch: int, context: int, weights: str) -> Loop:
     """The same over keys and values in bf16, by the best attention that jax has.
 
     Layers are unrolled, each with weights and a cache of its own, which is updated in place: no
     array is ever cut out of a stack.
     """
     c = config.sizes
-    graphdef, shapes = llama.abstract(dataclasses.replace(c, layers=1), jnp.bfloat16)
+    one = dataclasses.replace(c, layers=1)
+    graphdef, shapes = llama.abstract(one, jnp.bfloat16, int8=weights == "int8")
     blocks, _ = nnx.split(nnx.merge(graphdef, shapes).layers)
     of_layer = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
@@ -548,59 +612,53 @@ def exact_loop(config: Config, batch: int, context: int) -> Loop:
     given = shapes, [of_layer] * c.layers
     step, nbytes = compiled(jax.jit(loop, donate_argnums=2), *given, now, jnp.int32(1))
 
+    made = jax.jit(of_cache).lower(keys[0]).compile()
+
     def make() -> tuple[tuple[Any, ...], Any]:
         layers = [random_params(of_layer) for _ in range(c.layers)]
-        made = jax.jit(of_cache)
         return (random_params(shapes), layers), (*start, [made(key) for key in keys])
 
     return Loop(step, nbytes, make)
 
 
-def measure_model(
-    config: Config,
-    what: str,
-    batch: int,
-    context: int,
-    before: Callable[[], Any] = lambda: None,
-) -> dict[str, Any]:
-    """Tokens a second of all sequences together, or why there are none.
+def loop_of(config: Config, what: str, batch: int, context: int, weights: str) -> Loop:
+    """The decode loop over this cache."""
+    if what == FULL:
+        return exact_loop(config, batch, context, weights)
+    return coded_loop(config, float(what.split()[0]), batch, context, weights)
 
-    ``before`` is called when the loop is compiled.
+
+def measure_model(loop: Loop, config: Config, batch: int) -> dict[str, Any]:
+    """Tokens a second of all sequences together.
+
+    ``bytes`` are what the compiled loop holds, ``peak_bytes`` what the device had in use at most,
+    if it never had more before.
     """
-    row = {"part": "model", "what": what, "batch": batch, "context": context}
-    row |= {"layers": config.sizes.layers, "steps": config.steps}
-    try:
-        if what == FULL:
-            loop = exact_loop(config, batch, context)
-        else:
-            loop = coded_loop(config, float(what.split()[0]), batch, context)
-        before()
-        given, carry = loop.make()
 
-        def run(steps: int) -> Any:
-            nonlocal carry
-            carry = loop.step(*given, carry, jnp.int32(steps))
-            return jax.block_until_ready(carry)
+    def peak() -> int:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
-        run(2)
-        start = time.perf_counter()
-        run(config.steps)
-        took = time.perf_counter() - start
-        row |= {"tokens_per_second": batch * config.steps / took, "bytes": loop.nbytes}
-        operations = profile(lambda: run(config.steps), config.steps)
-        row |= by_part(operations) | {"operations": operations}
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        row["error"] = "does not fit"
-    print({name: x for name, x in row.items() if name != "operations"}, flush=True)
-    return row
+    before = peak()
+    given, carry = loop.make()
+
+    def run(steps: int) -> Any:
+        nonlocal carry
+        carry = loop.step(*given, carry, jnp.int32(steps))
+        return jax.block_until_ready(carry)
+
+    run(2)
+    start = time.perf_counter()
+    run(config.steps)
+    took = time.perf_counter() - start
+    row = {"tokens_per_second": batch * config.steps / took, "bytes": loop.nbytes}
+    if peak() > before:
+        row["peak_bytes"] = peak()
+    operations = profile(lambda: run(config.steps), config.steps, scopes_of(loop.step.as_text()))
+    return row | by_part(operations) | {"operations": operations}
 
 
-def measure_prefill(
-    config: Config, what: str, context: int, before: Callable[[], Any] = lambda: None
-) -> dict[str, Any]:
-    """Time to read one prompt of so many tokens, and to encode it greedily, layer by layer."""
+def prefill_of(config: Config, what: str, context: int) -> Loop:
+    """The program that reads one prompt of so many tokens and encodes it, layer by layer."""
     c = config.sizes
     graphdef, shapes = llama.abstract(c, jnp.bfloat16)
     spec = None if what == FULL else config.spec(float(what.split()[0]), context)
@@ -610,21 +668,25 @@ def measure_prefill(
 
     tokens, count = jnp.zeros((1, context), jnp.int32), jnp.full(1, context)
     read = functools.partial(generation.prefill, graphdef, max_length=context)
-    given = shapes, tokens, count, jax.eval_shape(books)
-    program = jax.jit(read).lower(*given).compile()
-    before()
-    params, codec = random_params(shapes), _made(books)
-    run = functools.partial(program, params, tokens, count, codec)
-    took = microseconds(run, 1, 3)
-    operations = profile(run, 1)
-    row = {"part": "prefill", "what": what, "batch": 1, "context": context, "layers": c.layers}
-    row |= took | by_part(operations) | {"operations": operations}
-    print({name: x for name, x in row.items() if name != "operations"}, flush=True)
-    return row
+    program = jax.jit(read).lower(shapes, tokens, count, jax.eval_shape(books)).compile()
+    return Loop(program, 0, lambda: ((random_params(shapes), tokens, count), _made(books)))
+
+
+def measure_prefill(program: Loop) -> dict[str, Any]:
+    """Its time, and the part of it that takes what is new into the cache: ``encoding_share``."""
+    given, codec = program.make()
+    run = functools.partial(program.step, *given, codec)
+    row: dict[str, Any] = dict(microseconds(run, 1, 3))
+    operations = profile(run, 1, scopes_of(program.step.as_text()))
+    parts = by_part(operations)
+    if APPEND in parts:
+        row["encoding_share"] = parts[APPEND] / sum(parts.values())
+    return row | parts | {"operations": operations}
 
 
 def cache_bytes(config: Config, what: str, batch: int, context: int) -> int:
-    """Of a model's cache, without making it."""
+    """Of a model's cache without making it, and of what its loop holds besides in proportion: the
+    window once more, which XLA turns to have heads before tokens."""
     c = config.sizes
     if what == FULL:
         return 4 * batch * context * c.layers * c.kv_heads * c.head_dim
@@ -638,7 +700,15 @@ def cache_bytes(config: Config, what: str, batch: int, context: int) -> int:
         max_length=context + spec.block,
         layers=c.layers,
     )
-    return jax.eval_shape(make).nbytes
+    cache = jax.eval_shape(make)
+    window = cache.window_key
+    return cache.nbytes + 2 * math.prod(window.shape) * window.dtype.itemsize
+
+
+def weight_bytes(config: Config, weights: str) -> int:
+    """Of a model's parameters, without making them."""
+    _, shapes = llama.abstract(config.sizes, jnp.bfloat16, int8=weights == "int8")
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def fits(config: Config, what: str, memory: float, context: int | None) -> tuple[int, int]:
@@ -646,8 +716,7 @@ def fits(config: Config, what: str, memory: float, context: int | None) -> tuple
 
     A tenth of the memory is left for what is on the way.
     """
-    _, shapes = llama.abstract(config.sizes, jnp.bfloat16)
-    left = 0.9 * memory - 2 * llama.count(shapes)
+    left = 0.9 * memory - weight_bytes(config, "bf16")
     if context is not None:
         one, two = (cache_bytes(config, what, n, context) for n in (1, 2))
         return max(1, math.floor(1 + (left - one) / (two - one))), context
@@ -659,29 +728,167 @@ def fits(config: Config, what: str, memory: float, context: int | None) -> tuple
 # --- the command ----------------------------------------------------------------------------------
 
 
-def run(config: Config) -> Iterator[dict[str, Any]]:
-    """All rows, as they are measured."""
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One row to be.
+
+    Attributes:
+        row: what it is of.
+        rank: those of a lower one come first.
+        prepare: compiles what it needs.
+        measure: the rest of the row, from what was prepared.
+    """
+
+    row: dict[str, Any]
+    rank: int
+    prepare: Callable[[], Any]
+    measure: Callable[[Any], dict[str, Any]]
+
+
+def planned(config: Config) -> list[Measurement]:
+    """All rows, those that matter most first: the shapes of attention, then of the model the same
+    shapes, the most sequences and one long one, prompts, int8 weights, and the other shapes; of
+    several rates the first."""
+    found: list[Measurement] = []
+    whats = [FULL, *(f"{bits:g} bit" for bits in config.bits)]
+    late = {what: 5 for what in whats[2:]}
+
+    def attention(batch: int, context: int) -> None:
+        def add(what: str, bits: float, prepare: Any, measure: Any) -> None:
+            row = {"part": "attention", "what": what, "batch": batch, "context": context}
+            found.append(Measurement(row | {"bits": bits}, 0, prepare, measure))
+
+        exact, *others = ways(config, batch, context)
+        torch = torch_attentions()
+        for way in (exact, *others):
+            add(
+                way.what,
+                way.bits,
+                functools.partial(chained, way, config, batch),
+                lambda program, way=way: measure_attention(way, program, config, batch),
+            )
+            if way is exact:
+                for name, attend in torch.items():
+                    add(
+                        f"{FULL}, {name}",
+                        16,
+                        lambda: None,
+                        lambda _, attend=attend: measure_torch(attend, config, batch, context),
+                    )
+
+    def model(rank: int, what: str, batch: int, context: int, weights: str) -> None:
+        row = {"part": "model", "what": what, "batch": batch, "context": context}
+        row |= {"weights": weights, "layers": config.sizes.layers, "steps": config.steps}
+        if any(other.row == row for other in found):
+            return
+
+        def prepare() -> Loop | None:
+            needed = weight_bytes(config, weights) + cache_bytes(config, what, batch, context)
+            return loop_of(config, what, batch, context, weights) if needed < config.room else None
+
+        def measure(loop: Loop | None) -> dict[str, Any]:
+            if loop is None:
+                return {"error": UNFIT}
+            return measure_model(loop, config, batch)
+
+        found.append(Measurement(row, rank, prepare, measure))
+
     if config.part in ("all", "attention"):
-        for shape in config.shapes:
-            batch, context = map(int, shape.split("x"))
-            yield from measure_attention(config, batch, context)
-    whats = [f"{bits:g} bit" for bits in config.bits]
+        for shape in config.pairs:
+            attention(*shape)
     if config.part in ("all", "prefill"):
-        for context in config.prompts:
-            for what in [FULL, *whats]:
-                yield measure_prefill(config, what, context)
+        for i, (context, what) in enumerate(itertools.product(config.prompts, whats)):
+            row = {"part": "prefill", "what": what, "batch": 1, "context": context}
+            prepare = functools.partial(prefill_of, config, what, context)
+            rank = late.get(what, 2 if i < len(whats) else 4)
+            row |= {"layers": config.sizes.layers}
+            found.append(Measurement(row, rank, prepare, measure_prefill))
     if config.part in ("all", "model"):
-        whats = whats if config.only_coded else [FULL, *whats]
-        for context in config.contexts:
-            for batch in config.batches:
-                for what in whats:
-                    yield measure_model(config, what, batch, context)
-        stats = jax.devices()[0].memory_stats() or {}
-        if config.largest and "bytes_limit" in stats:
-            for longest in (*config.contexts, None):
-                for what in whats:
-                    sizes = fits(config, what, stats["bytes_limit"], longest)
-                    yield measure_model(config, what, *sizes)
+        whats = whats[1:] if config.only_coded else whats
+        room = config.room if config.largest else math.inf
+        shapes = [(b, n) for n, b in itertools.product(config.contexts, config.batches)]
+        shapes.sort(key=lambda shape: shape not in config.pairs)
+        for weights, shape, what in itertools.product(config.weights, shapes, whats):
+            if shape in config.pairs:
+                model(late.get(what, 1 if weights == "bf16" else 3), what, *shape, weights)
+            elif weights == "bf16":
+                model(late.get(what, 4), what, *shape, weights)
+        for context, what in itertools.product(config.contexts, whats):
+            if room < math.inf:
+                middle = context == sorted(config.contexts)[len(config.contexts) // 2]
+                rank = late.get(what, 1 if middle else 4)
+                model(rank, what, *fits(config, what, room, context), "bf16")
+        for what in whats:
+            if config.long:
+                model(late.get(what, 2), what, 1, config.long, "bf16")
+            if room < math.inf:
+                model(late.get(what, 4), what, *fits(config, what, room, None), "bf16")
+    return sorted(found, key=lambda m: m.rank)
+
+
+def run(config: Config, done: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+    """Rows that are not ``done``, as they are measured.
+
+    Some are compiled at a time, by as many threads, and then timed one after the other.
+    """
+    end = time.monotonic() + (config.seconds or math.inf)
+    missing = [m for m in planned(config) if not any(m.row.items() <= row.items() for row in done)]
+    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        for i in range(0, len(missing), config.jobs):
+            some: list[Any] = []
+            if time.monotonic() < end:
+                some = [(m, pool.submit(m.prepare)) for m in missing[i : i + config.jobs]]
+                concurrent.futures.wait([made for _, made in some])
+            if time.monotonic() > end:
+                print("the time is up; the same command goes on from here", flush=True)
+                return
+            while some:
+                m, made = some.pop(0)  # forgets what the one before held
+                row = m.row | _outcome(lambda m=m, made=made: m.measure(made.result()))
+                if row["part"] == "attention" and "error" not in row:
+                    row["floor_microseconds"] = floor(config, row)
+                print({name: x for name, x in row.items() if name != "operations"}, flush=True)
+                yield row
+
+
+UNFIT = "does not fit"
+
+
+def _outcome(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it measured, or the error that kept it from that: other rows are to be had yet."""
+    try:
+        return measure()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return {"error": UNFIT}
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+
+
+def floor(config: Config, row: Mapping[str, Any]) -> float:
+    """Microseconds that the device's memory takes for an attention's keys and values alone."""
+    c = config.sizes
+    numbers = row["batch"] * row["context"] * 2 * c.kv_heads * c.head_dim
+    return numbers * row["bits"] / 8 / bandwidth(config.times) * 1e6
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of attention with how many times as fast as the best bf16 of their shape they are."""
+    best: dict[Any, float] = {}
+    for row in rows:
+        if row["part"] == "attention" and row["what"].startswith(FULL) and "error" not in row:
+            shape = row["batch"], row["context"]
+            best[shape] = min(best.get(shape, math.inf), row["microseconds"])
+    found = []
+    for row in rows:
+        base = best.get((row["batch"], row["context"]))
+        more = {}
+        if row["part"] == "attention" and "error" not in row and base is not None:
+            more["times"] = base / row["microseconds"]
+            if "kernel" in row:
+                more["times_kernel"] = base / row["kernel"]
+        found.append({**row, **more})
+    return found
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -699,29 +906,37 @@ def markdown(data: Mapping[str, Any]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     for r in rows:
-        device, kernel = (
-            f"{r[name]:.1f}" if name in r else "–" for name in ("device_microseconds", "kernel")
+        device, kernel, least, took = (
+            f"{r[name]:.1f}" if name in r else "–"
+            for name in ("device_microseconds", "kernel", "floor_microseconds", "microseconds")
         )
-        alone = f"{r['times_kernel']:.1f} ×" if r.get("times_kernel") else "–"
+        times, alone = (f"{r[n]:.1f} ×" if r.get(n) else "–" for n in ("times", "times_kernel"))
         lines.append(
-            f"| {r['batch']} × {r['context']:,} | {r['what']} | {r['microseconds']:.1f} "
-            f"| {device} | {kernel} | {r['floor_microseconds']:.1f} | {r['times']:.1f} × "
-            f"| {alone} |"
+            f"| {r['batch']} × {r['context']:,} | {r['what']} | {r.get('error', took)} | {device} "
+            f"| {kernel} | {least} | {times} | {alone} |"
         )
     rows = [r for r in data["rows"] if r["part"] == "model"]
+    parts = ("kernel", ATTEND, APPEND, "products", "rest")
     if rows:
         lines += [
             "",
             f"Decode loop of {data['config']['model']}'s shapes, {rows[0]['layers']} layers, "
-            "random weights in bf16, random cache:",
+            "random weights, random cache; a step by part, in ms of the device: the kernel, the "
+            "rest of attention, the cache's growth, products with weights, all else:",
             "",
-            "| batch × context | cache | tokens/s | memory, GB |",
-            "| --- | --- | --- | --- |",
+            "| batch × context | cache | weights | tokens/s | memory, GB | "
+            + " | ".join(parts)
+            + " |",
+            "| --- | --- | --- | --- | --- |" + " --- |" * len(parts),
         ]
     for r in rows:
         speed = f"{r['tokens_per_second']:.0f}" if "error" not in r else r["error"]
         memory = f"{r['bytes'] / 1e9:.1f}" if "error" not in r else "–"
-        lines.append(f"| {r['batch']} × {r['context']:,} | {r['what']} | {speed} | {memory} |")
+        took = " | ".join(f"{r[part] / 1e3:.2f}" if part in r else "–" for part in parts)
+        lines.append(
+            f"| {r['batch']} × {r['context']:,} | {r['what']} | {r.get('weights', FULL)} | {speed} "
+            f"| {memory} | {took} |"
+        )
     rows = [r for r in data["rows"] if r["part"] == "prefill"]
     if rows:
         lines += [
@@ -729,21 +944,27 @@ def markdown(data: Mapping[str, Any]) -> str:
             f"Reading one prompt, {rows[0]['layers']} layers, exact attention, each layer's keys "
             "and values encoded greedily:",
             "",
-            "| tokens | cache | ms | more than bf16 |",
-            "| --- | --- | --- | --- |",
+            "| tokens | cache | ms | more than bf16 | encoding's share on the device |",
+            "| --- | --- | --- | --- | --- |",
         ]
-    exact = {r["context"]: r["microseconds"] for r in rows if r["what"] == FULL}
-    for r in rows:
+    good = [r for r in rows if "error" not in r]
+    exact = {r["context"]: r["microseconds"] for r in good if r["what"] == FULL}
+    for r in good:
         more = r["microseconds"] / exact.get(r["context"], math.nan) - 1
+        share = f"{r['encoding_share']:.1%}" if "encoding_share" in r else "–"
         lines.append(
-            f"| {r['context']:,} | {r['what']} | {r['microseconds'] / 1e3:.1f} | {more:+.1%} |"
+            f"| {r['context']:,} | {r['what']} | {r['microseconds'] / 1e3:.1f} | {more:+.1%} "
+            f"| {share} |"
         )
+    lines += [
+        f"| {r['context']:,} | {r['what']} | {r['error']} | | |" for r in rows if r not in good
+    ]
     return "\n".join([*lines, ""])
 
 
 def picture(data: Mapping[str, Any], path: pathlib.Path) -> None:
     """Microseconds of attention by shape, against the floor of their bytes."""
-    rows = [r for r in data["rows"] if r["part"] == "attention"]
+    rows = [r for r in data["rows"] if r["part"] == "attention" and "error" not in r]
     shapes = list(dict.fromkeys((r["batch"], r["context"]) for r in rows))
     whats = list(dict.fromkeys(r["what"] for r in rows))
     figure, axis = plt.subplots(figsize=(8, 4))
@@ -765,6 +986,18 @@ def picture(data: Mapping[str, Any], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def earlier(file: pathlib.Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows that the same command has measured here with the same code before it was cut off."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    here = {"config": fields, "device": device(), "commit": commit(), "versions": versions()}
+    if any(data.get(name) != value for name, value in here.items()):
+        return []
+    return [row for row in data["rows"] if row.get("error", UNFIT) == UNFIT]
+
+
 def main(config: Config) -> None:
     """Measures, writes the result file, and table and plot from it."""
     if config.quick:
@@ -774,6 +1007,8 @@ def main(config: Config) -> None:
             batches=config.batches[:1],
             contexts=config.contexts[:1],
             prompts=config.prompts[:1],
+            long=0,
+            largest=False,
             layers=min(4, config.sizes.layers),
             repeat=min(3, config.repeat),
             times=min(5, config.times),
@@ -782,16 +1017,20 @@ def main(config: Config) -> None:
     file = config.render or config.out / "results" / "decode-speed" / f"{card}.json"
     if config.render is None:
         fields = dataclasses.asdict(config)
-        fields.pop("out")
+        for name in ("out", "render", "seconds", "jobs"):
+            fields.pop(name)
+        fields = json.loads(json.dumps(fields))
         command = shlex.join(["python", "benchmarks/decode_speed.py", *sys.argv[1:]])
-        rows: list[dict[str, Any]] = []
-        for row in run(config):
+        rows = earlier(file, fields)
+        for row in run(config, rows):
             rows.append(row)
-            write_result(file, rows, command=command, config=fields)
+            write_result(file, compared(rows), command=command, config=fields)
+        if not rows:
+            return
     data = json.loads(file.read_text(encoding="utf-8"))
     table = markdown(data)
     file.with_suffix(".md").write_text(table, encoding="utf-8")
-    if any(r["part"] == "attention" for r in data["rows"]):
+    if any(r["part"] == "attention" and "error" not in r for r in data["rows"]):
         picture(data, file.with_suffix(".png"))
     print(table)
 

@@ -38,6 +38,7 @@ FEW = 8
 """New tokens up to which codes in a fused kernel's layout are attended to as codes."""
 
 
+@jax.named_scope("attend")
 def attend(
     q: Float[Array, "B T Q d"],
     k: Float[Array, "B T H d"],

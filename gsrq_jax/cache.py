@@ -308,6 +308,7 @@ def new_tokens(count: Int[ArrayLike, " B"] | None, batch: int, tokens: int) -> I
 # --- append ---------------------------------------------------------------------------------------
 
 
+@jax.named_scope("append")
 def append(
     cache: KVCache,
     k: Float[Array, "*L B T H d"],
@@ -417,8 +418,17 @@ def _flush(
 
     stacked = cache.length.ndim == 2
     if stacked:
-        encode, put = jax.vmap(encode, (0, 0, 0, 0, None)), jax.vmap(put)
-    (keys, values), target, outliers = encode(exact, k, v, codec, count)
+        put = jax.vmap(put)
+
+        def of_layer(layer: tuple[KVCache, Array, Array, Codec]) -> Any:
+            exact, k, v, codec = layer
+            return encode(exact, k, v, codec, count)
+
+        (keys, values), target, outliers = jax.lax.map(
+            of_layer, (exact, k, v, codec), batch_size=_layers_at_once(k, codec.spec)
+        )
+    else:
+        (keys, values), target, outliers = encode(exact, k, v, codec, count)
     of_keys = of_values = target
     if stacked and _by_layer(cache.spec):
         for_keys, for_values = _planes(cache.spec, len(target))
@@ -436,6 +446,18 @@ def _flush(
         put_all(cache.value_codes, values, of_values),
         outliers,
     )
+
+
+def _layers_at_once(k: Float[Array, "L B T H d"], spec: CacheSpec) -> int:
+    """How many layers are encoded together, so that what it needs does not grow with the batch
+    times the layers; a divisor of L."""
+    layers, batch, tokens, heads, dim = k.shape
+    floats = batch * -(-tokens // spec.block) * spec.block * heads * dim
+    fitting = [n for n in range(1, layers + 1) if layers % n == 0 and n * floats <= _FLOATS]
+    return max(fitting, default=1)
+
+
+_FLOATS = 2**26  # keys that are encoded together
 
 
 def _encoded_blocks(

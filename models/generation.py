@@ -285,7 +285,8 @@ def hidden_after(
 
     def layer(q: Array, k: Array, v: Array, held: tuple[Any, Codec | None]):
         out = _on(mesh, here, sharded.attend)(q, k, v, view(held[0]), held[1], count)
-        return out, (k, v)
+        # Without it, the product that makes v is done twice on a GPU: also where the stack has it.
+        return out, (k, jax.lax.optimization_barrier(v))
 
     place = _on(mesh, lambda h: h, sharding.by_channels)
     hidden, (k, v) = llama.apply(

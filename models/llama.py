@@ -5,6 +5,7 @@ Split once, ``graphdef, params = nnx.split(model)``; from there on everything is
 checkpoint, so that loading is a rule and not a table.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from gsrq_jax import residual
 from gsrq_jax.models.config import LlamaConfig
+from gsrq_jax.models.int8 import Int8Linear, product
 from gsrq_jax.rope import rotate
 
 Attention = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -34,13 +36,9 @@ _ATTENDED = "attended"  # name by which a rematerialisation policy can save what
 class SelfAttention(nnx.Module):
     """Projections, head norms and rotation around an attention function."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, int8: bool):
         self.config = config
-
-        def linear(n_in: int, n_out: int) -> nnx.Linear:
-            bias = config.attention_bias
-            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
-
+        linear = functools.partial(_linear, config.attention_bias, rngs, dtype, int8)
         wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = linear(config.hidden_size, wide)
         self.k_proj = linear(config.hidden_size, narrow)
@@ -66,11 +64,8 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        def linear(n_in: int, n_out: int) -> nnx.Linear:
-            bias = config.mlp_bias
-            return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
-
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, int8: bool):
+        linear = functools.partial(_linear, config.mlp_bias, rngs, dtype, int8)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
@@ -82,11 +77,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each after a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, int8: bool):
         self.input_layernorm = _norm(config, config.hidden_size, rngs, dtype)
-        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype)
+        self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype, int8=int8)
         self.post_attention_layernorm = _norm(config, config.hidden_size, rngs, dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype, int8=int8)
 
     def __call__(self, h, positions, attention: Attention, x_layer):
         out, y_layer = self.self_attn(self.input_layernorm(h), positions, attention, x_layer)
@@ -102,9 +97,18 @@ class Llama(nnx.Module):
         rngs: keys for random parameters.
         dtype: of parameters and activations; norms take their statistics, rotations their angles
             and logits their sums in float32 whatever it is.
+        int8: weights of linear layers have 8 bits (`gsrq_jax.models.int8`); embeddings, and with
+            tied ones logits, stay in ``dtype``.
     """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        int8: bool = False,
+    ):
         self.config = config
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs
@@ -113,19 +117,13 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, rngs=rngs, dtype=dtype)
+            return DecoderLayer(config, rngs=rngs, dtype=dtype, int8=int8)
 
         self.layers = stack(rngs)
         self.norm = _norm(config, config.hidden_size, rngs, dtype)
         if not config.tied_embeddings:
-            self.lm_head = nnx.Linear(
-                config.hidden_size,
-                config.vocab_size,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=dtype,
-                rngs=rngs,
-            )
+            sizes = config.hidden_size, config.vocab_size
+            self.lm_head = _linear(False, rngs, dtype, int8, *sizes)
 
     def __call__(
         self,
@@ -169,9 +167,19 @@ class Llama(nnx.Module):
         """Scores of the next token from hidden states, float32."""
         if self.config.tied_embeddings:
             table = self.embed_tokens.embedding[...].T
+        elif isinstance(self.lm_head, Int8Linear):
+            return product(hidden, self.lm_head.weight[...], self.lm_head.weight_scale[...])
         else:
             table = self.lm_head.kernel[...]
         return jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
+
+
+def _linear(
+    bias: bool, rngs: nnx.Rngs, dtype: DTypeLike, int8: bool, n_in: int, n_out: int
+) -> nnx.Linear | Int8Linear:
+    if int8:
+        return Int8Linear(n_in, n_out, use_bias=bias, dtype=dtype, rngs=rngs)
+    return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.RMSNorm:
@@ -205,16 +213,22 @@ def output_moments(graphdef: nnx.GraphDef[Llama], params: nnx.State) -> Float32[
     """``W_oᵀW_o`` of each KV head's values: the sum over the query heads that read it."""
     model = nnx.merge(graphdef, params)
     c = model.config
-    weights = model.layers.self_attn.o_proj.kernel[...].astype(jnp.float32)
+    o_proj = model.layers.self_attn.o_proj
+    assert isinstance(o_proj, nnx.Linear)  # what is learned from has its weights in full
+    weights = o_proj.kernel[...].astype(jnp.float32)
     weights = weights.reshape(c.layers, c.kv_heads, -1, c.head_dim, c.hidden_size)
     return jnp.einsum("LHqdo,LHqeo->LHde", weights, weights)
 
 
 def abstract(
-    config: LlamaConfig, dtype: DTypeLike = jnp.float32
+    config: LlamaConfig, dtype: DTypeLike = jnp.float32, *, int8: bool = False
 ) -> tuple[nnx.GraphDef[Llama], nnx.State]:
     """``nnx.split`` of a model without making its arrays: parameters are ``ShapeDtypeStruct``."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+    def make() -> Llama:
+        return Llama(config, rngs=nnx.Rngs(0), dtype=dtype, int8=int8)
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def count(params: Any) -> int:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import demo, gguf, tokenizer
 from gsrq_jax.models.config import LlamaConfig, RopeScaling
+from gsrq_jax.models.int8 import from_dense
 from gsrq_jax.models.llama import Llama, abstract
 
 FAMILIES = {
@@ -73,6 +74,7 @@ def load(
     path_or_id: str | Path | None = None,
     *,
     dtype: DTypeLike = jnp.bfloat16,
+    int8: bool = False,
     shardings: Shardings | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
@@ -82,6 +84,7 @@ def load(
             their index), a ``.gguf`` file, a hub id such as ``meta-llama/Llama-3.1-8B``, or
             ``demo`` (or None) for the small demo model.
         dtype: of the parameters, ``bfloat16`` or ``float32``.
+        int8: round the weights of linear layers to 8 bits (`gsrq_jax.models.int8`).
         shardings: where the parameters are put.
 
     Raises:
@@ -90,14 +93,14 @@ def load(
     if jnp.dtype(dtype).name not in DTYPES:
         raise InputError(f"models load as {' or '.join(DTYPES)}, not {jnp.dtype(dtype).name}")
     if path_or_id is None or str(path_or_id) == "demo":
-        return _load_gguf(Path(demo.path()), dtype, shardings)
+        return _load_gguf(Path(demo.path()), dtype, int8, shardings)
     path = Path(path_or_id).expanduser()
     if path.is_dir():
-        return _load_folder(path, path.resolve().name, dtype, shardings)
+        return _load_folder(path, path.resolve().name, dtype, int8, shardings)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"no such file: {path}")
-        return _load_gguf(path, dtype, shardings)
+        return _load_gguf(path, dtype, int8, shardings)
     if path.exists():
         raise InputError(f"{path} is not a model; give a folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_id)):
@@ -107,7 +110,7 @@ def load(
         )
     name = str(path_or_id)
     _read_config(_download(name, ["config.json", "generation_config.json"]))
-    return _load_folder(_download(name, list(_HUB_FILES)), name, dtype, shardings)
+    return _load_folder(_download(name, list(_HUB_FILES)), name, dtype, int8, shardings)
 
 
 def config_from_hf(data: Mapping[str, Any]) -> LlamaConfig:
@@ -171,6 +174,8 @@ def params_from_hf(
     tensors: Mapping[str, np.ndarray],
     dtype: DTypeLike = jnp.bfloat16,
     shardings: Shardings | None = None,
+    *,
+    int8: bool = False,
 ) -> nnx.State:
     """Parameters of :class:`Llama` from tensors named and laid out as Hugging Face does.
 
@@ -183,6 +188,7 @@ def params_from_hf(
             embeddings.
         dtype: of the parameters.
         shardings: where they are put; each device gets its part alone.
+        int8: as for `load`.
 
     Raises:
         InputError: for a tensor that is missing, unexpected, of a wrong shape or not of floats.
@@ -224,10 +230,14 @@ def params_from_hf(
             return jnp.asarray(host)
         return jax.make_array_from_callback(host.shape, places[path].get_value(), host.__getitem__)
 
-    values = {path: gather(path, leaf) for path, leaf in flat.items()}
-    return nnx.from_flat_state(
-        [(path, leaf.replace(values[path])) for path, leaf in nnx.to_flat_state(params)]
+    made = (
+        (path, leaf.replace(gather(path, flat[path]))) for path, leaf in nnx.to_flat_state(params)
     )
+    if not int8:
+        return nnx.from_flat_state(list(made))
+    rounded = from_dense(made)
+    where = None if shardings is None else shardings(config, rounded)
+    return rounded if where is None else jax.device_put(rounded, where)
 
 
 def fingerprint(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -304,26 +314,28 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
 
 def _load_folder(
-    folder: Path, name: str, dtype: DTypeLike, shardings: Shardings | None
+    folder: Path, name: str, dtype: DTypeLike, int8: bool, shardings: Shardings | None
 ) -> LoadedModel:
     config = _read_config(folder)
     tensors = SafetensorsFolder(folder)
-    return _assemble(config, tensors, tokenizer.from_folder(folder), name, dtype, shardings)
+    return _assemble(config, tensors, tokenizer.from_folder(folder), name, dtype, int8, shardings)
 
 
-def _load_gguf(path: Path, dtype: DTypeLike, shardings: Shardings | None) -> LoadedModel:
+def _load_gguf(
+    path: Path, dtype: DTypeLike, int8: bool, shardings: Shardings | None
+) -> LoadedModel:
     config, tensors, tokens = gguf.read(path)
-    return _assemble(config, tensors, tokens, path.stem, dtype, shardings)
+    return _assemble(config, tensors, tokens, path.stem, dtype, int8, shardings)
 
 
 def _assemble(
-    config, tensors, tokenizer, name: str, dtype: DTypeLike, shardings: Shardings | None
+    config, tensors, tokenizer, name: str, dtype: DTypeLike, int8: bool, shardings: Shardings | None
 ) -> LoadedModel:
-    graphdef, _ = abstract(config, dtype)
+    graphdef, _ = abstract(config, dtype, int8=int8)
     return LoadedModel(
         config=config,
         graphdef=graphdef,
-        params=params_from_hf(config, tensors, dtype, shardings),
+        params=params_from_hf(config, tensors, dtype, shardings, int8=int8),
         tokenizer=tokenizer,
         fingerprint=fingerprint(config, tensors),
         name=name,

@@ -129,10 +129,11 @@ def logical_axes(path: Sequence[Any]) -> tuple[str, ...]:
     axes: tuple[str, ...]
     if modules[-1] == "embed_tokens":
         axes = ("vocab", "embed")
-    elif leaf == "kernel":
-        axes = _KERNELS[modules[-1]]
+    elif modules[-1] in _KERNELS:
+        n_in, n_out = _KERNELS[modules[-1]]
+        axes = {"kernel": (n_in, n_out), "weight": (n_out, n_in)}.get(leaf, (n_out,))
     else:
-        axes = _KERNELS[modules[-1]][1:] if leaf == "bias" else ("norm",)
+        axes = ("norm",)
     return ("layers", *axes) if modules[0] == "layers" else axes
 
 

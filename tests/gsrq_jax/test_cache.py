@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from gsrq_jax import attention
+from gsrq_jax import cache as cache_module
 from gsrq_jax.cache import KVCache, append, blocks_after, init_cache, materialize
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import respec
@@ -377,6 +378,21 @@ def test_stacked_vmapped_and_scanned_layers_agree():
     alone = append(cache, k1, v1, books)
     for got, want in zip(jax.tree.leaves(grown), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(got[1], want)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_are_encoded_some_at_a_time(monkeypatch, layers):
+    spec = LAYOUTS["whole head"]
+    rng = np.random.default_rng(9)
+    books = make_codebooks(spec, rng, layers=4)
+    _, k, v = make_tokens(rng, 4, 2, spec.block + 29)
+    want = append(empty(spec, layers=4), k, v, books)
+    floats = k[0].size // k.shape[2] * 5 * spec.block  # of a layer: five blocks
+    monkeypatch.setattr(cache_module, "_FLOATS", layers * floats)
+    assert cache_module._layers_at_once(k, spec) == layers
+    got = append(empty(spec, layers=4), k, v, books)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert np.any(want.key_codes)
 
 
 def test_heads_together_keep_their_codes_once():

@@ -3,8 +3,9 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
-``python lowering.py compile …`` the whole operation as XLA compiles it for an H100,
-``python lowering.py loop`` a model's decode loop, ``python lowering.py encode`` greedy encoding.
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
+lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
+one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding.
 """
 
 import ctypes
@@ -152,16 +153,38 @@ def compiled(function, arguments, library, how=None, **options):
     return lowered.compile(compiler_options=how).as_text()
 
 
-def decode_loop(batch=2, context=4096, layers=3):
-    """The decode loop of a model with two KV heads of 128 channels, and its arguments."""
+def small_config(layers):
+    """Of a model with two KV heads of 128 channels."""
+    from gsrq_jax.models.config import LLAMA_3_8B
+
+    small = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 512}
+    return dataclasses.replace(LLAMA_3_8B, **small, layers=layers, heads=8, kv_heads=2)
+
+
+def int8_step(batch=8, layers=3):
+    """New tokens through the layers, whose attention does nothing, and its arguments."""
+    from gsrq_jax.models import llama
+
+    graphdef, params = llama.abstract(small_config(layers), jnp.bfloat16, int8=True)
+
+    def attention(q, k, v, _):
+        return q + jnp.repeat(k + v, 4, axis=2), None
+
+    def step(params, tokens):
+        hidden, _ = llama.apply(graphdef, params, tokens, jnp.zeros_like(tokens), attention)
+        return llama.logits(graphdef, params, hidden)
+
+    return step, (params, jax.ShapeDtypeStruct((batch, 1), jnp.int32))
+
+
+def decode_loop(batch=8, context=4096, layers=3):
+    """The decode loop of a model of `small_config`, and its arguments."""
     from gsrq_jax.cache import init_cache
     from gsrq_jax.codebook import Codebooks
     from gsrq_jax.models import generation, llama
-    from gsrq_jax.models.config import LLAMA_3_8B
     from gsrq_jax.spec import QuantSpec
 
-    small = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 512}
-    config = dataclasses.replace(LLAMA_3_8B, **small, layers=layers, heads=8, kv_heads=2)
+    config = small_config(layers)
     spec = QuantSpec.from_bits(
         1, config.head_dim, codewords=16, block=512, mean_every=16, layout="tiles"
     )
@@ -212,10 +235,13 @@ if __name__ == "__main__":
     elif what == "compile":
         attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
         print(compiled(lambda x: attend(**x), (shapes(**numbers),), library))
-    elif what == "loop":
+    elif what in ("loop", "int8"):
         from gsrq_jax.models.generation import ON_GPU
 
-        print(compiled(*decode_loop(), library, ON_GPU, donate_argnums=2))
+        if what == "loop":
+            print(compiled(*decode_loop(), library, ON_GPU, donate_argnums=2))
+        else:
+            print(compiled(*int8_step(), library, ON_GPU))
     else:
         from gsrq_jax.residual import encode
 

@@ -481,15 +481,30 @@ def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
 
 @supported
 def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
-    """No layer's codes or weights are cut out of the stack, and no codes are copied."""
+    """No layer's codes or weights are cut out of the stack, no codes are copied, and no product
+    with weights is made twice."""
     hlo = without_a_gpu("loop", {})
     assert "mosaic_gpu" in hlo, hlo[-2000:]
-    codes = r"u32\[(?:1,|3,)?2,2,7,4,512\]"
+    codes = r"u32\[(?:1,|3,)?8,2,7,4,512\]"
     made = re.findall(rf"%(\S+) = {codes}\S* (?:fusion|copy|copy-start|slice)\(", hlo)
     assert len(made) == 2, made  # keys' and values', written once a block
     assert all("scatter" in name for name in made), made
     assert re.search(r"= bf16\[3,256,1024\]", hlo)
     assert not re.search(r"= bf16\[(?:1,)?(?:256|1024),(?:256|1024)\]\S* fusion\(", hlo)
+    products = re.findall(r"__cublas.*while/body/while/body/[^,\"]*/dot_general\"", hlo)
+    of_weights = [p for p in products if "->" not in p]  # the others are named by an einsum
+    assert len(of_weights) == 7
+
+
+@supported
+def test_weights_of_8_bits_are_read_where_they_are(without_a_gpu):
+    """By products of integers; nothing makes a copy of them or other numbers of them."""
+    hlo = without_a_gpu("int8", {})
+    products = re.findall(r"= \(s32\[16,\d+\]\S* \S+ custom-call\(.*__cublas", hlo)
+    assert len(products) == 8, hlo[-2000:]  # seven of a layer, and the logits'
+    weight = r"(?:1,|3,)?(?:256|512|1024),(?:256|1024)"
+    assert re.search(rf"= s8\[{weight}\]", hlo)
+    assert not re.search(rf"= (?:s8|bf16|f32)\[{weight}\]\S* (?:fusion|copy|convert)", hlo)
 
 
 @supported
