@@ -9,7 +9,7 @@ PROMPT ?= What does this text allow me to do, and under which conditions?
 # Some machines ask for no .pyc files; every process would then compile JAX's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test format lint typecheck clean
+.PHONY: demo test coverage format lint typecheck clean
 
 ## demo: learn codebooks for the demo model, then generate with them beside full precision
 demo: $(VENV)/.installed
@@ -17,10 +17,14 @@ demo: $(VENV)/.installed
 	$(BIN)/gsrq-generate --codebooks runs/demo/codebooks --context LICENSE --compare \
 		--max-new-tokens 64 "$(PROMPT)"
 
-## test: the whole suite; at least 90 % of the lines of gsrq_jax and models must run
+## test: the whole suite
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 \
-		--cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 $(TESTED)
+
+## coverage: the same, in which at least 90 % of the lines of gsrq_jax and models must run; before
+## Python 3.12 counting them takes a third of the time
+coverage: TESTED := --cov --cov-report=term:skip-covered --cov-fail-under=90
+coverage: test
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(CODE)

@@ -203,14 +203,9 @@ def init_cache(
     outliers = None
     if (kept := outliers_kept(spec)) > 0:
         slots = (*lead, batch, kept, kv_heads)
-        outliers = Outliers(
-            exact(kept),
-            exact(kept),
-            jnp.zeros(slots, jnp.int32),
-            jnp.full(
-                slots, -jnp.inf, jnp.float32
-            ),  # not weakly typed, for what appends give is not
-        )
+        # Types are named: weak ones would not be those that `append` gives.
+        none = jnp.zeros(slots, jnp.int32), jnp.full(slots, -jnp.inf, jnp.float32)
+        outliers = Outliers(exact(kept), exact(kept), *none)
     return KVCache(
         sink_key=exact(sinks),
         sink_value=exact(sinks),
