@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import itertools
 import math
 import os
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -71,34 +69,26 @@ def run(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C is not lost in garbage collections, where Python drops what a callback raises.
+    """Ctrl-C is not lost where Python drops what is raised, as in callbacks of garbage collections.
 
     JAX has such a callback, and after a long compilation it is often the first Python code to run,
-    so that the interrupt which came meanwhile is raised there.
+    so that the interrupt which came meanwhile is raised there. It is sent again a little later.
     """
-    python = signal.default_int_handler
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not python:  # ignored, or somebody else's
-        yield
-        return
-    signal.signal(signal.SIGINT, _interrupt)
+    before = sys.unraisablehook
+    # A signal to the thread: `_thread.interrupt_main` would not wake it from a system call.
+    again = (threading.main_thread().ident, signal.SIGINT)
+
+    def dropped(what: Any) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, signal.pthread_kill, again).start()
+        else:
+            before(what)
+
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, python)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt; a little later if a callback of the garbage collector runs."""
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks:
-            # A signal to the thread: `_thread.interrupt_main` would not wake it from a system call.
-            main = threading.get_ident()  # whose handlers these are
-            threading.Timer(0.05, signal.pthread_kill, (main, number)).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+        sys.unraisablehook = before
 
 
 def train(arguments: list[str] | None = None) -> None:

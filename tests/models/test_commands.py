@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -341,35 +342,43 @@ def test_interrupt_of_the_script_itself(tiny_model, tmp_path):
     assert json.loads(progress.read_text())["done"] < 8
 
 
-def test_an_interrupt_amid_garbage_collection(capsys):
+@pytest.mark.parametrize("where", ["of the collection", "of a weak reference"])
+def test_an_interrupt_in_a_callback(where, capsys):
     """Python would drop it there: "Exception ignored in"."""
 
     @dataclasses.dataclass(frozen=True)
     class Nothing:
         pass
 
-    def collected(phase, info):
-        if phase == "start" and not reached:
+    def callback(*_):
+        if not reached:
+            reached.append(where)
             signal.raise_signal(signal.SIGINT)
-            reached.append(phase)
 
     def action(config):
-        gc.callbacks.append(collected)
-        gc.collect()
+        if where == "of the collection":
+            gc.callbacks.append(callback)
+            gc.collect()
+        else:
+            thing = Nothing()
+            reference = weakref.ref(thing, callback)
+            del thing
+            assert reference() is None
         time.sleep(10)
 
     reached: list[str] = []
     began = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hook, before = sys.unraisablehook, signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit, match="130"):
             commands.run(Nothing, action, [])
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-        gc.callbacks.remove(collected)
+        if callback in gc.callbacks:
+            gc.callbacks.remove(callback)
     assert reached
     assert time.monotonic() - began < 5  # and not after what it interrupts
+    assert sys.unraisablehook is hook
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
