@@ -685,8 +685,7 @@ def measure_prefill(program: Loop) -> dict[str, Any]:
 
 
 def cache_bytes(config: Config, what: str, batch: int, context: int) -> int:
-    """Of a model's cache without making it, and of what its loop holds besides in proportion: the
-    window once more, which XLA turns to have heads before tokens."""
+    """Of a model's cache, without making it."""
     c = config.sizes
     if what == FULL:
         return 4 * batch * context * c.layers * c.kv_heads * c.head_dim
@@ -700,9 +699,7 @@ def cache_bytes(config: Config, what: str, batch: int, context: int) -> int:
         max_length=context + spec.block,
         layers=c.layers,
     )
-    cache = jax.eval_shape(make)
-    window = cache.window_key
-    return cache.nbytes + 2 * math.prod(window.shape) * window.dtype.itemsize
+    return jax.eval_shape(make).nbytes
 
 
 def weight_bytes(config: Config, weights: str) -> int:

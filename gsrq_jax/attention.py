@@ -96,12 +96,13 @@ def attend(
     new = new_tokens(count, batch, tokens)
     themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
     sinks, window = (
-        (keys, values, jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[1])))
+        (keys, values, jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[2])))
         for keys, values, there in exact_tokens(cache)
     )
     # The new ones join the sinks, which are as few: two products less.
-    few = zip(sinks, (k, v, themselves), (1, 1, 2), strict=True)
-    first, second, seen = (jnp.concatenate([a, b], axis) for a, b, axis in few)
+    own = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), themselves)
+    few = zip(sinks, own, strict=True)
+    first, second, seen = (jnp.concatenate(both, axis=2) for both in few)
     parts = [reference.attend_sets(query, [(first, second, seen), window])]
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
@@ -255,7 +256,7 @@ def _attend_codes(
 
 def _attend_outliers(query: Array, cache: KVCache) -> tuple[Array, Array]:
     assert cache.outliers is not None
-    there = cache.outliers.error[:, None, :, 0] > -jnp.inf  # every head has as many
+    there = cache.outliers.error[:, None, 0] > -jnp.inf  # every head has as many
     seen = jnp.broadcast_to(there, (*query.shape[:2], there.shape[2]))
     return reference.attend_exact(query, cache.outliers.key, cache.outliers.value, seen)
 

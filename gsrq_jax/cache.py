@@ -33,9 +33,9 @@ class Outliers(NamedTuple):
     are not filled yet are −∞, and nothing else of them is read.
 
     Attributes:
-        key, value: ``[B, E, H, d]``, keys rotated.
-        position: int32 ``[B, E, H]``.
-        error: float32 ``[B, E, H]``, `gsrq_jax.codebook.errors` of their codes.
+        key, value: ``[B, H, E, d]``, keys rotated.
+        position: int32 ``[B, H, E]``.
+        error: float32 ``[B, H, E]``, `gsrq_jax.codebook.errors` of their codes.
     """
 
     key: Array
@@ -86,8 +86,9 @@ class KVCache:
     hold anything at all and are never read.
 
     Attributes:
-        sink_key, sink_value: ``[B, S, H, d]``, the first tokens.
-        window_key, window_value: ``[B, C, H, d]``, a ring of ``window + block`` slots.
+        sink_key, sink_value: ``[B, H, S, d]``, the first tokens.
+        window_key, window_value: ``[B, H, C, d]``, a ring of ``window + block`` slots; heads first,
+            so that the products of attention read it where it is.
         key_codes, value_codes: the codec's codes, arrays ``[B, H, N, *shape]``; for residual codes
             uint8 ``[B, H, N, b, bytes]``, where heads share codes once for all that do. Where the
             spec gives layers stages of their own, a stack has no axis of layers here but planes,
@@ -117,7 +118,7 @@ class KVCache:
     def capacity(self) -> int:
         """Tokens that a sequence can hold."""
         if self.spec is None:
-            return self.window_key.shape[-3]
+            return self.window_key.shape[-2]
         return self.spec.sinks + self.spec.window + (self.blocks + 1) * self.spec.block - 1
 
     @property
@@ -177,7 +178,7 @@ def init_cache(
         )
 
     def exact(slots: int) -> Array:
-        return jnp.zeros((*lead, batch, slots, kv_heads, head_dim), dtype)
+        return jnp.zeros((*lead, batch, kv_heads, slots, head_dim), dtype)
 
     if spec is None:
         sinks, ring, blocks = 0, max_length, 0
@@ -202,7 +203,7 @@ def init_cache(
         )
     outliers = None
     if (kept := outliers_kept(spec)) > 0:
-        slots = (*lead, batch, kept, kv_heads)
+        slots = (*lead, batch, kv_heads, kept)
         # Types are named: weak ones would not be those that `append` gives.
         none = jnp.zeros(slots, jnp.int32), jnp.full(slots, -jnp.inf, jnp.float32)
         outliers = Outliers(exact(kept), exact(kept), *none)
@@ -259,7 +260,7 @@ def check_spec(cache: KVCache, codec: Codec | None) -> None:
             f"the codebooks are of {of_codec}, the cache of {of_cache}; take the same of both "
             "(a layer's codebooks are jax.tree.map(lambda x: x[i], codebooks))"
         )
-    if codec.kv_heads != (heads := cache.window_key.shape[-2]):
+    if codec.kv_heads != (heads := cache.window_key.shape[-3]):
         raise InputError(
             f"the codebooks are of {codec.kv_heads} KV heads, the cache of {heads}; "
             "train codebooks for this model"
@@ -272,9 +273,9 @@ def check_vectors(cache: KVCache, k: Array, v: Array) -> None:
     Raises:
         InputError: naming the shapes.
     """
-    lead, heads = cache.window_key.shape[:-3], cache.window_key.shape[-2:]
-    if k.shape != v.shape or (*k.shape[:-3], *k.shape[-2:]) != (*lead, *heads):
-        takes = ", ".join(map(str, (*lead, "T", *heads)))
+    *lead, heads, _, dim = cache.window_key.shape
+    if k.shape != v.shape or (*k.shape[:-3], *k.shape[-2:]) != (*lead, heads, dim):
+        takes = ", ".join(map(str, (*lead, "T", heads, dim)))
         raise InputError(
             f"keys {k.shape} and values {v.shape} do not fit this cache, which takes ({takes})"
         )
@@ -377,7 +378,7 @@ def append(
 
 def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     """One layer: the new tokens that stay exact, into sinks and ring."""
-    sinks, ring = cache.sink_key.shape[1], cache.window_key.shape[1]
+    sinks, ring = cache.sink_key.shape[2], cache.window_key.shape[2]
     step = jnp.arange(k.shape[1])
     position = cache.length[:, None] + step  # [B, T]
     real = step < count[:, None]
@@ -388,9 +389,9 @@ def _write_exact(cache: KVCache, k: Array, v: Array, count: Array) -> KVCache:
     row = jnp.arange(k.shape[0])[:, None]
 
     def put(array: Array, slot: Array, new: Array) -> Array:
-        if not array.shape[1]:
+        if not array.shape[2]:
             return array
-        return array.at[row, slot].set(new.astype(array.dtype), mode="drop")
+        return array.at[row, :, slot].set(new.astype(array.dtype), mode="drop")
 
     return cache.replace(
         sink_key=put(cache.sink_key, sink_slot, k),
@@ -461,7 +462,7 @@ def _encoded_blocks(
     """One layer: codes ``[B, M, H, …]`` of blocks that may have filled, the slots ``[B, M]`` that
     they go to, ``blocks`` where they have not, and the outliers with these blocks among them."""
     spec = codec.spec
-    tokens, ring = k.shape[1], cache.window_key.shape[1]
+    tokens, ring = k.shape[1], cache.window_key.shape[2]
     # Of these blocks only; but who keeps outliers must know the errors of all.
     ours = turn if cache.outliers is None else Turn()
     most = -(-tokens // spec.block)  # the window held window + block - 1 at most
@@ -475,7 +476,7 @@ def _encoded_blocks(
     row = jnp.arange(k.shape[0])[:, None, None]
 
     def gather(window: Array, fresh: Array) -> Array:  # [B, M, b, H, d]
-        old, late = window[row, offset % ring], fresh[row, new].astype(window.dtype)
+        old, late = window[row, :, offset % ring], fresh[row, new].astype(window.dtype)
         return jnp.where(from_ring[..., None, None], old, late)
 
     keys, values = gather(cache.window_key, k), gather(cache.window_value, v)
@@ -495,19 +496,18 @@ def _encoded_blocks(
 
 
 def _worst(old: Outliers, new: Outliers) -> Outliers:
-    """As many of ``old`` and of ``new``, ``[B, M, b, …]``, as there are slots; the old before the
+    """As many of ``old`` and of ``new`` ``[B, M, b, H, …]`` as there are slots; the old before the
     new and the early before the late where errors are equal."""
-    both = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b.reshape(len(b), -1, *b.shape[3:]).astype(a.dtype)], 1),
-        old,
-        new,
-    )
-    slots = old.error.shape[1]
-    _, at = jax.lax.top_k(jnp.swapaxes(both.error, 1, 2), slots)  # [B, H, E]
-    at = jnp.swapaxes(at, 1, 2)
+
+    def join(a: Array, b: Array) -> Array:
+        by_head = jnp.swapaxes(b.reshape(len(b), -1, *b.shape[3:]), 1, 2)
+        return jnp.concatenate([a, by_head.astype(a.dtype)], axis=2)
+
+    both = jax.tree.map(join, old, new)
+    _, at = jax.lax.top_k(both.error, old.error.shape[2])
 
     def take(x: Array) -> Array:
-        return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=1)
+        return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=2)
 
     return jax.tree.map(take, both)
 
@@ -590,9 +590,9 @@ def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
 
 def exact_tokens(
     cache: KVCache,
-) -> list[tuple[Float[Array, "B E H d"], Float[Array, "B E H d"], Bool[Array, "B E"]]]:
+) -> list[tuple[Float[Array, "B H E d"], Float[Array, "B H E d"], Bool[Array, "B E"]]]:
     """One layer's sinks, and its window: keys, values and which of them are there."""
-    sinks, ring = cache.sink_key.shape[1], cache.window_key.shape[1]
+    sinks, ring = cache.sink_key.shape[2], cache.window_key.shape[2]
     length = cache.length[:, None]
     first = _coded(cache.spec, length)
     slot = jnp.arange(ring)
@@ -611,7 +611,7 @@ def outlier_slots(cache: KVCache, shape: tuple[int, ...], turn: Turn) -> tuple[A
     there = cache.outliers.error > -jnp.inf
     offset = cache.outliers.position - cache.spec.sinks
     block = jnp.where(there, turn.slot(offset // cache.spec.block, shape[1]), shape[1])
-    row, head = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[3])
+    row, head = jnp.arange(shape[0])[:, None, None], jnp.arange(shape[3])[:, None]
     return row, block, offset % cache.spec.block, head
 
 
@@ -643,9 +643,9 @@ def materialize(
     at what a cache remembers; attention does not need it.
     """
     check_spec(cache, codec)
-    keys, values, there = (
-        jnp.concatenate(x, axis=1) for x in zip(*exact_tokens(cache), strict=True)
-    )
+    firsts, seconds, where = zip(*exact_tokens(cache), strict=True)
+    keys, values = (jnp.swapaxes(jnp.concatenate(x, axis=2), 1, 2) for x in (firsts, seconds))
+    there = jnp.concatenate(where, axis=1)
     keys, values = (
         jnp.where(there[..., None, None], x, 0).astype(jnp.float32) for x in (keys, values)
     )

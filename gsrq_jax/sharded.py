@@ -42,7 +42,7 @@ def cache_axes(spec: CacheSpec | None, *, stacked: bool) -> KVCache:
         stacked: whether it is one of all layers.
     """
     lead = (None,) if stacked else ()
-    exact: Any = P(*lead, None, None, MODEL)
+    exact: Any = P(*lead, None, MODEL)
     codes: Any = P(*lead, None, MODEL, DATA)
     everywhere: Any = P()
     return KVCache(

@@ -248,14 +248,14 @@ def _merged(
     return _finish(total(share[..., None] * out), total(share), top)
 
 
-Exact = tuple[Float[Array, "B n H d"], Float[Array, "B n H d"], Bool[Array, "B T n"]]
+Exact = tuple[Float[Array, "B H n d"], Float[Array, "B H n d"], Bool[Array, "B T n"]]
 """Exact keys and values, and where each query sees them."""
 
 
 def attend_exact(
     query: Float[Array, "B T H q d"],
-    keys: Float[Array, "B n H d"],
-    values: Float[Array, "B n H d"],
+    keys: Float[Array, "B H n d"],
+    values: Float[Array, "B H n d"],
     mask: Bool[Array, "B T n"],
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """Attention over exact keys where ``mask[B, T, n]``, with its log-sum-exp.
@@ -269,31 +269,35 @@ def attend_sets(
     query: Float[Array, "B T H q d"], sets: Sequence[Exact]
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_exact` over several sets in one softmax, none of them copied."""
-    scores = [
-        jnp.where(mask[:, :, None, None], _times(query, keys, "BTHqd,BnHd->BTHqn"), -jnp.inf)
-        for keys, _, mask in sets
-    ]
-    ends = [0]
-    for keys, *_ in sets:
-        ends.append(ends[-1] + keys.shape[1])
+    batch, tokens, heads, group, dim = query.shape
+    by_head = jnp.swapaxes(query, 1, 2)  # [B, H, T, q, d]
+    rows = by_head.reshape(batch, heads, tokens * group, dim)
+    scores, ends = [], [0]
+    for keys, _, mask in sets:
+        found = _times(rows, keys, "BHrd,BHnd->BHrn").reshape(*by_head.shape[:-1], -1)
+        scores.append(jnp.where(mask[:, None, :, None], found, -jnp.inf))
+        ends.append(ends[-1] + keys.shape[2])
     together = jnp.concatenate(scores, axis=-1)
     top = jnp.max(together, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(together - jnp.where(jnp.isfinite(top), top, 0)[..., None])
-    out = jnp.zeros_like(query)
+    total = weights.sum(axis=-1)
+    weights, out = weights.reshape(*rows.shape[:-1], -1), jnp.zeros_like(rows)
     for (_, values, mask), first, end in zip(sets, ends, ends[1:], strict=False):
-        values = jnp.where(mask.any(axis=1)[:, :, None, None], values, 0)
-        out += _times(weights[..., first:end], values, "BTHqn,BnHd->BTHqd")
-    return _finish(out, weights.sum(axis=-1), top)
+        values = jnp.where(mask.any(axis=1)[:, None, :, None], values, 0)
+        out += _times(weights[..., first:end], values, "BHrn,BHnd->BHrd")
+    out, lse = _finish(out.reshape(by_head.shape), total, top)
+    return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
 
 
-def _times(left: Float[Array, "..."], right: Float[Array, "..."], equation: str) -> Array:
+def _times(left: Float[Array, "B H r m"], right: Float[Array, "..."], equation: str) -> Array:
     """A product in float32; one with bfloat16, which is not converted, to 16 bits of ``left``."""
     if right.dtype != jnp.bfloat16:
         exact = jax.lax.Precision.HIGHEST
         return jnp.einsum(equation, left, right.astype(left.dtype), precision=exact)
-    both = jnp.stack(in_pieces(left, 2, jnp.bfloat16))
-    equation = "p" + equation.replace("->", "->p")
-    return jnp.einsum(equation, both, right, preferred_element_type=jnp.float32).sum(axis=0)
+    # Batch, rows, columns: the only order in which XLA for CPUs multiplies bfloat16.
+    both = jnp.stack(in_pieces(left, 2, jnp.bfloat16), axis=2)
+    equation = equation.replace("BHr", "BHpr")
+    return jnp.einsum(equation, both, right, preferred_element_type=jnp.float32).sum(axis=2)
 
 
 def scale_of(dim: int) -> float:

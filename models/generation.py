@@ -217,21 +217,49 @@ def refilled(
         max_length: tokens that the cache must hold.
         dtype: of the exact parts of the cache.
     """
-    _, batch, _, heads, dim = k.shape
 
     def layer(x: tuple[Array, Array, Codec | None]) -> KVCache:
-        k, v, codec = x
-        empty = init_cache(
-            codec.spec if codec is not None else None,
-            batch=batch,
-            kv_heads=heads,
-            head_dim=dim,
-            max_length=max_length,
-            dtype=dtype,
-        )
-        return append(empty, k, v, codec, count)
+        return _filled(*x, count, max_length, dtype)
 
     return stack_layers(jax.lax.map(layer, (k, v, codec)))
+
+
+def recoded(exact: KVCache, codec: Codec | None, *, max_length: int) -> KVCache:
+    """`refilled` with what a stacked cache at full precision holds.
+
+    Args:
+        exact: the cache.
+        codec: stacked; None for an exact cache.
+        max_length: tokens that the new cache must hold.
+    """
+
+    def layer(x: tuple[KVCache, Codec | None]) -> KVCache:
+        exact, codec = x
+        window = exact.window_key, exact.window_value  # position p in slot p
+        k, v = (jnp.swapaxes(x, 1, 2) for x in window)  # of one layer: all would be a copy
+        return _filled(k, v, codec, exact.length, max_length, k.dtype)
+
+    return stack_layers(jax.lax.map(layer, (exact, codec)))
+
+
+def _filled(
+    k: Float[Array, "B C H d"],
+    v: Float[Array, "B C H d"],
+    codec: Codec | None,
+    count: Int[Array, " B"] | None,
+    max_length: int,
+    dtype: jax.typing.DTypeLike,
+) -> KVCache:
+    """One layer's cache of these tokens."""
+    empty = init_cache(
+        codec.spec if codec is not None else None,
+        batch=k.shape[0],
+        kv_heads=k.shape[2],
+        head_dim=k.shape[3],
+        max_length=max_length,
+        dtype=dtype,
+    )
+    return append(empty, k, v, codec, count)
 
 
 def extend(

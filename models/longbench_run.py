@@ -347,12 +347,10 @@ class Exact:
     Attributes:
         logits: float32 ``[B, V]`` after each prompt's last token.
         cache: exact, of all layers.
-        count: int32 ``[B]``, tokens of each prompt.
     """
 
     logits: Array
     cache: KVCache
-    count: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -386,7 +384,7 @@ class Runner:
         logits, cache = _prefill(
             model.graphdef, model.params, tokens, count, None, max_length=length
         )
-        return Exact(logits, cache, jnp.asarray(count))
+        return Exact(logits, cache)
 
     def answer(self, exact: Exact, rows: Sequence[Row], codec: Codec | None) -> list[list[int]]:
         """Greedy answers to prompts that were read, with the cache of ``codec`` (None: exact)."""
@@ -435,10 +433,7 @@ def _begin(
     eos: tuple[int, ...],
 ) -> DecodeState:
     """The state from which a method decodes: its cache of the prompts, the first token chosen."""
-    keys, values = exact.cache.window_key, exact.cache.window_value  # position p in slot p
-    cache = generation.refilled(
-        keys, values, codec, exact.count, max_length=capacity, dtype=keys.dtype
-    )
+    cache = generation.recoded(exact.cache, codec, max_length=capacity)
     logits = jnp.where(banned, -jnp.inf, exact.logits)
     return generation.start(
         cache, logits, jax.random.key(0), max_new_tokens=new, sampler=Sampler(), eos=eos

@@ -148,7 +148,7 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     key_codes = rng.integers(0, c.K, (c.B, c.H, c.N, c.b, c.R)).astype(np.uint8)
     value_codes = rng.integers(0, 16, (c.B, c.H, c.N, c.b, c.S)).astype(np.uint8)
-    exact_keys, exact_values = normal(2, c.B, SINKS + c.b, c.H, c.d)
+    exact_keys, exact_values = normal(2, c.B, c.H, SINKS + c.b, c.d)
     if c.kind == "flat":
         query = np.zeros_like(query)
     if c.kind == "mean":
@@ -165,11 +165,12 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
             if n:
                 key_codes[row, :, n // 2, c.b // 3, 0] = 0
     if c.kind == "sink":  # e**40 times anything else
-        exact_keys[:, 1] = 0
+        exact_keys[:, :, 1] = 0
         toward = query[:, 0, :, 0]
-        exact_keys[:, 1] = toward * (40 / (toward**2).sum(-1, keepdims=True))
+        exact_keys[:, :, 1] = toward * (40 / (toward**2).sum(-1, keepdims=True))
     there = np.arange(SINKS + c.b) < (SINKS + lengths % c.b)[:, None]
-    exact_keys[~there], exact_values[~there] = np.nan, np.nan
+    for x in (exact_keys, exact_values):
+        x[np.broadcast_to(~there[:, None], x.shape[:-1])] = np.nan
     kind = jnp.bfloat16 if c.bf16 else jnp.float32
     coded = {
         "query": jnp.asarray(query),
@@ -227,18 +228,18 @@ def in_float64(coded: dict[str, Any], exact: dict[str, Any], every: int = 1) -> 
         query = turned(query, -start, coded["inv_freq"])
         old = jnp.einsum("BTHqNd,BHNbd->BTHqNb", query, keys)
         old = jnp.where(there[:, None, None, None, :, None], old, -jnp.inf)
-        seen = exact["mask"][:, 0, :, None, None]
+        seen = exact["mask"][:, :1, :, None]
         new_keys, new_values = (
             jnp.where(seen, exact[name], 0).astype(jnp.float64) for name in ("keys", "values")
         )
-        new = jnp.einsum("BTHqd,BnHd->BTHqn", exact["query"].astype(jnp.float64), new_keys)
+        new = jnp.einsum("BTHqd,BHnd->BTHqn", exact["query"].astype(jnp.float64), new_keys)
         new = jnp.where(exact["mask"][:, :, None, None], new, -jnp.inf)
         scores = jnp.concatenate([old.reshape(*old.shape[:4], -1), new], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)
         split = weights.shape[-1] - new.shape[-1]
         out = jnp.einsum(
             "BTHqNb,BHNbd->BTHqd", weights[..., :split].reshape(old.shape), values
-        ) + jnp.einsum("BTHqn,BnHd->BTHqd", weights[..., split:], new_values)
+        ) + jnp.einsum("BTHqn,BHnd->BTHqd", weights[..., split:], new_values)
         return out, jax.nn.logsumexp(scores, axis=-1)
 
     with jax.enable_x64(True):

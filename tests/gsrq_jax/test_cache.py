@@ -97,8 +97,8 @@ def poison(cache: KVCache) -> KVCache:
     """NaN and 255 wherever nothing may be read, by the invariants of KVCache."""
     spec = cache.spec
     length = np.asarray(cache.length)
-    sinks = cache.sink_key.shape[1]
-    ring = cache.window_key.shape[1]
+    sinks = cache.sink_key.shape[2]
+    ring = cache.window_key.shape[2]
     block = spec.block if spec else 1
     arrays = {f.name: np.array(getattr(cache, f.name)) for f in dataclasses.fields(cache)[:6]}
     for row, n in enumerate(length):
@@ -107,9 +107,9 @@ def poison(cache: KVCache) -> KVCache:
         held = {(p - sinks) % ring for p in range(first, n)}
         free = [s for s in range(ring) if s not in held]
         for name in ("window_key", "window_value"):
-            arrays[name][row, free] = np.nan
+            arrays[name][row, :, free] = np.nan
         for name in ("sink_key", "sink_value"):
-            arrays[name][row, min(n, sinks) :] = np.nan
+            arrays[name][row, :, min(n, sinks) :] = np.nan
         for name in ("key_codes", "value_codes"):
             arrays[name][row, :, coded:] = 255
     cache = cache.replace(**{name: jnp.asarray(a) for name, a in arrays.items()})
@@ -450,10 +450,10 @@ def test_outliers_are_counted_and_no_others_than_the_worst():
     without = append(empty(plain.spec), far, v, plain)
     np.testing.assert_array_equal(cache.key_codes, without.key_codes)
     assert cache.nbytes - without.nbytes == 2 * 3 * HEADS * (2 * DIM * 4 + 4 + 4)
-    assert cache.outliers.position[0, 0].tolist()[1] == 20
+    assert cache.outliers.position[0, 1].tolist()[0] == 20
     assert 20 not in cache.outliers.position[1].tolist()
-    np.testing.assert_array_equal(cache.outliers.key[0, 0, 1], far[0, 20, 1])
-    assert (jnp.diff(cache.outliers.error, axis=1) <= 0).all()
+    np.testing.assert_array_equal(cache.outliers.key[0, 1, 0], far[0, 20, 1])
+    assert (jnp.diff(cache.outliers.error, axis=2) <= 0).all()
 
 
 @pytest.mark.parametrize(("context", "least"), [(8192, 9), (131072, 15)])

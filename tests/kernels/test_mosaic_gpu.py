@@ -481,13 +481,17 @@ def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
 
 @supported
 def test_a_decode_loop_reads_codes_where_they_are(without_a_gpu):
-    """No layer's codes or weights are cut out of the stack, no codes are copied, and no product
-    with weights is made twice."""
+    """No layer's codes or weights are cut out of the stack, no codes are copied, nor the window of
+    all layers, and no product with weights is made twice."""
     hlo = without_a_gpu("loop", {})
     assert "mosaic_gpu" in hlo, hlo[-2000:]
     codes = r"u32\[(?:1,|3,)?8,2,7,4,512\]"
     made = re.findall(rf"%(\S+) = {codes}\S* (?:fusion|copy|copy-start|slice)\(", hlo)
     assert len(made) == 2, made  # keys' and values', written once a block
+    assert all("scatter" in name for name in made), made
+    window = r"bf16\[3,8,(?:2,640,128|640,2,128|2,128,640)\]"
+    made = re.findall(rf"%(\S+) = {window}\S* (?:fusion|copy|copy-start|transpose)\(", hlo)
+    assert len(made) == 2, made  # keys and values, of which each step writes one
     assert all("scatter" in name for name in made), made
     assert re.search(r"= bf16\[3,256,1024\]", hlo)
     assert not re.search(r"= bf16\[(?:1,)?(?:256|1024),(?:256|1024)\]\S* fusion\(", hlo)

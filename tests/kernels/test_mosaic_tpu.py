@@ -105,7 +105,7 @@ def test_two_pieces_are_close_and_merge_with_a_window():
     shape = dataclasses.replace(SHAPES["ragged"], B=1, H=1, blocks=(5,))
     x, rng = make(shape, seed=1), np.random.default_rng(2)
     x["query"][:] = x["query"][..., :1, :]
-    keys, values = rng.normal(size=(2, 1, 9, 1, shape.d)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 1, 1, 9, shape.d)).astype(np.float32)
     mask = np.arange(9) < rng.integers(1, 9, (1, 1, 1))
     exact = reference.attend_exact(x["query"][..., 0, :], keys, values, mask)
     want = reference.merge([reference.attend_codes(**x), exact])

@@ -207,7 +207,7 @@ def test_mass_of_equal_codes_adds_up():
 def exact_inputs(seed, B=2, T=3, H=2, q=3, n=11, d=6, scale=1.0):
     rng = np.random.default_rng(seed)
     query = scale * rng.normal(size=(B, T, H, q, d)).astype(np.float32)
-    keys, values = rng.normal(size=(2, B, n, H, d)).astype(np.float32)
+    keys, values = rng.normal(size=(2, B, H, n, d)).astype(np.float32)
     return query, keys, values, rng.random((B, T, n)) < 0.5
 
 
@@ -216,8 +216,8 @@ def expected_exact(query, keys, values, mask):
     out, lse = np.zeros(query.shape), np.zeros(query.shape[:-1])
     for b, t, h, j in np.ndindex(lse.shape):
         seen = mask[b, t]
-        scores = keys[b, seen, h] @ query[b, t, h, j]
-        out[b, t, h, j], lse[b, t, h, j] = softmax_attention(scores, values[b, seen, h])
+        scores = keys[b, h, seen] @ query[b, t, h, j]
+        out[b, t, h, j], lse[b, t, h, j] = softmax_attention(scores, values[b, h, seen])
     return out, lse
 
 
@@ -231,7 +231,7 @@ def test_attend_exact(scale):
     check(got, want, atol=1e-5 * scale)
     assert not np.asarray(got[0][0, 1]).any()
     assert np.isneginf(got[1][0, 1]).all()
-    np.testing.assert_allclose(got[0][1, 2, :, 1], values[1, 7], atol=1e-6)
+    np.testing.assert_allclose(got[0][1, 2, :, 1], values[1, :, 7], atol=1e-6)
 
 
 def test_keys_and_values_that_nobody_sees_may_be_anything():
@@ -243,8 +243,8 @@ def test_keys_and_values_that_nobody_sees_may_be_anything():
     for bad in (np.nan, np.inf):
         k, v = keys.copy(), values.copy()
         for x in (k, v):
-            x[:, [2, 6]] = bad
-            x[1, 9] = bad
+            x[:, :, [2, 6]] = bad
+            x[1, :, 9] = bad
         check(attend_exact(query, k, v, mask), want)
 
 
@@ -258,7 +258,8 @@ def test_keys_of_another_dtype_count_as_they_are():
 
 def test_sets_are_attended_to_together():
     query, keys, values, mask = exact_inputs(8, scale=3.0)
-    sets = [(keys[:, at], values[:, at], mask[..., at]) for at in (np.s_[:0], np.s_[:4], np.s_[4:])]
+    parts = np.s_[:0], np.s_[:4], np.s_[4:]
+    sets = [(keys[:, :, at], values[:, :, at], mask[..., at]) for at in parts]
     got = jax.jit(reference.attend_sets)(query, sets)
     check(got, expected_exact(query, keys, values, mask), atol=3e-5)
 
@@ -296,13 +297,13 @@ def test_coded_and_exact_parts_merge():
     keys, values = written_out(x)
     B, H, N, b, d = keys.shape
     query = x["query"] = np.repeat(x["query"][..., :1, :], N, axis=-2)  # one frame for all blocks
-    new_k, new_v = rng.normal(size=(2, B, 2, H, d)).astype(np.float32)
+    new_k, new_v = rng.normal(size=(2, B, H, 2, d)).astype(np.float32)
     mask = np.ones((B, 1, 2), bool)
     got = merge([attend_codes(**x), attend_exact(query[..., 0, :], new_k, new_v, mask)])
     old = (np.arange(N * b) < (x["blocks"] * b)[:, None])[:, None]
 
     def join(old, new):
-        return np.concatenate([np.moveaxis(old.reshape(B, H, N * b, d), 1, 2), new], axis=1)
+        return np.concatenate([old.reshape(B, H, N * b, d), new], axis=2)
 
     want = expected_exact(
         query[..., 0, :], join(keys, new_k), join(values, new_v), np.concatenate([old, mask], -1)

@@ -556,6 +556,11 @@ def test_stages_by_layer_are_the_padded_ones_in_fewer_bytes():
         for row in range(2):
             np.testing.assert_array_equal(x[:, row, :, : done[row]], y[:, row, :, : done[row]])
 
+    sizes = {"kv_heads": 2, "head_dim": 8, "max_length": 40, "layers": 2, "dtype": jnp.float32}
+    exact = append(init_cache(None, batch=2, **sizes), k, v, None, count)
+    again = generation.recoded(exact, books, max_length=LENGTH)
+    jax.tree.map(np.testing.assert_array_equal, again, made)
+
     views, view = layer_views(ours)
     held = [
         jax.vmap(lambda x, b: materialize(view(x), b))(views, books),

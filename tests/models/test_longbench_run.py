@@ -140,7 +140,7 @@ def test_newline_ends_an_answer_but_not_at_once(tiny_model):
     exact = runner.read([[0, 5, 6], [0, 5, 6]], 128)
     for wanted in (newline, *model.config.eos_tokens):
         logits = exact.logits.at[:, wanted].set(1e9)
-        told = runner.answer(type(exact)(logits, exact.cache, exact.count), rows, None)
+        told = runner.answer(type(exact)(logits, exact.cache), rows, None)
         assert told[0][0] not in (newline, *model.config.eos_tokens)
         assert told[1][0] == wanted
         assert newline not in told[0][:-1]

@@ -339,8 +339,9 @@ def test_keys_are_what_a_cache_gets(sampled, model):
         dtype=jnp.float32,
     )
     k, v, *_ = sampled[True]
-    np.testing.assert_allclose(k, cache.window_key[:, :, 3:], atol=1e-5)
-    np.testing.assert_allclose(v, cache.window_value[:, :, 3:], atol=1e-5)
+    keys, values = (jnp.swapaxes(x, 2, 3) for x in (cache.window_key, cache.window_value))
+    np.testing.assert_allclose(k, keys[:, :, 3:], atol=1e-5)
+    np.testing.assert_allclose(v, values[:, :, 3:], atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
