@@ -301,7 +301,8 @@ def assign(
         InputError: if the implementation is unknown or not for these shapes or this device, or for
             a chunk below 1.
     """
-    if kernels.fused(implementation, *points.shape, len(centroids)):
+    n, d = points.shape
+    if kernels.fused(implementation, n, d, len(centroids)):
         code, score, square = _nearest_fused(points.astype(jnp.float32), centroids)
         return code, jnp.maximum(square - score, 0)
 
@@ -310,7 +311,6 @@ def assign(
         code, score = nearest(x, centroids.astype(jnp.float32))
         return code, jnp.maximum(jnp.sum(jnp.square(x), -1) - score, 0)
 
-    n = points.shape[0]
     chunk = default_chunk(len(centroids)) if chunk is None else chunk
     if chunk < 1:
         raise InputError(f"chunk must be at least 1, got {chunk}")

@@ -241,7 +241,8 @@ def _fit_stages(
                 residual = jnp.take_along_axis(residuals, best[..., None], 1)[:, 0]
                 return residual, error, codes, jnp.take_along_axis(code, best, 1)[:, 0]
 
-            if beam == 1 and kernels.fused(implementation, *points.shape, spec.codewords):
+            n, d = points.shape
+            if beam == 1 and kernels.fused(implementation, n, d, spec.codewords):
                 code, _ = assign(residual, centroids, implementation=implementation)
                 residual = residual - centroids[code]
                 error = jnp.sum(jnp.square(residual), -1)[:, None]
