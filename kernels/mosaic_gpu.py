@@ -619,37 +619,21 @@ def _times_words(
 
 def fused_kernel(problem: Problem, config: Config) -> Any:
     """The kernel as a function of key tiles, value tiles, `score_inputs` and blocks."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from gsrq_jax.kernels.warp import Warp, warp_kernel
 
-    from gsrq_jax.kernels.warp import Warp, global_address, shared_address
-
-    memory = Memory.of(problem, config)
-
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: Any) -> None:
-            *arrays, shared = refs
-            warp = Warp()
-            places = [global_address(a) for a in arrays] + [shared_address(warp, shared)]
-            FusedKernel(problem, config, warp, Addresses(*places)).run()
-
-        emit(*refs)
+    def run(warp: Warp, *places: Any) -> None:
+        FusedKernel(problem, config, warp, Addresses(*places)).run()
 
     parts = problem.pairs, config.splits * config.teams(problem.value_stages)
-    return plgpu.kernel(
-        body,
-        out_type=[
+    return warp_kernel(
+        run,
+        outputs=[
             jax.ShapeDtypeStruct((*parts, ROWS, problem.value_stages, 16), jnp.float32),
             jax.ShapeDtypeStruct((*parts, ROWS), jnp.int32),
         ],
-        scratch_types=[plgpu.SMEM((memory.nbytes,), jnp.uint8)],
-        grid=(problem.pairs * config.splits,),
-        grid_names=("part",),
-        num_threads=(COUNTERS + config.scorers) // 4,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        nbytes=Memory.of(problem, config).nbytes,
+        parts=problem.pairs * config.splits,
+        warps=COUNTERS + config.scorers,
     )
 
 

@@ -576,38 +576,22 @@ def sums_inputs(
 
 def sums_kernel(problem: Problem, kinds: int, config: SumsConfig) -> Any:
     """The kernel as a function of points and `sums_inputs`; parts of the sums come from it."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from gsrq_jax.kernels.warp import Warp, warp_kernel
 
-    from gsrq_jax.kernels.warp import Warp, global_address, shared_address
+    def run(warp: Warp, *places: Any) -> None:
+        SumsKernel(problem, kinds, config, warp, SumsAddresses(*places)).run()
 
-    p, memory = problem, SumsMemory.of(problem, kinds, config)
-
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: Any) -> None:
-            *arrays, shared = refs
-            warp = Warp()
-            places = [global_address(a) for a in arrays] + [shared_address(warp, shared)]
-            SumsKernel(problem, kinds, config, warp, SumsAddresses(*places)).run()
-
-        emit(*refs)
-
-    parts = p.problems, config.splits
-    return plgpu.kernel(
-        body,
-        out_type=[
+    p, parts = problem, (problem.problems, config.splits)
+    return warp_kernel(
+        run,
+        outputs=[
             jax.ShapeDtypeStruct((*parts, kinds, p.codewords, p.channels), jnp.float32),
             jax.ShapeDtypeStruct((*parts, p.codewords, NUMBERS), jnp.float32),
         ],
-        scratch_types=[plgpu.SMEM((memory.nbytes,), jnp.uint8)],
-        grid=(p.problems * config.splits * (p.channels // config.width),),
-        grid_names=("part",),
-        num_threads=warps_of(kinds, config) // 4,
-        thread_name="warpgroup",
-        kernel_name="cell_sums",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
+        nbytes=SumsMemory.of(problem, kinds, config).nbytes,
+        parts=p.problems * config.splits * (p.channels // config.width),
+        warps=warps_of(kinds, config),
+        name="cell_sums",
     )
 
 

@@ -425,6 +425,52 @@ def _list(first: int, n: int) -> str:
     return names[0] if n == 1 else "{" + ",".join(names) + "}"
 
 
+def warp_kernel(
+    run: Callable[..., None],
+    *,
+    outputs: Sequence[Any],
+    nbytes: int,
+    parts: int,
+    warps: int,
+    name: str | None = None,
+) -> Any:
+    """A Pallas kernel, as a function of its arrays, whose body is said to each warp.
+
+    Args:
+        run: the body: of a warp, the addresses of arrays and outputs, and that of shared memory.
+        outputs: shapes and dtypes.
+        nbytes: of shared memory.
+        parts: thread blocks.
+        warps: of a thread block, a multiple of 4.
+        name: of the kernel.
+    """
+    import jax.numpy as jnp
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_: Any, *refs: Any) -> None:
+            *arrays, shared = refs
+            warp = Warp()
+            run(warp, *map(global_address, arrays), shared_address(warp, shared))
+
+        emit(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=[plgpu.SMEM((nbytes,), jnp.uint8)],
+        grid=(parts,),
+        grid_names=("part",),
+        num_threads=warps // 4,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+
+
 def global_address(ref: Any) -> Value:
     """The address of an array in global memory."""
     from jax.experimental.mosaic.gpu import utils
