@@ -289,6 +289,55 @@ def attend_sets(
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
 
 
+def attend_recent(
+    query: Float[Array, "B T H q d"],
+    sink_key: Float[Array, "B H S d"],
+    window_key: Float[Array, "B H C d"],
+    key: Float[Array, "B T H d"],
+    sink_value: Float[Array, "B H S d"],
+    window_value: Float[Array, "B H C d"],
+    value: Float[Array, "B T H d"],
+    sinks: Int[Array, " B"],
+    first: Int[Array, " B"],
+    held: Int[Array, " B"],
+    new: Int[Array, " B"],
+) -> tuple[Float[Array, "1 B T H q d"], Float[Array, "1 B T H q"]]:
+    """Attention over what a cache keeps exact, and causally over new tokens, with log-sum-exp.
+
+    The kernel, `gsrq_jax.kernels.mosaic_gpu_recent.attend_recent`, has this signature and may
+    return more parts, which are to be merged.
+
+    Args:
+        query: scaled queries, float32.
+        sink_key: of the first tokens.
+        window_key: a ring of slots.
+        key: of the new tokens.
+        sink_value: like ``sink_key``.
+        window_value: like ``window_key``.
+        value: like ``key``.
+        sinks: slots of sinks that are held; slots that are not may be NaN.
+        first: token j of the window lies in slot ``(first + j) % C``.
+        held: tokens of the window.
+        new: new tokens that are real; those after them may be NaN, and their outputs mean nothing.
+    """
+    batch, tokens, slots = *query.shape[:2], window_key.shape[2]
+    step = jnp.arange(tokens)
+    themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
+    in_window = (jnp.arange(slots) - first[:, None]) % slots < held[:, None]
+
+    def seen(there: Array) -> Array:
+        return jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
+
+    # The new ones join the sinks, which are as few: two products less.
+    both = (
+        jnp.concatenate([sink_key, jnp.swapaxes(key, 1, 2)], axis=2),
+        jnp.concatenate([sink_value, jnp.swapaxes(value, 1, 2)], axis=2),
+        jnp.concatenate([seen(jnp.arange(sink_key.shape[2]) < sinks[:, None]), themselves], axis=2),
+    )
+    out, lse = attend_sets(query, [both, (window_key, window_value, seen(in_window))])
+    return out[None], lse[None]
+
+
 def _times(left: Float[Array, "B H r m"], right: Float[Array, "..."], equation: str) -> Array:
     """A product in float32; one with bfloat16, which is not converted, to 16 bits of ``left``."""
     if right.dtype != jnp.bfloat16:
