@@ -95,6 +95,11 @@ def check_supported(points: Any, codewords: int) -> Problem:
     """
     problem = problem_of(points, codewords)
     mosaic_gpu.check_device()
+    if jax.config.jax_enable_x64:
+        raise InputError(
+            "the fused k-means kernels are written for numbers of 32 bits; turn jax_enable_x64 off "
+            "or use another implementation"
+        )
     return problem
 
 
