@@ -344,7 +344,9 @@ def _nearest_kernel(problem: Problem, config: NearestConfig, unit: bool, interpr
 
             def products(scores: Any) -> Any:
                 ones = plgpu.layout_cast(jnp.full((ROWS, NORMS), 1, jnp.bfloat16), registers)
-                for left, right in ((ones, norm), (lower, high), (upper, low), (upper, high)):
+                # Tensor cores cut off what does not fit beside the largest term or the sum so far,
+                # always towards zero: the small products come first, the lengths last.
+                for left, right in ((lower, high), (upper, low), (upper, high), (ones, norm)):
                     plgpu.wgmma(scores, left, right.transpose((1, 0)))
                 return scores[...]
 
