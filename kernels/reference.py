@@ -271,21 +271,22 @@ def attend_sets(
     """`attend_exact` over several sets in one softmax, none of them copied."""
     batch, tokens, heads, group, dim = query.shape
     by_head = jnp.swapaxes(query, 1, 2)  # [B, H, T, q, d]
+    # Scores stay rows of queries throughout: a TPU would copy them to tell tokens from groups.
     rows = by_head.reshape(batch, heads, tokens * group, dim)
     scores, ends = [], [0]
     for keys, _, mask in sets:
-        found = _times(rows, keys, "BHrd,BHnd->BHrn").reshape(*by_head.shape[:-1], -1)
-        scores.append(jnp.where(mask[:, None, :, None], found, -jnp.inf))
+        seen = jnp.repeat(mask, group, axis=1)[:, None]  # [B, 1, T q, n]
+        scores.append(jnp.where(seen, _times(rows, keys, "BHrd,BHnd->BHrn"), -jnp.inf))
         ends.append(ends[-1] + keys.shape[2])
     together = jnp.concatenate(scores, axis=-1)
     top = jnp.max(together, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(together - jnp.where(jnp.isfinite(top), top, 0)[..., None])
-    total = weights.sum(axis=-1)
-    weights, out = weights.reshape(*rows.shape[:-1], -1), jnp.zeros_like(rows)
+    out = jnp.zeros_like(rows)
     for (_, values, mask), first, end in zip(sets, ends, ends[1:], strict=False):
         values = jnp.where(mask.any(axis=1)[:, None, :, None], values, 0)
         out += _times(weights[..., first:end], values, "BHrn,BHnd->BHrd")
-    out, lse = _finish(out.reshape(by_head.shape), total, top)
+    out, lse = _finish(out, weights.sum(axis=-1), top)
+    out, lse = out.reshape(by_head.shape), lse.reshape(by_head.shape[:-1])
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
 
 
