@@ -8,7 +8,8 @@ over ``model``. ``agree`` compares attention over a coded cache on a mesh with o
 ``decode`` is the decode loop of LLaMA-3-8B's shapes with random weights over a random cache, coded
 and in bfloat16, spread alike. ``fit`` is a layer of such codebooks, ``capture`` keys, values and
 their sensitivities of some layers. Nothing here is tuned to a host. Writes
-`results/scaling-<devices>.json`; ``--table`` prints what is there.
+`results/scaling-<devices>.json`, on CPUs `results/scaling-cpu-<devices>.json`; ``--table`` prints
+what is there of GPUs.
 """
 
 import dataclasses
@@ -548,8 +549,9 @@ def measure(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def file_of(config: Config) -> pathlib.Path:
-    """Of the rows of this many devices."""
-    return config.out / "results" / f"scaling-{len(jax.devices())}.json"
+    """Of the rows of this many devices; CPU devices, which share their cores, have one apart."""
+    kind = "cpu-" if jax.default_backend() == "cpu" else ""
+    return config.out / "results" / f"scaling-{kind}{len(jax.devices())}.json"
 
 
 def table(rows: list[Mapping[str, Any]]) -> str:
@@ -600,7 +602,8 @@ def main(config: Config) -> None:
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_result(file_of(config), rows, command=command, model=config.model)
-    files = sorted((config.out / "results").glob("scaling-*.json"))
+    kind = "cpu-*" if jax.default_backend() == "cpu" and not config.table else "[0-9]*"
+    files = sorted((config.out / "results").glob(f"scaling-{kind}.json"))
     print(table([r for f in files for r in json.loads(f.read_text(encoding="utf-8"))["rows"]]))
 
 

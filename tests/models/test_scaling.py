@@ -37,7 +37,7 @@ def test_rows_and_table(scaling, tmp_path, monkeypatch, capsys):
     sizes |= {"parts": ("agree", "decode", "capture"), "captured": 1, "length": 16}
     config = scaling.Config(model="toy", meshes=("2x1",), out=tmp_path, **sizes)
     scaling.main(config)
-    data = json.loads((tmp_path / "results/scaling-8.json").read_text())
+    data = json.loads((tmp_path / "results/scaling-cpu-8.json").read_text())
     assert data["command"] == "python benchmarks/scaling.py --model toy"
     rows = data["rows"]
     assert [(r["part"], r.get("what")) for r in rows] == [
@@ -85,7 +85,7 @@ def test_meshes_that_cannot_be(scaling, mesh):
 
 def test_the_docs_have_the_results(scaling):
     text = (ROOT / "docs" / "several-gpus.md").read_text()
-    files = sorted((ROOT / "results").glob("scaling-*.json"))
+    files = sorted((ROOT / "results").glob("scaling-[0-9]*.json"))
     assert scaling.table([r for f in files for r in json.loads(f.read_text())["rows"]]) in text
 
 
