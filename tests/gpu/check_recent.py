@@ -77,11 +77,13 @@ def exact(query: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, np.ndarra
     for b in range(len(query)):
         slots = (first[b] + np.arange(held[b])) % arrays[1].shape[2]
 
-        def together(few: np.ndarray, ring: np.ndarray, own: np.ndarray, b: int = b) -> np.ndarray:
-            parts = few[b, :, : sinks[b]], np.swapaxes(own[b], 0, 1)[:, : new[b]], ring[b][:, slots]
-            return np.concatenate([np.float64(x) for x in parts], axis=1)
-
-        keys, values = together(*arrays[:3]), together(*arrays[3:])
+        keys, values = (
+            np.concatenate([np.float64(x) for x in parts], axis=1)
+            for parts in (
+                (few[b, :, : sinks[b]], np.swapaxes(own[b], 0, 1)[:, : new[b]], ring[b][:, slots])
+                for few, ring, own in (arrays[:3], arrays[3:])
+            )
+        )
         if not keys.shape[1]:
             continue
         scores = np.float64(query[b, 0]) @ np.swapaxes(keys, 1, 2)
