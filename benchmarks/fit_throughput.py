@@ -27,7 +27,7 @@ import numpy as np
 
 from gsrq_jax import kmeans
 from gsrq_jax.calibration import FitOptions, fit_layer
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels.cluster import Implementation
 from gsrq_jax.models import commands
@@ -210,8 +210,7 @@ def implementations(config: Config) -> dict[str, tuple[Callable, Callable[[Any],
 
 def measure(config: Config) -> Iterator[dict[str, Any]]:
     """Rows, as they are found."""
-    if config.repeats < 1:
-        raise InputError(f"--repeats must be at least 1, got {config.repeats}")
+    at_least(1, "--", repeats=config.repeats)
     for implementation in config.implementations:
         if "layer" in config.parts:
             yield from layer(config, implementation)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gsrq_jax import calibration, distill
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import respec
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import evaluation, generation, processes, sharding, text
 from gsrq_jax.models.loading import LoadedModel
 from gsrq_jax.models.text import SAMPLED, SOURCE
@@ -155,15 +155,11 @@ def held_out(sequences: int) -> int:
 
 def _validate(config: DistillConfig) -> None:
     def refuse(name: str, must: str) -> None:
-        flag = "--distill." + name.replace("_", "-")
-        raise InputError(f"{flag} must be {must}, got {getattr(config, name)}")
+        raise InputError(f"--distill.{name} must be {must}, got {getattr(config, name)}")
 
-    for name in ("batch", "accumulate", "check_every", "tokens"):
-        if getattr(config, name) < 1:
-            refuse(name, "at least 1")
-    for name in ("steps", "copies", "warmup"):
-        if getattr(config, name) < 0:
-            refuse(name, "at least 0")
+    positive = ("batch", "accumulate", "check_every", "tokens")
+    at_least(1, "--distill.", **{name: getattr(config, name) for name in positive})
+    at_least(0, "--distill.", steps=config.steps, copies=config.copies, warmup=config.warmup)
     check_beam(config.beam)
     if not config.text or (CALIBRATION in config.text and len(config.text) > 1):
         raise InputError(

@@ -39,10 +39,11 @@ from gsrq_jax.calibration import (
     SampleStore,
 )
 from gsrq_jax.codebook import Codebooks
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import (
     distillation,
     evaluation,
+    generation,
     llama,
     loading,
     processes,
@@ -471,14 +472,14 @@ def _held_out(
     """
     tokenizer = model.needed_tokenizer()
     start = len(tokenizer.encode(""))  # tokens that each sequence begins with
-    leasts = {"length": spec.sinks + start + 1, "eval_length": start + 2}
-    for name, least in (leasts | {"tokens": 1, "eval_sequences": 1, "seed": 0}).items():
-        if getattr(config, name) < least:
-            raise InputError(f"{_flag(name)} must be at least {least}, got {getattr(config, name)}")
-    for name in leasts:
-        if getattr(config, name) > model.config.max_length:
+    at_least(spec.sinks + start + 1, "--", length=config.length)
+    at_least(start + 2, "--", eval_length=config.eval_length)
+    at_least(1, "--", tokens=config.tokens, eval_sequences=config.eval_sequences)
+    generation.check_seed(config.seed, "--")
+    for flag, length in (("--length", config.length), ("--eval-length", config.eval_length)):
+        if length > model.config.max_length:
             raise InputError(
-                f"{_flag(name)} {getattr(config, name)} is beyond the context of {model.name}, "
+                f"{flag} {length} is beyond the context of {model.name}, "
                 f"{model.config.max_length} tokens; choose a smaller one"
             )
     name, pieces = text.source(
@@ -935,7 +936,3 @@ def _is_finished(config: TrainConfig) -> bool:
 
 
 _KIND = "train"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

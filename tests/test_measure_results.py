@@ -1,27 +1,20 @@
 """The tool that measures everything: jobs in order, each once, again after a failure."""
 
 import dataclasses
-import importlib
 import json
-import pathlib
 import shlex
 
 import pytest
 import tyro
+from scripts import ROOT, script
 
 from gsrq_jax.models import commands, training
 from gsrq_jax.models.runfolder import plain
 
-ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
 TRAINED = sorted((ROOT / "results" / "training").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def tool():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield importlib.import_module("measure_results")
+tool = script("tools", "measure_results")
 
 
 def test_every_job_once(tool, tmp_path):
