@@ -48,6 +48,7 @@ from gsrq_jax.kernels.reference import scale_of
 from gsrq_jax.models import commands, generation, llama
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.results import commit, device, versions, write_result
+from gsrq_jax.rope import turns
 from gsrq_jax.spec import QuantSpec
 
 matplotlib.use("Agg")
@@ -589,6 +590,7 @@ def exact_loop(config: Config, batch: int, context: int, weights: str) -> Loop:
         model = nnx.merge(graphdef, params)
         h = model.embed_tokens(tokens[:, None])
         lengths, new = jnp.full((batch,), at + 1), []
+        turn = turns(jnp.full((batch, 1, 1), at), c.inv_freq)
         for layer, (keys, values) in zip(layers, caches, strict=True):
 
             def attention(
@@ -598,8 +600,7 @@ def exact_loop(config: Config, batch: int, context: int, weights: str) -> Loop:
                 keys, values = put(keys, k, start_index=at), put(values, v, start_index=at)
                 return exact_attention(q, keys, values, lengths), (keys, values)
 
-            positions = jnp.full((batch, 1), at)
-            h, cache = nnx.merge(blocks, layer)(h, positions, attention, None)
+            h, cache = nnx.merge(blocks, layer)(h, turn, attention, None)
             new.append(cache)
         logits = model.logits(model.norm(h))[:, 0]
         return at + 1, jnp.argmax(logits, axis=-1).astype(jnp.int32), new

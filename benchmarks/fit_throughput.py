@@ -5,15 +5,18 @@
 Random points, float32 in and out of every implementation. *assign* finds the nearest codeword of
 each point; *sweep* is a whole pass of Lloyd's, with new centroids; *layer* is all that
 `gsrq_jax.calibration.fit_layer` does for a layer of LLaMA-3-8B's shapes, and what 32 of them take.
-Ours are XLA's program and, on Hopper GPUs, the fused kernels. torch and flash-kmeans (Triton) are
-measured where they can be imported. Writes
-`results/fit-throughput.json`; ``--table`` prints what is there.
+Ours are the fused kernels, on Hopper GPUs, and XLA's program. torch and flash-kmeans (Triton) are
+measured where they can be imported. The time of an assignment or a sweep is that of eight more of
+them, one after the other; what an assignment takes alone, from the call until its result is waited
+for, stands beside it. Writes `results/fit-throughput.json` row by row; ``--table`` prints
+what is there.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 import time
@@ -24,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from gsrq_jax import kmeans
 from gsrq_jax.calibration import FitOptions, fit_layer
@@ -37,7 +41,7 @@ from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 Run = Callable[[], Any]
-SWEEPS = 8  # whose time, less that of none, is divided by their number
+MORE = 8  # assignments or sweeps than one: the difference in time is theirs
 
 
 class Way(NamedTuple):
@@ -46,14 +50,14 @@ class Way(NamedTuple):
     Attributes:
         part: ``assign`` or ``sweep``.
         name: of the implementation.
-        run: does it; for a sweep 1 + `SWEEPS` of them.
-        start: for a sweep, does one, whatever else comes with it.
+        run: does 1 + `MORE` of them.
+        one: does one, whatever else comes with it.
     """
 
     part: str
     name: str
     run: Run
-    start: Run | None = None
+    one: Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,32 +67,34 @@ class Config:
     Attributes:
         shapes: ``problems x points x channels x codewords`` of assignments and sweeps.
         parts: what is measured.
-        implementations: of ours; what cannot be had here is left out.
-        others: whether torch and flash-kmeans are measured, where they are.
+        implementations: of ours, one after the other; what cannot be had here is left out.
+        others: whether torch and flash-kmeans are measured beside the first, where they are.
         tokens: of the layer.
         bits: of the layer's codes.
         repeats: timed runs of each, of which the median counts.
+        seconds: after which nothing more is begun.
         out: folder under which ``results`` lies.
         table: only print what was measured.
     """
 
     shapes: tuple[str, ...] = (
         "1x1048576x128x256",
-        "1x1048576x128x16",
         "512x16384x128x256",
+        "1x1048576x128x16",
         "512x16384x128x16",
     )
     parts: tuple[Literal["assign", "sweep", "layer"], ...] = ("assign", "sweep", "layer")
-    implementations: tuple[Implementation, ...] = ("xla", "mosaic_gpu")
+    implementations: tuple[Implementation, ...] = ("mosaic_gpu", "xla")
     others: bool = True
     tokens: int = 1_048_576
     bits: float = 1.0
     repeats: int = 5
+    seconds: float = math.inf
     out: pathlib.Path = ROOT
     table: bool = False
 
 
-def seconds(run: Run, repeats: int, wait: Callable[[Any], Any]) -> tuple[float, float]:
+def timed(run: Run, repeats: int, wait: Callable[[Any], Any]) -> tuple[float, float]:
     """Median of ``repeats`` runs after one that does not count, and the interquartile range."""
     wait(run())
     times = []
@@ -99,30 +105,37 @@ def seconds(run: Run, repeats: int, wait: Callable[[Any], Any]) -> tuple[float, 
     return float(np.median(times)), float(np.subtract(*np.percentile(times, [75, 25])))
 
 
+def repeat(run: Run) -> Run:
+    """1 + `MORE` of them, begun one after the other; the last one's result."""
+    return lambda: [run() for _ in range(1 + MORE)][-1]
+
+
 # --- implementations: names, and runs of the parts -----------------------------------------------
 
 
-def ours(implementation: Implementation, x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
+def ours(implementation: Implementation, x: Array, centroids: Array) -> Iterator[Way]:
     """k-means and GSKM of `gsrq_jax.kmeans`."""
-    if not available(implementation, *x.shape[1:], centroids.shape[1]):
+    k = centroids.shape[1]
+    if not available(implementation, *x.shape[1:], k):
         return
-    points, words = jax.device_put(x), jax.device_put(centroids)
     rng = jax.random.split(jax.random.key(0), len(x))
     rules = ("kmeans", "gskm")
 
     def sweeps(rule: str, count: int) -> Callable[..., Any]:
-        fit = functools.partial(
-            getattr(kmeans, rule), codewords=centroids.shape[1], implementation=implementation
-        )
+        fit = functools.partial(getattr(kmeans, rule), codewords=k, implementation=implementation)
         return lambda r, x, c: fit(r, x, init=c, iterations=count).centroids
 
-    programs = [(lambda _, x, c: kmeans.assign(x, c, implementation=implementation))]
-    programs += [sweeps(rule, count) for rule in rules for count in (1 + SWEEPS, 1)]
-    lowered = [jax.jit(jax.vmap(f)).lower(rng, points, words) for f in programs]
+    programs = [(lambda x, c: kmeans.assign(x, c, implementation=implementation), (x, centroids))]
+    programs += [
+        (sweeps(rule, count), (rng, x, centroids)) for rule in rules for count in (1 + MORE, 1)
+    ]
+    lowered = [jax.jit(jax.vmap(f)).lower(*arrays) for f, arrays in programs]
     with ThreadPoolExecutor() as pool:  # compiled beside each other
         compiled = list(pool.map(lambda program: program.compile(), lowered))
-    assign, *runs = [functools.partial(run, rng, points, words) for run in compiled]
-    yield Way("assign", f"gsrq_jax ({implementation})", assign)
+    assign, *runs = (
+        functools.partial(f, *arrays) for f, (_, arrays) in zip(compiled, programs, strict=True)
+    )
+    yield Way("assign", f"gsrq_jax ({implementation})", repeat(assign), assign)
     for index, rule in enumerate(rules):
         name = f"gsrq_jax ({implementation}), {rule}"
         yield Way("sweep", name, *runs[2 * index : 2 * index + 2])
@@ -138,11 +151,11 @@ def available(implementation: Implementation, n: int, d: int, k: int) -> bool:
     return True
 
 
-def of_torch(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
+def of_torch(x: Array, centroids: Array) -> Iterator[Way]:
     """Chunked products and ``index_add``, with TF32 as torch has it by default (off)."""
     import torch
 
-    points, words = torch.from_numpy(x).cuda(), torch.from_numpy(centroids).cuda()
+    points, words = (torch.tensor(np.asarray(a), device="cuda") for a in (x, centroids))
     problems, n, d = points.shape
     k = words.shape[1]
     chunk = max(1, min(n, 2**26 // (k * problems)))
@@ -164,45 +177,42 @@ def of_torch(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
         count = torch.bincount(code, minlength=problems * k).clamp(min=1)
         return sums / count[:, None]
 
-    yield Way("assign", "torch", assign)
-    yield Way("sweep", "torch, kmeans", lambda: [sweep() for _ in range(1 + SWEEPS)], sweep)
+    yield Way("assign", "torch", repeat(assign), assign)
+    yield Way("sweep", "torch, kmeans", repeat(sweep), sweep)
 
 
-def of_flash_kmeans(x: np.ndarray, centroids: np.ndarray) -> Iterator[Way]:
+def of_flash_kmeans(x: Array, centroids: Array) -> Iterator[Way]:
     """flash-kmeans; its Triton kernels multiply float32 as TF32."""
     import flash_kmeans
     import torch
     from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 
-    points, words = torch.from_numpy(x).cuda(), torch.from_numpy(centroids).cuda()
+    points, words = (torch.tensor(np.asarray(a), device="cuda") for a in (x, centroids))
     squares = points.square().sum(-1)
     k = words.shape[1]
-    yield Way("assign", "flash-kmeans", lambda: euclid_assign_triton(points, words, squares))
+    assign = functools.partial(euclid_assign_triton, points, words, squares)
+    yield Way("assign", "flash-kmeans", repeat(assign), assign)
     fit = functools.partial(
         flash_kmeans.batch_kmeans_Euclid, points, k, init_centroids=words, tol=-1.0
     )
     yield Way(
         "sweep",
         "flash-kmeans, kmeans",
-        lambda: fit(max_iters=1 + SWEEPS),
+        lambda: fit(max_iters=1 + MORE),
         lambda: fit(max_iters=1),
     )
 
 
-def implementations(config: Config) -> dict[str, tuple[Callable, Callable[[Any], Any]]]:
+def others() -> dict[Callable, Callable[[Any], Any]]:
     """Those that can be had here, and how to wait for what they return."""
-    found = {
-        name: (functools.partial(ours, name), jax.block_until_ready)
-        for name in config.implementations
-    }
-    if config.others and importlib.util.find_spec("torch"):
-        import torch
+    if not importlib.util.find_spec("torch"):
+        return {}
+    import torch
 
-        if torch.cuda.is_available():
-            found["torch"] = (of_torch, lambda _: torch.cuda.synchronize())
-            if importlib.util.find_spec("flash_kmeans"):
-                found["flash-kmeans"] = (of_flash_kmeans, lambda _: torch.cuda.synchronize())
-    return found
+    if not torch.cuda.is_available():
+        return {}
+    found = [of_torch] + [of_flash_kmeans] * bool(importlib.util.find_spec("flash_kmeans"))
+    return dict.fromkeys(found, lambda _: torch.cuda.synchronize())
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -211,33 +221,54 @@ def implementations(config: Config) -> dict[str, tuple[Callable, Callable[[Any],
 def measure(config: Config) -> Iterator[dict[str, Any]]:
     """Rows, as they are found."""
     at_least(1, "--", repeats=config.repeats)
+    begin = time.perf_counter()
+
+    def late() -> bool:
+        return time.perf_counter() - begin > config.seconds
+
+    shapes = [_numbers(shape) for shape in config.shapes] if set(config.parts) - {"layer"} else []
+    beside = others() if config.others else {}
     for implementation in config.implementations:
-        if "layer" in config.parts:
+        ways: dict[Callable, Callable[[Any], Any]]
+        ways = {functools.partial(ours, implementation): jax.block_until_ready} | beside
+        for shape in shapes:
+            for way, wait in ways.items():
+                if not late():
+                    yield from rows_of(config, shape, way, wait)
+        if "layer" in config.parts and not late():
             yield from layer(config, implementation)
-    for shape in config.shapes if set(config.parts) - {"layer"} else ():
-        problems, n, d, k = _numbers(shape)
-        at = jax.random.split(jax.random.key(0))
-        x = np.asarray(jax.random.normal(at[0], (problems, n, d)))
-        centroids = np.asarray(jax.random.normal(at[1], (problems, k, d)))
-        for implementation, wait in implementations(config).values():
-            for way in implementation(x, centroids):
-                if way.part not in config.parts:
-                    continue
-                took, spread = seconds(way.run, config.repeats, wait)
-                if way.start is not None:
-                    took = (took - seconds(way.start, config.repeats, wait)[0]) / SWEEPS
-                    spread /= SWEEPS
-                yield {
-                    "part": way.part,
-                    "implementation": way.name,
-                    "problems": problems,
-                    "points": n,
-                    "channels": d,
-                    "codewords": k,
-                    "seconds": took,
-                    "spread": spread,
-                    "rate": problems * n * k / took,
-                }
+        beside = {}
+
+
+def rows_of(
+    config: Config, shape: tuple[int, int, int, int], ways: Callable, wait: Callable[[Any], Any]
+) -> Iterator[dict[str, Any]]:
+    """Assignments and sweeps of one implementation."""
+    problems, n, d, k = shape
+    centroids = jax.random.normal(jax.random.key(1), (problems, k, d))
+    for way in ways(random_points(problems, n, d), centroids):
+        if way.part not in config.parts:
+            continue
+        took, spread = timed(way.run, config.repeats, wait)
+        alone = timed(way.one, config.repeats, wait)[0]
+        took, spread = (took - alone) / MORE, spread / MORE
+        yield {
+            "part": way.part,
+            "implementation": way.name,
+            "problems": problems,
+            "points": n,
+            "channels": d,
+            "codewords": k,
+            "seconds": took,
+            "spread": spread,
+            "rate": problems * n * k / took,
+        } | ({"alone_seconds": alone} if way.part == "assign" else {})
+
+
+@functools.lru_cache(2)
+def random_points(problems: int, n: int, d: int) -> Array:
+    """Kept for other numbers of codewords, for their way to torch by the host takes long."""
+    return jax.random.normal(jax.random.key(0), (problems, n, d))
 
 
 def layer(config: Config, implementation: Implementation) -> Iterator[dict[str, Any]]:
@@ -269,7 +300,7 @@ def layer(config: Config, implementation: Implementation) -> Iterator[dict[str, 
             )[0].key
         )
     )
-    took, spread = seconds(
+    took, spread = timed(
         lambda: fit(keys[0], k, v, norms), min(config.repeats, 2), jax.block_until_ready
     )
     passes = options.warmup + options.iterations
@@ -317,9 +348,12 @@ def table(data: Mapping[str, Any]) -> str:
         part = row["part"]
         if part == "layer":
             part += f" ({row['model_layers']} take {row['model_seconds']:,.0f} s)"
+        ms = f"{row['seconds'] * 1e3:,.2f}"
+        if "alone_seconds" in row:
+            ms += f" (alone {row['alone_seconds'] * 1e3:,.2f})"
         lines.append(
             f"| {part} | {size} | "
-            f"{row['codewords']} | {row['implementation']} | {row['seconds'] * 1e3:,.2f} | "
+            f"{row['codewords']} | {row['implementation']} | {ms} | "
             f"{row['rate'] / 1e9:,.0f} |"
         )
     return "\n".join(lines)

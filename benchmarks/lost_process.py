@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -114,9 +115,9 @@ class Run:
         return [process.returncode for process in self.started]
 
     def errors(self) -> list[str]:
-        """The last line that each process said of an error."""
-        said = [x.read_text(errors="replace").splitlines() for x in self.log]
-        return [next((x for x in reversed(s) if x.startswith("error: ")), "") for s in said]
+        """The last that each process said of an error, maybe behind a bar of progress."""
+        said = [re.findall("error: .*", x.read_text(errors="replace")) for x in self.log]
+        return [x[-1] if x else "" for x in said]
 
 
 def _environment(devices: list[int]) -> dict[str, str]:
@@ -265,7 +266,8 @@ def main(config: Config) -> None:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
             rows = measure(config, work)
-        program = repeated("benchmarks/lost_process.py", instead={}, without=("--out", "--work"))
+        names = {f"--{x}": pathlib.Path(getattr(config, x)).name for x in ("model", "text")}
+        program = repeated("benchmarks/lost_process.py", instead=names, without=("--out", "--work"))
         write_result(file, rows, command=f"python {program}")
     print(table(json.loads(file.read_text(encoding="utf-8"))))
 

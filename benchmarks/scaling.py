@@ -38,6 +38,7 @@ from gsrq_jax.kernels import reference
 from gsrq_jax.models import commands, generation, llama, sharding, training
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.results import repeated, write_result
+from gsrq_jax.rope import turns
 from gsrq_jax.spec import QuantSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -394,13 +395,14 @@ def exact_loop(config: Config, mesh: Mesh, context: int) -> Job:
         at, tokens, caches = carry
         model = nnx.merge(graphdef, params)
         h, new = sharding.by_channels(mesh, model.embed_tokens(tokens[:, None])), []
+        turn = turns(jnp.full((1, 1, 1), at), sizes.inv_freq)
         for own, past in zip(layers, caches, strict=True):
 
             def attention(q: Any, k: Any, v: Any, _: Any, past: Any = past) -> Any:
                 out, *grown = attend(q, k, v, *past, at)
                 return out, tuple(grown)
 
-            h, grown = nnx.merge(blocks, own)(h, jnp.full((1, 1), at), attention, None)
+            h, grown = nnx.merge(blocks, own)(h, turn, attention, None)
             h = sharding.by_channels(mesh, h)
             new.append(grown)
         logits = model.logits(model.norm(h))[:, 0]

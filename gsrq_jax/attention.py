@@ -21,7 +21,7 @@ from gsrq_jax.cache import (
     check_spec,
     check_vectors,
     coded_tokens,
-    exact_tokens,
+    exact_counts,
     new_tokens,
     outlier_slots,
 )
@@ -92,18 +92,15 @@ def attend(
         return q
     query = q.astype(jnp.float32).reshape(batch, tokens, heads, -1, dim) * reference.scale_of(dim)
 
-    step = jnp.arange(tokens)
     new = new_tokens(count, batch, tokens)
-    themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
-    sinks, window = (
-        (keys, values, jnp.broadcast_to(there[:, None], (batch, tokens, keys.shape[2])))
-        for keys, values, there in exact_tokens(cache)
+    held, first, window = exact_counts(cache)
+    exact = decode.attend_recent(
+        query,
+        *(cache.sink_key, cache.window_key, k, cache.sink_value, cache.window_value, v),
+        *(held, first, window, new),
+        implementation="reference" if implementation in ("codes", "decoded") else None,
     )
-    # The new ones join the sinks, which are as few: two products less.
-    own = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), themselves)
-    few = zip(sinks, own, strict=True)
-    first, second, seen = (jnp.concatenate(both, axis=2) for both in few)
-    parts = [reference.attend_sets(query, [(first, second, seen), window])]
+    parts = list(zip(*exact, strict=True))
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
         laid_out = books is not None and books.spec.layout != "packed"

@@ -560,11 +560,12 @@ def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
 
     ``views, view = layer_views(cache)``, then ``view(x)`` for each ``x`` that a scan over ``views``
     hands out. Layers read as many planes as the one with most stages; the codes behind a layer's
-    own are those of its neighbour, for which its codewords are 0.
+    own are those of its neighbour, for which its codewords are 0. All layers hold as many tokens as
+    the first, so that what follows from their number alone is found once, not in each.
     """
-    spec = cache.spec
+    spec, length = cache.spec, cache.length[0]
     if not _by_layer(spec):
-        return cache, lambda x: x
+        return cache.replace(length=None), lambda x: x.replace(length=length)
     most = tuple(s.shape[-1] for s in spec.code_shapes())
     pools = cache.key_codes, cache.value_codes
     firsts = tuple(
@@ -578,12 +579,21 @@ def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
             jnp.moveaxis(pool.at[start + jnp.arange(n)].get(mode="clip"), 0, -1)
             for pool, start, n in zip(pools, starts, most, strict=True)
         )
-        return exact.replace(key_codes=keys, value_codes=values)
+        return exact.replace(key_codes=keys, value_codes=values, length=length)
 
-    return (cache.replace(key_codes=None, value_codes=None), firsts), view
+    return (cache.replace(key_codes=None, value_codes=None, length=None), firsts), view
 
 
 # --- reading --------------------------------------------------------------------------------------
+
+
+def exact_counts(cache: KVCache) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]:
+    """One layer's sinks that are held; the slot of the window's first token, modulo the ring; and
+    the window's tokens."""
+    sinks = cache.sink_key.shape[2]
+    first = _coded(cache.spec, cache.length)
+    window = jnp.maximum(cache.length - sinks - first, 0)
+    return jnp.minimum(cache.length, sinks), first, window
 
 
 def exact_tokens(
@@ -591,13 +601,10 @@ def exact_tokens(
 ) -> list[tuple[Float[Array, "B H E d"], Float[Array, "B H E d"], Bool[Array, "B E"]]]:
     """One layer's sinks, and its window: keys, values and which of them are there."""
     sinks, ring = cache.sink_key.shape[2], cache.window_key.shape[2]
-    length = cache.length[:, None]
-    first = _coded(cache.spec, length)
-    slot = jnp.arange(ring)
-    offset = first + (slot - first) % ring  # the one position - sinks that slot can hold now
+    held, first, window = (x[:, None] for x in exact_counts(cache))
     return [
-        (cache.sink_key, cache.sink_value, jnp.arange(sinks) < length),
-        (cache.window_key, cache.window_value, offset < length - sinks),
+        (cache.sink_key, cache.sink_value, jnp.arange(sinks) < held),
+        (cache.window_key, cache.window_value, (jnp.arange(ring) - first) % ring < window),
     ]
 
 

@@ -54,8 +54,8 @@ class FitOptions:
         value_metric: the same of values: Euclidean, ``gradient``, or ``output`` for the output
             projection ``W_oᵀW_o``.
         metric_power: of these moments, see `gsrq_jax.sensitivity.metric`.
-        implementation: ``xla``, or ``mosaic_gpu`` for the kernels for Hopper GPUs; see
-            `gsrq_jax.kmeans.kmeans`.
+        implementation: ``xla``, or ``mosaic_gpu`` for the kernels for Hopper GPUs; None is the
+            kernels where they can be had, see `gsrq_jax.kmeans.kmeans`.
     """
 
     rule: residual.Rule = "gskm"

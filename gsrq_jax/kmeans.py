@@ -11,6 +11,7 @@ is summed in float32. All functions work under ``jit``, ``vmap``, ``pmap`` and `
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -92,8 +93,9 @@ def kmeans(
         axis_name: mapped axis or axes over which the points are spread.
         implementation: of a pass: ``xla``, or ``mosaic_gpu`` for the kernels for Hopper GPUs
             (`gsrq_jax.kernels.mosaic_gpu_cluster`): float32 in three of the four products of
-            bfloat16 pieces, by which 7 codes in a million differ; ``chunk`` does not count there.
-            None is ``xla``, for the kernels have not been measured.
+            bfloat16 pieces, by which 7 codes in a million differ; ``chunk`` does not count there,
+            and there are no derivatives. None is the kernels on Hopper GPUs where they take the
+            shapes (`gsrq_jax.kernels.cluster.fused`), and ``xla`` anywhere else.
 
     Returns:
         The best iterate.
@@ -302,20 +304,26 @@ def assign(
             a chunk below 1.
     """
     n, d = points.shape
-    if kernels.fused(implementation, n, d, len(centroids)):
-        code, score, square = _nearest_fused(points.astype(jnp.float32), centroids)
-        return code, jnp.maximum(square - score, 0)
+    chunk = default_chunk(len(centroids)) if chunk is None else chunk
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
 
     def of_chunk(x: Array) -> tuple[Array, Array]:
         x = x.astype(jnp.float32)
         code, score = nearest(x, centroids.astype(jnp.float32))
         return code, jnp.maximum(jnp.sum(jnp.square(x), -1) - score, 0)
 
-    chunk = default_chunk(len(centroids)) if chunk is None else chunk
-    if chunk < 1:
-        raise InputError(f"chunk must be at least 1, got {chunk}")
-    code, error = lax.map(of_chunk, _chunks(points, chunk))
-    return code.reshape(-1)[:n], error.reshape(-1)[:n]
+    def plain(points: Array) -> tuple[Array, Array]:
+        code, error = lax.map(of_chunk, _chunks(points, chunk))
+        return code.reshape(-1)[:n], error.reshape(-1)[:n]
+
+    def fused(points: Array) -> tuple[Array, Array]:
+        code, score, square = _nearest_fused(points.astype(jnp.float32), centroids)
+        return code, jnp.maximum(square - score, 0)
+
+    if kernels.fused(implementation, n, d, len(centroids)):
+        return kernels.either(implementation, fused, plain, points)
+    return plain(points)
 
 
 def check_finite(points: Array, weights: Array | None = None, name: str = "samples") -> None:
@@ -389,12 +397,23 @@ def _cluster(
     counted = weights > 0
     points = jnp.where(counted[:, None], points, 0)
     weights = jnp.where(counted, weights, 0)
+    chunks = _chunks(points, chunk), _chunks(weights, chunk)
+
+    def plain(centroids: Array) -> tuple[Totals, Array]:
+        totals, mass = _sweep(chunks, centroids, rule)
+        return totals, mass[:n]
+
+    sweep: Callable[[Array], tuple[Totals, Array]] = plain
     if kernels.fused(implementation, n, d, codewords):
         more = -n % mosaic_gpu_cluster.EIGHT
-        points = jnp.pad(points.astype(jnp.float32), ((0, more), (0, 0)))
-        sweep = functools.partial(_fused_sweep, points, jnp.pad(weights, (0, more)))
-    else:
-        sweep = functools.partial(_sweep, (_chunks(points, chunk), _chunks(weights, chunk)))
+        eights = jnp.pad(points.astype(jnp.float32), ((0, more), (0, 0)))
+        padded = jnp.pad(weights, (0, more))
+
+        def fused(centroids: Array) -> tuple[Totals, Array]:
+            totals, mass = _fused_sweep(eights, padded, centroids, rule)
+            return totals, mass[:n]
+
+        sweep = functools.partial(kernels.either, implementation, fused, plain)
 
     # One draw of noise serves the start and every re-seeding, for what is drawn changes with the
     # errors. It depends on a point's place among all devices' points, not on how many they are.
@@ -419,7 +438,7 @@ def _cluster(
 
     def iterate(carry: tuple[Array, Totals], _: None) -> tuple[tuple[Array, Totals], Array]:
         centroids, best = carry
-        totals, mass = sweep(centroids, rule)
+        totals, mass = sweep(centroids)
         if axis_name is not None:
             totals = lax.psum(totals, axis_name)
         weight = jnp.maximum(totals["count"].sum(), _TINY)
@@ -435,7 +454,7 @@ def _cluster(
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), here, best)
 
         dead = totals["count"] <= 0
-        seeds = draw(mass[:n], dead.sum())[jnp.cumsum(dead) - 1]
+        seeds = draw(mass, dead.sum())[jnp.cumsum(dead) - 1]
         centroids = jnp.where(dead[:, None], seeds, _update(totals, centroids, rule))
         return (centroids, best), here["objective"]
 

@@ -1,5 +1,5 @@
 """Rotary position embedding in Hugging Face's layout."""
 
-from gsrq_jax.kernels.rotary import rotate
+from gsrq_jax.kernels.rotary import rotate, turned, turns
 
-__all__ = ["rotate"]
+__all__ = ["rotate", "turned", "turns"]

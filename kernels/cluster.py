@@ -4,28 +4,30 @@
 """
 
 import functools
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from gsrq_jax.kernels import mosaic_gpu_cluster
 from gsrq_jax.kernels.errors import InputError
 
 Implementation = Literal["xla", "mosaic_gpu"]
-FUSED_WHERE_SUPPORTED = False
-"""Whether the kernels are taken where nothing else is asked for. They have not been measured."""
 
 
 def fused(
     implementation: Implementation | None, points: int, channels: int, codewords: int
 ) -> bool:
-    """Whether so many points are to be clustered by the kernels for GPUs.
+    """Whether so many points can be clustered by the kernels for GPUs, and are to be.
 
     Args:
-        implementation: ``mosaic_gpu``, the kernels, or ``xla``. None is `FUSED_WHERE_SUPPORTED`.
+        implementation: ``mosaic_gpu``, the kernels, or ``xla``. None is the kernels where they can
+            be had, but not where the partitioner of `jax.set_mesh` may spread the points: it does
+            not know the kernels and would gather them. See `either` for what is left to decide.
         points: their number.
         channels: of each.
         codewords: their number.
@@ -37,7 +39,7 @@ def fused(
     if implementation not in (None, *get_args(Implementation)):
         names = ", ".join(get_args(Implementation))
         raise InputError(f"unknown implementation {implementation!r}; choose one of {names}")
-    if implementation == "xla" or (implementation is None and not FUSED_WHERE_SUPPORTED):
+    if implementation == "xla" or (implementation is None and _partitioned()):
         return False
     try:
         like = jax.ShapeDtypeStruct((1, points, channels), jnp.float32)
@@ -47,6 +49,26 @@ def fused(
             return False
         raise
     return True
+
+
+def _partitioned() -> bool:
+    """Whether arrays may be spread over axes that no `jax.shard_map` has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
+def either(
+    implementation: Implementation | None, kernels: Callable, plain: Callable, *arrays: Any
+) -> Any:
+    """What the kernels make of arrays or plain jnp does, where `fused` has said yes.
+
+    None is the kernels in what is compiled for a GPU, for on a machine that has one a program may
+    be for its CPU; that is known once it is lowered.
+    """
+    if implementation is None:
+        return lax.platform_dependent(*arrays, cuda=kernels, default=plain)
+    return kernels(*arrays)
 
 
 def nearest(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from gsrq_jax.kernels import mosaic_gpu, reference
+from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 
 Implementation = Literal["fused", "reference"]
@@ -85,6 +85,34 @@ def attend_words(
         functools.partial(mosaic_tpu.attend_words, *arrays),
         functools.partial(reference.attend_words, *arrays),
         {"first": first, "stride": stride, "every": every},
+    )
+
+
+def attend_recent(
+    *arrays: Array, implementation: Implementation | None = None
+) -> tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]]:
+    """`gsrq_jax.kernels.reference.attend_recent`, whose arguments it takes, in P parts.
+
+    Args:
+        arrays: as there.
+        implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
+            kernel where it is supported, and else, silently, the reference.
+
+    Raises:
+        InputError: if the implementation asked for is unknown or does not support this.
+    """
+    if implementation is None:
+        try:
+            mosaic_gpu_recent.check_supported(*arrays[:4])
+            implementation = "fused"
+        except InputError:
+            implementation = "reference"
+    return _by(
+        implementation,
+        lambda: None,
+        functools.partial(mosaic_gpu_recent.attend_recent, *arrays),
+        functools.partial(reference.attend_recent, *arrays),
+        {},
     )
 
 

@@ -95,6 +95,11 @@ def check_supported(points: Any, codewords: int) -> Problem:
     """
     problem = problem_of(points, codewords)
     mosaic_gpu.check_device()
+    if jax.config.jax_enable_x64:
+        raise InputError(
+            "the fused k-means kernels are written for numbers of 32 bits; turn jax_enable_x64 off "
+            "or use another implementation"
+        )
     return problem
 
 
@@ -339,7 +344,9 @@ def _nearest_kernel(problem: Problem, config: NearestConfig, unit: bool, interpr
 
             def products(scores: Any) -> Any:
                 ones = plgpu.layout_cast(jnp.full((ROWS, NORMS), 1, jnp.bfloat16), registers)
-                for left, right in ((ones, norm), (lower, high), (upper, low), (upper, high)):
+                # Tensor cores cut off what does not fit beside the largest term or the sum so far,
+                # always towards zero: the small products come first, the lengths last.
+                for left, right in ((lower, high), (upper, low), (upper, high), (ones, norm)):
                     plgpu.wgmma(scores, left, right.transpose((1, 0)))
                 return scores[...]
 

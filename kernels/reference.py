@@ -271,22 +271,72 @@ def attend_sets(
     """`attend_exact` over several sets in one softmax, none of them copied."""
     batch, tokens, heads, group, dim = query.shape
     by_head = jnp.swapaxes(query, 1, 2)  # [B, H, T, q, d]
+    # Scores stay rows of queries throughout: a TPU would copy them to tell tokens from groups.
     rows = by_head.reshape(batch, heads, tokens * group, dim)
     scores, ends = [], [0]
     for keys, _, mask in sets:
-        found = _times(rows, keys, "BHrd,BHnd->BHrn").reshape(*by_head.shape[:-1], -1)
-        scores.append(jnp.where(mask[:, None, :, None], found, -jnp.inf))
+        seen = jnp.repeat(mask, group, axis=1)[:, None]  # [B, 1, T q, n]
+        scores.append(jnp.where(seen, _times(rows, keys, "BHrd,BHnd->BHrn"), -jnp.inf))
         ends.append(ends[-1] + keys.shape[2])
     together = jnp.concatenate(scores, axis=-1)
     top = jnp.max(together, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(together - jnp.where(jnp.isfinite(top), top, 0)[..., None])
-    total = weights.sum(axis=-1)
-    weights, out = weights.reshape(*rows.shape[:-1], -1), jnp.zeros_like(rows)
+    out = jnp.zeros_like(rows)
     for (_, values, mask), first, end in zip(sets, ends, ends[1:], strict=False):
         values = jnp.where(mask.any(axis=1)[:, None, :, None], values, 0)
         out += _times(weights[..., first:end], values, "BHrn,BHnd->BHrd")
-    out, lse = _finish(out.reshape(by_head.shape), total, top)
+    out, lse = _finish(out, weights.sum(axis=-1), top)
+    out, lse = out.reshape(by_head.shape), lse.reshape(by_head.shape[:-1])
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+
+
+def attend_recent(
+    query: Float[Array, "B T H q d"],
+    sink_key: Float[Array, "B H S d"],
+    window_key: Float[Array, "B H C d"],
+    key: Float[Array, "B T H d"],
+    sink_value: Float[Array, "B H S d"],
+    window_value: Float[Array, "B H C d"],
+    value: Float[Array, "B T H d"],
+    sinks: Int[Array, " B"],
+    first: Int[Array, " B"],
+    held: Int[Array, " B"],
+    new: Int[Array, " B"],
+) -> tuple[Float[Array, "1 B T H q d"], Float[Array, "1 B T H q"]]:
+    """Attention over what a cache keeps exact, and causally over new tokens, with log-sum-exp.
+
+    The kernel, `gsrq_jax.kernels.mosaic_gpu_recent.attend_recent`, has this signature and may
+    return more parts, which are to be merged.
+
+    Args:
+        query: scaled queries, float32.
+        sink_key: of the first tokens.
+        window_key: a ring of slots.
+        key: of the new tokens.
+        sink_value: like ``sink_key``.
+        window_value: like ``window_key``.
+        value: like ``key``.
+        sinks: slots of sinks that are held; slots that are not may be NaN.
+        first: token j of the window lies in slot ``(first + j) % C``.
+        held: tokens of the window.
+        new: new tokens that are real; those after them may be NaN, and their outputs mean nothing.
+    """
+    batch, tokens, slots = *query.shape[:2], window_key.shape[2]
+    step = jnp.arange(tokens)
+    themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
+    in_window = (jnp.arange(slots) - first[:, None]) % slots < held[:, None]
+
+    def seen(there: Array) -> Array:
+        return jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
+
+    # The new ones join the sinks, which are as few: two products less.
+    both = (
+        jnp.concatenate([sink_key, jnp.swapaxes(key, 1, 2)], axis=2),
+        jnp.concatenate([sink_value, jnp.swapaxes(value, 1, 2)], axis=2),
+        jnp.concatenate([seen(jnp.arange(sink_key.shape[2]) < sinks[:, None]), themselves], axis=2),
+    )
+    out, lse = attend_sets(query, [both, (window_key, window_value, seen(in_window))])
+    return out[None], lse[None]
 
 
 def _times(left: Float[Array, "B H r m"], right: Float[Array, "..."], equation: str) -> Array:

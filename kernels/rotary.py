@@ -31,8 +31,14 @@ def rotate(
     Returns:
         The rotated vectors in the dtype of ``x``; angles and products are computed in float32.
     """
+    return turned(x, *turns(positions, inv_freq))
+
+
+def turned(
+    x: Float[ArrayLike, "*n d"], cos: Float[Array, "*m half"], sin: Float[Array, "*m half"]
+) -> Float[Array, "*n d"]:
+    """`rotate` by what `turns` gave."""
     x = jnp.asarray(x)
-    cos, sin = turns(positions, inv_freq)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -168,6 +168,10 @@ class Warp:
         """``2 ** x`` to two bits in the last place; 0 for very negative x."""
         return self._ptx("ex2.approx.ftz.f32 $0, $1;", "f", x)
 
+    def log2(self, x: Value) -> Value:
+        """The logarithm to two bits or so; -inf for 0."""
+        return self._ptx("lg2.approx.ftz.f32 $0, $1;", "f", x)
+
     def floor(self, x: Value) -> Value:
         """The integer below, saturated."""
         return self._ptx("cvt.rmi.s32.f32 $0, $1;", "r", x)

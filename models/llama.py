@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int
 from gsrq_jax import residual
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.int8 import Int8Linear, product
-from gsrq_jax.rope import rotate
+from gsrq_jax.rope import turned, turns
 
 Attention = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 """``attention(q[B,T,Q,d], k[B,T,H,d], v[B,T,H,d], x_layer) -> (out[B,T,Q,d], y_layer)``.
@@ -48,14 +48,14 @@ class SelfAttention(nnx.Module):
             self.q_norm = _norm(config, config.head_dim, rngs, dtype)
             self.k_norm = _norm(config, config.head_dim, rngs, dtype)
 
-    def __call__(self, h, positions, attention: Attention, x_layer):
+    def __call__(self, h, turn, attention: Attention, x_layer):
         c = self.config
         q = self.q_proj(h).reshape(*h.shape[:-1], c.heads, c.head_dim)
         k = self.k_proj(h).reshape(*h.shape[:-1], c.kv_heads, c.head_dim)
         v = self.v_proj(h).reshape(*h.shape[:-1], c.kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(x, positions[..., None], c.inv_freq) for x in (q, k))
+        q, k = (turned(x, *turn) for x in (q, k))
         out, y_layer = attention(q, k, v, x_layer)
         out = checkpoint_name(out.reshape(*h.shape[:-1], -1).astype(h.dtype), _ATTENDED)
         return self.o_proj(out), y_layer
@@ -83,8 +83,8 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _norm(config, config.hidden_size, rngs, dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype, int8=int8)
 
-    def __call__(self, h, positions, attention: Attention, x_layer):
-        out, y_layer = self.self_attn(self.input_layernorm(h), positions, attention, x_layer)
+    def __call__(self, h, turn, attention: Attention, x_layer):
+        out, y_layer = self.self_attn(self.input_layernorm(h), turn, attention, x_layer)
         h = h + out
         return h + self.mlp(self.post_attention_layernorm(h)), y_layer
 
@@ -151,10 +151,11 @@ class Llama(nnx.Module):
             Hidden states in the parameters' dtype; the ``y_layer`` stacked on a leading axis.
         """
         graphdef, state = nnx.split(self.layers)
+        turn = turns(positions[..., None], self.config.inv_freq)  # once, not in each layer
 
         def body(h, layer):
             state, x_layer = layer
-            h, y_layer = nnx.merge(graphdef, state)(h, positions, attention, x_layer)
+            h, y_layer = nnx.merge(graphdef, state)(h, turn, attention, x_layer)
             return place(h), y_layer
 
         if remat:

@@ -245,7 +245,8 @@ class _Watch(threading.Thread):
         self._store.key_value_set(_WHO + str(jax.process_index()), what, allow_overwrite=True)
 
     def _end(self, reason: str, code: int) -> NoReturn:
-        print(f"error: {reason}", file=sys.__stderr__, flush=True)
+        # A line of its own, also where a bar of progress has not ended its line.
+        print(f"\nerror: {reason}", file=sys.__stderr__, flush=True)
         if jax.process_index() == 0:  # without which the others hear nothing
             time.sleep(3 * self._interval)
         os._exit(code)  # an orderly end would wait for those that are not there

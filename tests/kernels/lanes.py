@@ -87,6 +87,9 @@ class Lanes:
     def exp2(self, x):
         return np.exp2(x)
 
+    def log2(self, x):
+        return np.log2(x)
+
     def floor(self, x):
         return np.clip(np.floor(x), -(2**31), 2**31 - 1).astype(np.int64).astype(np.uint32)
 

@@ -3,6 +3,7 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
+``recent`` what about that of exact tokens,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
 one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding.
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, tiles
+from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_recent, tiles
 
 supported = pytest.mark.skipif(
     not jax.__version__.startswith(("0.11.", "0.12.")),
@@ -71,6 +72,15 @@ def sums_module(P=2, n=4096, d=128, K=256, kinds=1, **given):
     add = functools.partial(c.cell_sums, codewords=K, config=chosen)
     points, code = s((P, n, d), jnp.float32), s((P, n), jnp.int32)
     return only_module(add, points, code, *(s((P, i, n), jnp.float32) for i in (kinds, 2)))
+
+
+def recent_module(B=2, H=8, q=4, d=128, S=4, C=640):
+    """Module of the kernel of exact tokens."""
+    s, bfloat16 = jax.ShapeDtypeStruct, jnp.bfloat16
+    stored = s((B, H, S, d), bfloat16), s((B, H, C, d), bfloat16), s((B, 1, H, d), bfloat16)
+    counts = (s((B,), jnp.int32),) * 4
+    query = s((B, 1, H, q, d), jnp.float32)
+    return only_module(mosaic_gpu_recent.attend_recent, query, *stored, *stored, *counts)
 
 
 def only_module(function, *arguments):
@@ -226,8 +236,8 @@ if __name__ == "__main__":
     every, library = numbers.pop("every", 1), str(plugin._get_library_path())
     if what == "assemble":
         assemble(mosaic_module(shapes(**numbers), every), library)
-    elif what in ("nearest", "sums"):
-        make = {"nearest": nearest_module, "sums": sums_module}[what]
+    elif what in ("nearest", "sums", "recent"):
+        make = {"nearest": nearest_module, "sums": sums_module, "recent": recent_module}[what]
         assemble(make(**numbers), library)
     elif what == "cluster":
         assemble(nearest_module(), library)

@@ -1,5 +1,6 @@
 """The kernels of k-means without a GPU: one interpreted, one run on numpy lanes, both assembled."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -234,34 +235,82 @@ def test_other_layouts_are_refused(change, match):
 
 def test_the_implementation_is_chosen():
     assert not cluster.fused("xla", 1000, 128, 16)
-    assert not cluster.fused(None, 1000, 128, 16)
+    assert not cluster.fused(None, 1000, 128, 16)  # on a CPU
     with pytest.raises(InputError, match="choose one of xla, mosaic_gpu"):
         cluster.fused("cuda", 1000, 128, 16)
     with pytest.raises(InputError, match=r"the fused GPU kernel is for"):
         cluster.fused("mosaic_gpu", 1000, 128, 16)
-    with mock.patch.object(cluster, "FUSED_WHERE_SUPPORTED", True):
-        assert not cluster.fused(None, 1000, 128, 16)  # on a CPU
-        with mock.patch.object(mosaic_gpu, "check_device"):
-            assert cluster.fused(None, 1000, 128, 16)
-            assert not cluster.fused(None, 1000, 100, 16)
+
+
+NOT_TAKEN = {
+    "channels": ((1000, 100, 16), "multiples of 64 up to 256 as channels, got 100"),
+    "codewords": ((5000, 128, 2000), "1 to 1024 as codewords, got 2000"),
+    "points": ((40, 128, 16), "at least 64 as number of points, got 40"),
+}
+
+
+@pytest.mark.parametrize(("shape", "match"), NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
+def test_kernels_are_taken_where_they_are_not_refused(shape, match):
+    with mock.patch.object(mosaic_gpu, "check_device"):
+        assert cluster.fused(None, 1000, 128, 16)
+        assert not cluster.fused(None, *shape)
+        with pytest.raises(InputError, match=match):
+            cluster.fused("mosaic_gpu", *shape)
+
+
+def test_kernels_are_not_taken_with_numbers_of_64_bits():
+    with mock.patch.object(mosaic_gpu, "check_device"), jax.enable_x64(True):
+        assert not cluster.fused(None, 1000, 128, 16)
+        with pytest.raises(InputError, match="turn jax_enable_x64 off"):
+            cluster.fused("mosaic_gpu", 1000, 128, 16)
+
+
+def test_kernels_are_not_taken_where_a_partitioner_may_spread_the_points():
+    def fused(implementation, points):
+        asked.append(cluster.fused(implementation, len(points), 128, 16))
+        return points
+
+    asked, points = [], jnp.zeros((512, 1))
+    with mock.patch.object(mosaic_gpu, "check_device"):
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("x",), axis_types=(kind,))):
+                fused(None, points)
+                fused("mosaic_gpu", points)
+        assert asked == [False, True] * 2
+        mesh = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
+        spread = jax.shard_map(
+            lambda x: fused(None, x), mesh=mesh, in_specs=P("x"), out_specs=P("x")
+        )
+        jax.eval_shape(spread, points)
+    assert asked[-1]
 
 
 # --- for a GPU that is not there ------------------------------------------------------------------
 
 
+def lowered(function, *arguments, platform="cuda", kind=None):
+    """Kernels in a function that is lowered for such a GPU, or with its arguments' mesh."""
+    with on_abstract(kind) if kind else contextlib.nullcontext():
+        traced = jax.jit(function).trace(*arguments)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.custom_call @mosaic_gpu")
+
+
+H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+
+
 @supported
-def test_fits_lower_without_a_gpu():
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", None])
+def test_fits_lower_without_a_gpu(implementation):
     """Mapped over problems, and with the points spread over devices."""
     s = jax.ShapeDtypeStruct
-    how = {"codewords": 32, "iterations": 2, "implementation": "mosaic_gpu"}
+    how = {"codewords": 32, "iterations": 2, "implementation": implementation}
     rngs = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
-    with on_abstract():
-        fit = jax.vmap(lambda rng, x: kmeans.gskm(rng, x, **how).centroids)
-        lowered = jax.jit(fit).trace(rngs, s((3, 1000, 64), jnp.float32))
-        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 4  # of each of two rules two
+    fit = jax.vmap(lambda rng, x: kmeans.gskm(rng, x, **how).centroids)
+    points = s((3, 1000, 64), jnp.bfloat16)
+    assert lowered(fit, rngs, points, kind=H100) == 4  # of each of two rules two
 
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    device = AbstractDevice(H100, 132, "gpu")
     mesh = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     fit = jax.shard_map(
@@ -270,9 +319,25 @@ def test_fits_lower_without_a_gpu():
         in_specs=(P(), P("x")),
         out_specs=P(),
     )
-    lowered = jax.jit(fit).trace(rng, s((1000, 64), jnp.float32))
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    assert lowered(fit, rng, s((1000, 64), jnp.float32)) == 2
+
+
+@supported
+def test_what_is_not_for_such_a_gpu_lowers_without_kernels():
+    """Another GPU, another platform of a machine that has one, another shape, other numbers."""
+
+    def fit(rng, x):
+        return kmeans.gskm(rng, x, 16, iterations=2).centroids, kmeans.assign(x, x[:16])
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    points = jax.ShapeDtypeStruct((1000, 64), jnp.float32)
+    assert lowered(fit, rng, points, kind=H100) == 5
+    assert lowered(fit, rng, points, kind=A100) == 0
+    for platform in ("cpu", "tpu", "rocm"):
+        assert lowered(fit, rng, points, platform=platform, kind=H100) == 0
+    assert lowered(fit, rng, jax.ShapeDtypeStruct((1000, 48), jnp.float32), kind=H100) == 0
+    with jax.enable_x64(True):
+        assert lowered(fit, rng, points, kind=H100) == 0
 
 
 @supported

@@ -12,6 +12,7 @@ from flax import nnx
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig, RopeScaling, inverse_frequencies
+from gsrq_jax.rope import turns
 
 TINY = LlamaConfig(
     family="llama",
@@ -149,9 +150,10 @@ def test_scan_equals_layers_one_by_one(tokens):
         model = nnx.merge(graphdef, params)
         stacked, state = nnx.split(model.layers)
         h = model.embed_tokens(tokens)
+        turn = turns(positions_of(tokens)[..., None], TINY.inv_freq)
         for i in range(TINY.layers):
             layer = nnx.merge(stacked, jax.tree.map(lambda a, i=i: a[i], state))
-            h, _ = layer(h, positions_of(tokens), causal, None)
+            h, _ = layer(h, turn, causal, None)
         return model.norm(h)
 
     got, _ = forward(graphdef, params, tokens, positions_of(tokens))
