@@ -31,7 +31,7 @@ from jax import Array
 
 from gsrq_jax import kmeans
 from gsrq_jax.calibration import FitOptions, fit_layer
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels.cluster import Implementation
 from gsrq_jax.models import commands
@@ -220,8 +220,7 @@ def others() -> dict[Callable, Callable[[Any], Any]]:
 
 def measure(config: Config) -> Iterator[dict[str, Any]]:
     """Rows, as they are found."""
-    if config.repeats < 1:
-        raise InputError(f"--repeats must be at least 1, got {config.repeats}")
+    at_least(1, "--", repeats=config.repeats)
     begin = time.perf_counter()
 
     def late() -> bool:

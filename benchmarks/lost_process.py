@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from gsrq_jax import codebook
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import commands
 from gsrq_jax.results import repeated, write_result
 
@@ -198,8 +198,7 @@ def measure(config: Config, work: pathlib.Path) -> list[dict[str, Any]]:
     devices, n = list(config.devices), config.processes
     if n < 2 or len(devices) < n:
         raise InputError(f"{n} processes need 2 or more, and as many devices; got {devices}")
-    if config.layers < 1:
-        raise InputError(f"--layers must be at least 1, got {config.layers}")
+    at_least(1, "--", layers=config.layers)
     each = [[x] for x in devices[:n]]
     lost = Run(config, work, "lost", each)
     runs = [

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.codebook import Codebooks, errors
 from gsrq_jax.codec import Codec, Codes
-from gsrq_jax.errors import InputError, known
+from gsrq_jax.errors import InputError, at_least, known
 from gsrq_jax.spec import CacheSpec, QuantSpec
 
 
@@ -158,10 +158,8 @@ def init_cache(
         InputError: if ``head_dim`` is not the spec's, its codes are for another number of heads, a
             size is not positive, or ``dtype`` is not a floating type.
     """
-    sizes = {"batch": batch, "kv_heads": kv_heads, "head_dim": head_dim, "max_length": max_length}
-    for name, size in (sizes if layers is None else sizes | {"layers": layers}).items():
-        if size < 1:
-            raise InputError(f"{name} must be at least 1, got {size}")
+    at_least(1, batch=batch, kv_heads=kv_heads, head_dim=head_dim, max_length=max_length)
+    at_least(1, layers=layers)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype must be a floating type, got {jnp.dtype(dtype).name}")
     if spec is not None and head_dim != spec.head_dim:

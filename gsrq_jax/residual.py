@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels import devices
 from gsrq_jax.kmeans import (
@@ -139,13 +139,9 @@ def fit(
         raise InputError(f"the spec is for {spec.dim} channels, but the points have {d}")
     check_beam(beam)
     start = 1 if rule == "gskm" else 0
-    for name, given, least in (
-        ("iterations", iterations, 1),
-        ("warmup", warmup, start),
-        ("refits", refits, 0),
-    ):
-        if given < least:
-            raise InputError(f"{name} must be at least {least}, got {given}")
+    at_least(1, iterations=iterations)
+    at_least(start, warmup=warmup)
+    at_least(0, refits=refits)
     if refits:
         _check_refit(spec.stages, spec.codewords, ridge)
     weights = _of_groups(weights, points, spec.groups).reshape(-1, n, spec.groups)
@@ -473,8 +469,7 @@ def encode(
             "leading axes must be equal, groups × group must be the vector's size, K at most 65536"
         )
     check_beam(beam)
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk must be at least 1, got {chunk}")
+    at_least(1, chunk=chunk)
     x, codewords = lax.stop_gradient((x, codewords))
     if beam == 1 and k <= 256 and devices.on_tpu():
         from gsrq_jax.kernels import mosaic_tpu_encode  # takes longer to import than all of this

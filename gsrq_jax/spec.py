@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import tiles, words
 
 Frame = Literal["block", "pre", "post"]
@@ -77,14 +77,11 @@ class ResidualSpec:
                 f"group {self.group} does not divide the head size {self.dim}; "
                 "choose a group that does, or leave it out to quantise whole heads"
             )
-        if self.stages < 1:
-            raise InputError(f"stages must be at least 1, got {self.stages}")
+        at_least(1, stages=self.stages, heads=self.heads)
         if not 2 <= self.codewords <= 65536 or self.codewords & (self.codewords - 1):
             raise InputError(
                 f"codewords must be a power of two from 2 to 65536, got {self.codewords}"
             )
-        if self.heads < 1:
-            raise InputError(f"heads must be at least 1, got {self.heads}")
         if self.heads > 1 and self.groups > 1:
             raise InputError(
                 f"codes of {self.heads} heads are for whole heads; leave out the group or heads"
@@ -164,9 +161,8 @@ class CacheSpec:
 
     def __post_init__(self):
         _make_whole(self, "block", "window", "sinks")
-        for name, least in (("block", 1), ("window", 0), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(1, block=self.block)
+        at_least(0, window=self.window, sinks=self.sinks)
 
     @property
     def head_dim(self) -> int:
@@ -246,8 +242,7 @@ class QuantSpec(CacheSpec):
         super().__post_init__()
         _make_whole(self, "beam", "mean_every", "outliers")
         check_beam(self.beam)
-        if self.outliers < 0:
-            raise InputError(f"outliers must be at least 0, got {self.outliers}")
+        at_least(0, outliers=self.outliers)
         if self.key.dim != self.value.dim:
             raise InputError(
                 f"keys have {self.key.dim} channels and values {self.value.dim}; "

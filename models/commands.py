@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gsrq_jax import codebook, codec
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import (
     fidelity,
     generation,
@@ -181,10 +181,8 @@ def generate(arguments: list[str] | None = None) -> None:
 
 def _generate(config: GenerateConfig) -> None:
     sampler = generation.Sampler(config.temperature, config.top_p)
-    if config.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens must be at least 1, got {config.max_new_tokens}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {config.seed}")
+    at_least(1, "--", max_new_tokens=config.max_new_tokens)
+    generation.check_seed(config.seed, "--")
     for flag, given in (("--compare", config.compare), ("--layout", config.layout is not None)):
         if given and config.codebooks is None:
             raise InputError(f"{flag} needs --codebooks")

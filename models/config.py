@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32
 
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,8 @@ class LlamaConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-        for name in (*sizes, "head_dim", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"the model's {name} must be at least 1, got {getattr(self, name)}"
-                )
+        named = {name: getattr(self, name) for name in (*sizes, "head_dim", "max_length")}
+        at_least(1, "the model's ", **named)
         if self.heads % self.kv_heads:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key and value heads evenly"

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from gsrq_jax import calibration, distill
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import respec
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import evaluation, generation, processes, sharding, text
 from gsrq_jax.models.loading import LoadedModel
-from gsrq_jax.models.text import SAMPLED
+from gsrq_jax.models.text import SAMPLED, SOURCE
 from gsrq_jax.models.tokenizer import Tokenizer
 from gsrq_jax.spec import check_beam
 
@@ -53,8 +53,9 @@ class DistillConfig:
             default the cache's alone.
         check_every: steps from one check on held-out sequences to the next.
         text: ``calibration``, the end of which is then not calibrated on but checked on; or texts
-            that share ``tokens`` evenly: files, ``python``, and ``sampled`` for what the model
-            writes itself.
+            that share ``tokens`` evenly: files, ``python``, ``source`` for the text that is
+            calibrated on, but what is held out of it to measure on, and ``sampled`` for what the
+            model writes itself.
         tokens: to read, and to sample.
     """
 
@@ -103,12 +104,23 @@ class Refinement:
     checks: list[Check]
 
 
+def share(config: DistillConfig, *, length: int) -> int:
+    """Sequences of ``length`` tokens that each of the texts is to give."""
+    return -(-config.tokens // (length * len(config.text)))
+
+
 def sequences(
-    config: DistillConfig, tokenizer: Tokenizer, *, length: int, calibrated: int
+    config: DistillConfig,
+    tokenizer: Tokenizer,
+    source: Int[np.ndarray, "s T"],
+    *,
+    length: int,
+    calibrated: int,
 ) -> tuple[Int[np.ndarray, "m T"], int]:
     """What there is to read, and how many sequences `sample` is to write beside it.
 
-    None of either if the ``calibrated`` ones are to be distilled on.
+    None of either if the ``calibrated`` ones are to be distilled on. ``source`` are those that the
+    text of this name has, at most `share`.
 
     Raises:
         InputError: if there are fewer than two, or ``config`` cannot be.
@@ -116,10 +128,12 @@ def sequences(
     _validate(config)
     rows, written, count = np.zeros((0, length), np.int32), 0, calibrated
     if not config.on_calibration:
-        share = -(-config.tokens // (length * len(config.text)))
-        written = share * config.text.count(SAMPLED)
+        each = share(config, length=length)
+        written = each * config.text.count(SAMPLED)
         parts = [
-            text.sequences(text.read(x), tokenizer, length=length, count=share, name=x)
+            source
+            if x == SOURCE
+            else text.sequences(text.read(x), tokenizer, length=length, count=each, name=x)
             for x in config.text
             if x != SAMPLED
         ]
@@ -141,15 +155,11 @@ def held_out(sequences: int) -> int:
 
 def _validate(config: DistillConfig) -> None:
     def refuse(name: str, must: str) -> None:
-        flag = "--distill." + name.replace("_", "-")
-        raise InputError(f"{flag} must be {must}, got {getattr(config, name)}")
+        raise InputError(f"--distill.{name} must be {must}, got {getattr(config, name)}")
 
-    for name in ("batch", "accumulate", "check_every", "tokens"):
-        if getattr(config, name) < 1:
-            refuse(name, "at least 1")
-    for name in ("steps", "copies", "warmup"):
-        if getattr(config, name) < 0:
-            refuse(name, "at least 0")
+    positive = ("batch", "accumulate", "check_every", "tokens")
+    at_least(1, "--distill.", **{name: getattr(config, name) for name in positive})
+    at_least(0, "--distill.", steps=config.steps, copies=config.copies, warmup=config.warmup)
     check_beam(config.beam)
     if not config.text or (CALIBRATION in config.text and len(config.text) > 1):
         raise InputError(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gsrq_jax import codec, results
 from gsrq_jax.cache import init_cache
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import evaluation, loading, methods, text
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.methods import Calibration
@@ -78,8 +78,7 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
     """
     if min(config.window, default=-1) < 0:
         raise InputError("--window takes numbers from 0 up, at least one")
-    if config.sequences < 1:
-        raise InputError(f"--sequences must be at least 1, got {config.sequences}")
+    at_least(1, "--", sequences=config.sequences)
     names = [name for name in dict.fromkeys(config.method) if name != methods.FULL]
     if not names:
         raise InputError("no method to measure is named; give at least one, such as gsrq@1")

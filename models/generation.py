@@ -58,6 +58,16 @@ class Sampler:
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
+def check_seed(seed: int, prefix: str = "") -> None:
+    """Refuse a seed that the sampler does not have; ``prefix`` is as in `errors.at_least`.
+
+    Raises:
+        InputError: if it is not from 0 to 2³² - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"{prefix}seed must be from 0 to {2**32 - 1}, got {seed}")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
@@ -497,14 +507,15 @@ class Generator:
             prompts: token ids; of any lengths.
             max_new_tokens: at most so many tokens each.
             max_length: tokens that the cache must hold; prompt and new tokens must fit.
-            seed: of the sampler.
+            seed: of the sampler, below 2³².
             stride: tokens between yields; None for all that are left.
 
         Raises:
             InputError: if a prompt is empty or does not fit with its new tokens, or if
-                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1. It comes with the first
-                state.
+                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1, or the seed out of
+                range. It comes with the first state.
         """
+        check_seed(seed)
         longest = max(map(len, prompts), default=0)
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")

@@ -18,7 +18,7 @@ from typing import Any
 
 import huggingface_hub
 
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import longbench_metrics
 from gsrq_jax.models.tokenizer import Tokenizer
 
@@ -140,8 +140,7 @@ def load(data: str, tasks: Sequence[Task], *, limit: int | None = None) -> list[
         InputError: for data that is not there or cannot be read, a row that lacks what its task
             needs, or a limit below 1.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, got {limit}")
+    at_least(1, "--", limit=limit)
     read = _reader(data)
     rows: list[Row] = []
     for task in tasks:

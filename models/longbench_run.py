@@ -25,7 +25,7 @@ from tqdm import tqdm
 from gsrq_jax import codec as codecs
 from gsrq_jax.cache import KVCache
 from gsrq_jax.codec import Codec
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import (
     fidelity,
     generation,
@@ -93,9 +93,8 @@ def evaluate(config: LongBenchConfig) -> pathlib.Path:
         InputError: for whatever in ``config`` cannot be used, and for a disk that is full or not
             ours to write. No answer is written if ``config`` was at fault.
     """
-    for name, least in (("batch", 1), ("buckets", 1), ("seed", 0)):
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} must be at least {least}, got {getattr(config, name)}")
+    at_least(1, "--", batch=config.batch, buckets=config.buckets)
+    at_least(0, "--", seed=config.seed)
     if min(config.window, default=-1) < 0:
         raise InputError("--window takes numbers from 0 up, at least one")
     if not config.method:

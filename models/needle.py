@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from gsrq_jax.cache import blocks_after
 from gsrq_jax.codec import Codec, respec
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import fidelity, generation, loading, methods, text, training
 from gsrq_jax.models.methods import Calibration
 from gsrq_jax.models.runfolder import claim, writing
@@ -418,9 +418,8 @@ def measure(config: NeedleConfig) -> pathlib.Path:
 
 
 def _check(config: NeedleConfig) -> None:
-    for name, least in (("samples", 1), ("keys", 1), ("batch", 1), ("seed", 0)):
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} must be at least {least}, got {getattr(config, name)}")
+    at_least(1, "--", samples=config.samples, keys=config.keys, batch=config.batch)
+    at_least(0, "--", seed=config.seed)
     if config.keys > len(WORDS):
         raise InputError(f"--keys must be at most {len(WORDS)}, got {config.keys}")
     if not (config.lengths and config.depths and config.window):

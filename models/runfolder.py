@@ -41,8 +41,9 @@ def claim(
         InputError: if it is a file, holds something else, or a run that was asked for otherwise or
             whose inputs changed.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another {flag}")
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file; choose another {flag}")
     record = json.loads(json.dumps({"kind": kind, **asked}))
     given = dict(inputs or {})
     before = _read(out)

@@ -17,6 +17,7 @@ from gsrq_jax.models.tokenizer import Tokenizer
 PYTHON_TOPICS = "python"  # names of the two texts that every Python carries
 PYTHON_SOURCE = "python-source"
 SAMPLED = "sampled"  # what a model writes itself, where that is offered
+SOURCE = "source"  # the text that codebooks are calibrated on, likewise
 
 
 def read(name: str) -> Iterator[str]:

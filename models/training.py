@@ -39,10 +39,11 @@ from gsrq_jax.calibration import (
     SampleStore,
 )
 from gsrq_jax.codebook import Codebooks
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import (
     distillation,
     evaluation,
+    generation,
     llama,
     loading,
     processes,
@@ -53,7 +54,7 @@ from gsrq_jax.models import (
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.distillation import DistillConfig
 from gsrq_jax.models.runfolder import WORK, claim, plain, writing
-from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS, SAMPLED
+from gsrq_jax.models.text import PYTHON_SOURCE, PYTHON_TOPICS, SAMPLED, SOURCE
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import Frame, QuantSpec, ResidualSpec
 
@@ -67,8 +68,8 @@ class TrainConfig:
     Without flags this is the demo: a small model, the text that every Python carries, one bit.
 
     Attributes:
-        preset: other defaults of the flags below: a demo for a CPU, or three for a GPU, each better
-            and slower than the last (the README has a table); each flag still counts.
+        preset: other defaults of the flags below: a demo for a CPU, or three for a GPU, each slower
+            than the last (the README has a table of what they cost); each flag still counts.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         text: text file to calibrate on, or ``python`` for the help topics of this Python.
         dataset: data set instead: hub id or folder, ``name`` or ``name:config``.
@@ -81,7 +82,8 @@ class TrainConfig:
         codewords: codewords of a stage, a power of two up to 65536.
         group: channels quantised together; whole heads if not given.
         heads: adjacent KV heads that share every code: fewer errors at the same bits, and so many
-            times more work in decoding.
+            times more work in decoding; ``auto`` is as many as divide the model's, at most four.
+            The layouts of the fused kernels take 1.
         frame: rotary frame of the keys: ``block``, ``pre`` (before RoPE) or ``post``.
         block: tokens that are encoded together.
         window: recent tokens that stay exact.
@@ -122,7 +124,7 @@ class TrainConfig:
     stages: int | None = None
     codewords: int = 256
     group: int | None = None
-    heads: int = 1
+    heads: int | Literal["auto"] = 1
     frame: Frame = "block"
     block: int = 128
     window: int = 128
@@ -145,19 +147,39 @@ class TrainConfig:
     seed: int = 0
     out: pathlib.Path = pathlib.Path("runs/demo")
 
-    def spec(self, head_dim: int) -> QuantSpec:
-        """The cache that is asked for, on heads of ``head_dim`` channels.
+    def shared_heads(self, kv_heads: int) -> int:
+        """KV heads that share codes, in a model whose layers have so many.
+
+        Raises:
+            InputError: if those cannot be.
+        """
+        if self.heads == "auto":
+            return max(n for n in range(1, _MOST_SHARED + 1) if kv_heads % n == 0)
+        if self.heads < 1 or kv_heads % self.heads:
+            raise InputError(
+                f"--heads must divide the {kv_heads} KV heads of the model, got {self.heads}"
+            )
+        return self.heads
+
+    def spec(self, head_dim: int, kv_heads: int) -> QuantSpec:
+        """The cache that is asked for, on ``kv_heads`` heads of ``head_dim`` channels.
 
         Raises:
             InputError: if it cannot be.
         """
+        heads = self.shared_heads(kv_heads)
         group = head_dim if self.group is None else self.group
         if self.stages is None:
             code = ResidualSpec.from_bits(
-                self.bits, head_dim, codewords=self.codewords, group=group, heads=self.heads
+                self.bits, head_dim, codewords=self.codewords, group=group, heads=heads
             )
         else:
-            code = ResidualSpec(head_dim, group, self.stages, self.codewords, self.heads)
+            code = ResidualSpec(head_dim, group, self.stages, self.codewords, heads)
+        if self.allocate != "uniform" and code.groups > 1:
+            raise InputError(
+                f"--allocate {self.allocate} is for whole heads; leave out --group, or give "
+                "--allocate uniform"
+            )
         return QuantSpec(
             key=code,
             value=code,
@@ -169,6 +191,9 @@ class TrainConfig:
             beam=self.beam,
             outliers=self.outliers,
         )
+
+
+_MOST_SHARED = 4  # KV heads that ``auto`` lets share codes
 
 
 def _presets() -> dict[Preset, TrainConfig]:
@@ -184,21 +209,23 @@ def _presets() -> dict[Preset, TrainConfig]:
     balanced = dataclasses.replace(
         fast,
         preset="balanced",
+        mix=(SAMPLED,),
         allocate="layers",
-        distill=DistillConfig(steps=100, batch=2),
+        distill=DistillConfig(
+            steps=210, batch=2, windows=(128, 32, 0), text=(SOURCE, SAMPLED), tokens=524_288
+        ),
     )
     best = dataclasses.replace(
         balanced,
         preset="best",
-        beam=8,
-        fit=dataclasses.replace(metrics, refits=2),
-        distill=DistillConfig(steps=300, batch=2),
+        heads="auto",
+        distill=dataclasses.replace(balanced.distill, steps=420),
     )
     return {"demo": TrainConfig(), "fast": fast, "balanced": balanced, "best": best}
 
 
 PRESETS = _presets()
-"""Defaults by name: the demo on a CPU; three for a GPU, each better and slower than the last."""
+"""Defaults by name: the demo on a CPU; three for a GPU, each slower than the last."""
 
 
 def train(config: TrainConfig) -> pathlib.Path:
@@ -231,12 +258,8 @@ def _run(config: TrainConfig) -> None:
     began = time.monotonic()
 
     def make_mesh(found: LlamaConfig) -> Mesh | None:
-        if config.heads < 1 or found.kv_heads % config.heads:
-            raise InputError(
-                f"--heads must divide the {found.kv_heads} KV heads of the model, got "
-                f"{config.heads}"
-            )
-        return sharding.make_mesh(found.kv_heads, config.mesh, together=config.heads)
+        together = config.shared_heads(found.kv_heads)
+        return sharding.make_mesh(found.kv_heads, config.mesh, together=together)
 
     def shardings(found: LlamaConfig, params: nnx.State) -> nnx.State | None:
         mesh = make_mesh(found)
@@ -249,7 +272,7 @@ def _run(config: TrainConfig) -> None:
     devices = None if together is None else list(together.devices.flat)
     if devices is not None and config.distill.steps:
         distillation.sharing(config.distill, devices)
-    spec = config.spec(model.config.head_dim)
+    spec = config.spec(model.config.head_dim, model.config.kv_heads)
     texts = _texts(config, spec, model)
     count = texts.calibrated(config)
     share, folder = _share(count)
@@ -390,7 +413,8 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
     Raises:
         InputError: if a text cannot be read or is too short, or a size is out of range.
     """
-    calibration, held_out = _held_out(config, spec, model)
+    distill = _named_source(config)
+    calibration, source, held_out = _held_out(config, spec, model, distill)
     share, tokenizer = len(calibration), model.needed_tokenizer()
     others = [
         text.sequences(text.read(x), tokenizer, length=config.length, count=share, name=x)
@@ -420,38 +444,53 @@ def _texts(config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel) -> 
     rows, to_distil = calibration[:0], 0
     if config.distill.steps:
         rows, to_distil = distillation.sequences(
-            config.distill, tokenizer, length=config.length, calibrated=len(calibration) + written
+            *(distill, tokenizer, source),
+            length=config.length,
+            calibrated=len(calibration) + written,
         )
     return Texts(
         calibration, rows, {name: held_out, config.second_text: second}, written, to_distil
     )
 
 
+def _named_source(config: TrainConfig) -> DistillConfig:
+    """The refinement, with the text that is calibrated on by that name: so it leaves out what of
+    that text is measured on."""
+    file = config.text if config.dataset is None else None
+    names = tuple(SOURCE if name == file else name for name in config.distill.text)
+    return dataclasses.replace(config.distill, text=names)
+
+
 def _held_out(
-    config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel
-) -> tuple[Int[np.ndarray, "n T"], Int[np.ndarray, "m E"]]:
-    """Calibration sequences, and held-out ones that share no token with them.
+    config: TrainConfig, spec: QuantSpec, model: loading.LoadedModel, distill: DistillConfig
+) -> tuple[Int[np.ndarray, "n T"], Int[np.ndarray, "s T"], Int[np.ndarray, "m E"]]:
+    """Calibration sequences, those of the same text to distil on, and held-out ones that share no
+    token with either.
 
     Without an ``eval_text`` the end of the calibration text is held out: what is asked for, but of
     a short text a fifth or one sequence of ``length``, whichever is more.
     """
     tokenizer = model.needed_tokenizer()
     start = len(tokenizer.encode(""))  # tokens that each sequence begins with
-    leasts = {"length": spec.sinks + start + 1, "eval_length": start + 2}
-    for name, least in (leasts | {"tokens": 1, "eval_sequences": 1, "seed": 0}).items():
-        if getattr(config, name) < least:
-            raise InputError(f"{_flag(name)} must be at least {least}, got {getattr(config, name)}")
-    for name in leasts:
-        if getattr(config, name) > model.config.max_length:
+    at_least(spec.sinks + start + 1, "--", length=config.length)
+    at_least(start + 2, "--", eval_length=config.eval_length)
+    at_least(1, "--", tokens=config.tokens, eval_sequences=config.eval_sequences)
+    generation.check_seed(config.seed, "--")
+    for flag, length in (("--length", config.length), ("--eval-length", config.eval_length)):
+        if length > model.config.max_length:
             raise InputError(
-                f"{_flag(name)} {getattr(config, name)} is beyond the context of {model.name}, "
+                f"{flag} {length} is beyond the context of {model.name}, "
                 f"{model.config.max_length} tokens; choose a smaller one"
             )
     name, pieces = text.source(
         config.text, config.dataset, column=config.column, split=config.split
     )
     room = config.length - start
-    wanted = -(-config.tokens // (config.length * (1 + len(config.mix)))) * room
+    wanted = -(-config.tokens // (config.length * (1 + len(config.mix))))
+    to_distil = 0
+    if distill.steps and SOURCE in distill.text:
+        to_distil = distillation.share(distill, length=config.length)
+    needed = max(wanted, to_distil)
     if config.eval_text is not None:
         held_out = text.sequences(
             text.read(config.eval_text),
@@ -460,14 +499,11 @@ def _held_out(
             count=config.eval_sequences,
             name=config.eval_text,
         )
-        rows = text.sequences(
-            pieces, tokenizer, length=config.length, count=wanted // room, name=name
-        )
-        return rows, held_out
+        rows = text.sequences(pieces, tokenizer, length=config.length, count=needed, name=name)
+        return rows[:wanted], rows[:to_distil], held_out
     asked = config.eval_sequences * (config.eval_length - start)
-    ids = text.tokens(pieces, tokenizer, count=wanted + asked)
-    short = len(ids) < wanted + asked
-    reserve = min(asked, max(len(ids) // 5, room)) if short else asked
+    ids = text.tokens(pieces, tokenizer, count=needed * room + asked)
+    reserve = min(asked, max(len(ids) // 5, room, len(ids) - needed * room))
     if len(ids) < room + reserve or reserve < 2:
         raise InputError(
             f"the text {name!r} has {len(ids)} tokens, too few for one sequence of {config.length} "
@@ -475,10 +511,9 @@ def _held_out(
         )
     split = len(ids) - reserve
     length = min(config.eval_length, reserve + start)
-    return (
-        text.cut(ids[:split], tokenizer, length=config.length),
-        text.cut(ids[split:], tokenizer, length=length),
-    )
+    rows = text.cut(ids[:split], tokenizer, length=config.length)
+    held_out = text.cut(ids[split:], tokenizer, length=length)
+    return rows[:wanted], rows[:to_distil], held_out
 
 
 @functools.partial(
@@ -901,7 +936,3 @@ def _is_finished(config: TrainConfig) -> bool:
 
 
 _KIND = "train"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -1,19 +1,20 @@
 """The tool that measures everything: jobs in order, each once, again after a failure."""
 
 import dataclasses
-import importlib
-import pathlib
+import json
+import shlex
 
 import pytest
+import tyro
+from scripts import ROOT, script
 
-TOOLS = pathlib.Path(__file__).parents[1] / "tools"
+from gsrq_jax.models import commands, training
+from gsrq_jax.models.runfolder import plain
+
+TRAINED = sorted((ROOT / "results" / "training").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def tool():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
-        yield importlib.import_module("measure_results")
+tool = script("tools", "measure_results")
 
 
 def test_every_job_once(tool, tmp_path):
@@ -69,3 +70,34 @@ def test_jobs_of_the_tables(tool):
         work = job.command[job.command.index("--work") + 1]
         assert work in makers
         assert all(need.startswith(f"{work}/") for need in job.needs)
+
+
+def asked(flags):
+    """The config that ``train_codebooks.py`` makes of flags."""
+    return tyro.cli(training.TrainConfig, args=flags, default=commands._preset(flags))
+
+
+def kept(path):
+    """The flags of a result file, and its config with the defaults of those that came later."""
+    data, default = json.loads(path.read_text()), plain(training.TrainConfig())
+    nested = {part: default[part] | data["config"][part] for part in ("fit", "distill")}
+    return shlex.split(data["command"])[2:], default | data["config"] | nested
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_commands_of_results_mean_what_they_meant(path):
+    flags, then = kept(path)
+    assert plain(asked(flags)) == then
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_presets_are_what_was_measured(tool, path):
+    """Of the model, whose layers have three KV heads, and with the calibration text by its name."""
+    _, then = kept(path)
+    inputs = tool.Inputs(then["model"], then["text"], then["eval_text"], "")
+    (job,) = (job for job in tool.trained(inputs) if job.name == f"train-{path.stem}")
+    now = asked(job.command[1:])
+    names = tuple(now.text if name == "source" else name for name in now.distill.text)
+    distill = dataclasses.replace(now.distill, text=names)
+    now = dataclasses.replace(now, heads=now.shared_heads(3), distill=distill)
+    assert plain(now) | {"preset": then["preset"]} == then

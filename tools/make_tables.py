@@ -11,7 +11,7 @@ from typing import Any
 
 import make_results
 
-from gsrq_jax.models import report
+from gsrq_jax.models import report, training
 
 PEERS = (
     *("int4", "kivi2", "vqllm@1", "commvq@1", "cq@1", "kmeans@1", "gsrq@1"),
@@ -80,6 +80,42 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+MEASURED = {"fast": "gsrq-fast-1", "balanced": "gsrq-windows-1", "best": "gsrq-trained-1"}
+"""Result file in ``results/training`` of each preset at 1 bit."""
+
+
+def presets() -> str:
+    """A line a preset: what it does, how long that takes, and what it costs at 1 bit."""
+    found = make_results.fidelity_rows(make_results.files("fidelity/2048/*-w*.json"))
+    rows = {(r["method"], r["window"]): r for r in found}
+    windows = (128, 32, 0)
+    lines = [
+        "| `--preset` | codes shared by | metrics | stages by | distillation | training | bits | "
+        + " | ".join(f"W = {w}" for w in windows)
+        + " |",
+        "| --- " * (7 + len(windows)) + "|",
+    ]
+    for name, file in MEASURED.items():
+        config = training.PRESETS[name]
+        distill = config.distill
+        shared = {1: "–", "auto": "up to 4 heads"}[config.heads]
+        metrics = f"{config.fit.key_metric}, {config.fit.value_metric}"
+        steps = f"{distill.steps} steps, W = {', '.join(map(str, distill.windows))}"
+        cells = [shared, metrics, {"uniform": "–"}.get(config.allocate, config.allocate)]
+        cells.append(steps if distill.steps else "–")
+        if (ROOT / "results" / "training" / f"{file}.json").exists():
+            data = load(f"training/{file}")
+            cells += [f"{data['seconds']:.0f} s, {data['device']}", f"{config.bits:g}"]
+        else:
+            cells += ["not measured", f"{config.bits:g}"]
+        for window in windows:
+            both = [rows.get((f"{file}/codebooks{beam}", window)) for beam in ("", "+beam8")]
+            cells.append(" / ".join(f"{r['rise']:+.2%}" for r in both if r) or "not measured")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    sources = [x for x in MEASURED.values() if (ROOT / f"results/training/{x}.json").exists()]
+    return "\n".join([*lines, "", *(f"- {source(f'training/{x}')}" for x in sources)])
+
+
 def heads() -> str:
     """KV heads that share codes, beside the recipe, as docs/results.md has them."""
     changed = make_results.fidelity_rows(make_results.files("ablation/2048/*heads3*-w*.json"))
@@ -89,7 +125,8 @@ def heads() -> str:
 
 def filled(readme: str) -> str:
     """The README with its tables as the files have them."""
-    for name, make in (("demo", demo), ("results", runs), ("heads", heads), ("peers", peers)):
+    tables = {"demo": demo, "results": runs, "presets": presets, "heads": heads, "peers": peers}
+    for name, make in tables.items():
         content = make()
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)

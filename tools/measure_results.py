@@ -197,20 +197,19 @@ def ablations(inputs: Inputs) -> Iterator[Job]:
                 )
 
 
-SHARED = ("--preset", "balanced", "--heads", "3", "--distill.steps", "420")
 TRAINED: dict[str, tuple[str, ...]] = {
-    f"gsrq-trained-{bits:g}": (*SHARED, "--bits", f"{bits:g}", "--distill.windows", *WINDOWS)
-    for bits in RATES[1:]
-} | {
+    "gsrq-fast-1": ("--preset", "fast", "--bits", "1"),
+    "gsrq-windows-1": ("--preset", "balanced", "--bits", "1"),
+    **{f"gsrq-trained-{x:g}": ("--preset", "best", "--bits", f"{x:g}") for x in RATES[1:]},
     "gsrq-trained-1-window0": (
-        *(*SHARED, "--bits", "1", "--allocate", "uniform", "--window", "0"),
+        *("--preset", "best", "--bits", "1", "--allocate", "uniform", "--window", "0"),
         *("--distill.windows", "0"),
     ),
 }
 
 
 def trained(inputs: Inputs) -> Iterator[Job]:
-    """Codebooks that are refined, all that is measured of them, and the recipe's second domain."""
+    """Codebooks of the presets, all that is measured of them, and the recipe's second domain."""
     second = functools.partial(_fidelity, out="second-domain", text="python-source")
     yield second(
         *(inputs, "second-domain-gsrq", tuple(f"gsrq@{x:g}" for x in RATES)),
@@ -219,13 +218,12 @@ def trained(inputs: Inputs) -> Iterator[Job]:
     )
     for name, flags in TRAINED.items():
         books = f"{name}/codebooks"
-        texts = ("--text", inputs.calibrate, "--mix", "sampled", "--eval-text", inputs.test)
-        distilled = ("--distill.text", inputs.calibrate, "sampled", "--distill.tokens", "524288")
+        texts = ("--text", inputs.calibrate, "--eval-text", inputs.test, "--eval-sequences", "2")
         yield Job(
             f"train-{name}",
             (
-                *("train_codebooks.py", "--model", inputs.model, *texts, "--eval-sequences", "2"),
-                *(*distilled, *flags, "--out", name),
+                *("train_codebooks.py", "--model", inputs.model, *texts),
+                *(*flags, "--out", name),
             ),
             memory=60,
             precision="tensorfloat32",

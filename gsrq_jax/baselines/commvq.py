@@ -64,7 +64,7 @@ from jaxtyping import Array, BFloat16, Float, Int, Key, UInt8
 
 from gsrq_jax import packing, residual
 from gsrq_jax.calibration import LayerSamples
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import CacheSpec
 
@@ -104,9 +104,8 @@ class CommVQSpec(CacheSpec):
         super().__post_init__()
         if self.dim < 2 or self.dim % 2:
             raise InputError(f"rotary keys need an even head size, got {self.dim}")
-        for name, least in (("heads", 1), ("stages", 1), ("value_bits", 1), ("sweeps", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(1, heads=self.heads, stages=self.stages, value_bits=self.value_bits)
+        at_least(0, sweeps=self.sweeps)
         if self.heads * self.value_bits % 2:
             raise InputError(
                 f"bits of values come in pairs; {self.heads} heads of {self.value_bits} bits have "

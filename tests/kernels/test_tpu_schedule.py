@@ -1,12 +1,11 @@
 """Reading the TPU compiler's schedule, and that the docs say what it said."""
 
-import importlib
+import importlib.util
 import json
-import pathlib
 
 import pytest
+from scripts import ROOT, script
 
-ROOT = pathlib.Path(__file__).parents[2]
 SCHEDULE = """\
 = control target key start
 LH: loop header
@@ -26,11 +25,7 @@ strides: (1, 1, 1) */ }
 """
 
 
-@pytest.fixture(scope="module")
-def command():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("tpu_schedule")
+command = script("benchmarks", "tpu_schedule")
 
 
 def test_bundles_by_loop(command):

@@ -123,7 +123,7 @@ def test_unusable_models(refused, tiny_model, tmp_path, damage, words):
             ["--tokens", "64", "--codewords", "64", "--stages", "1"],
             "64 codewords need as many points, got 62; give",
         ),
-        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
         (["--fit.warmup", "0"], "warmup must be at least 1, got 0"),
         (["--fit.iterations", "0"], "iterations must be at least 1, got 0"),
         (["--eval-length", "513"], "--eval-length 513 is beyond the context of tiny, 512 tokens"),
@@ -210,9 +210,11 @@ def test_finished_run_without_its_codebooks(refused, tiny_run, tiny_model, tmp_p
 
 def test_folder_that_cannot_be_made(refused, tiny_model, tmp_path):
     (tmp_path / "file").touch()
-    out = tmp_path / "file" / "run"
-    message = refused(commands.train, "--model", tiny_model, "--out", out, *tiny.FLAGS)
-    assert f"cannot write to {out} (Not a directory); make room or choose" in message
+    args = ("--model", tiny_model, *tiny.FLAGS, "--out")
+    message = refused(commands.train, *args, tmp_path / "file" / "below" / "run")
+    assert message == f"error: {tmp_path / 'file'} is a file; choose another --out"
+    message = refused(commands.train, *args, "/proc/run")
+    assert "cannot write to /proc/run (No such file or directory); make room or choose" in message
 
 
 # Training: trouble on the way

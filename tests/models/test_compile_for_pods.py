@@ -1,19 +1,18 @@
 """What the command reads from compiled programs, and, where libtpu is, that it compiles."""
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from scripts import ROOT, script
 
 from gsrq_jax.errors import InputError
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 HLO = """
   %a = f32[4,256]{1,0:T(8,128)} all-reduce(%x), channel_id=1
   %b = f32[4,256]{1,0} all-reduce(%y), channel_id=2
@@ -24,11 +23,7 @@ HLO = """
 """
 
 
-@pytest.fixture(scope="module")
-def command():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("compile_for_pods")
+command = script("benchmarks", "compile_for_pods")
 
 
 def test_collectives_of_a_program(command):

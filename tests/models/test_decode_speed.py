@@ -1,28 +1,20 @@
 """The benchmark of decoding: at toy sizes on a CPU, and what it makes of numbers that are known."""
 
-import importlib
 import itertools
 import json
-import pathlib
 import sys
 import types
 
 import jax
 import numpy as np
 import pytest
+from scripts import script
 
 from gsrq_jax.baselines.uniform import Uniform, UniformSpec
 from gsrq_jax.kernels import reference
 from gsrq_jax.models import llama
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("decode_speed")
+benchmark = script("benchmarks", "decode_speed")
 
 
 def toy(benchmark, **changes):

@@ -270,10 +270,15 @@ class Letters:
         return [0] * add_bos + [ord(x) % 64 for x in text]
 
 
+NONE = np.zeros((0, 40), np.int32)  # sequences of the calibration text
+
+
 def test_texts_to_distil_on(tmp_path):
+    source = np.full((2, 40), 7)
+
     def found(**options):
         asked = DistillConfig(steps=1, **options)
-        return distillation.sequences(asked, Letters(), length=40, calibrated=3)
+        return distillation.sequences(asked, Letters(), source, length=40, calibrated=3)
 
     def read(pieces, count):
         return text.sequences(pieces, Letters(), length=40, count=count, name="")
@@ -291,6 +296,9 @@ def test_texts_to_distil_on(tmp_path):
     rows, written = found(text=(str(file), "sampled", str(other)), tokens=240)
     np.testing.assert_array_equal(rows[::2], read(["abc" * 200], 2))
     np.testing.assert_array_equal(rows[1::2], read(["de" * 200], 2))
+    assert written == 2
+    rows, written = found(text=("sampled", "source"), tokens=120)
+    np.testing.assert_array_equal(rows, source)
     assert written == 2
 
 
@@ -317,12 +325,12 @@ def test_texts_to_distil_on(tmp_path):
 def test_what_cannot_be(options, words):
     config = DistillConfig(**{"steps": 3} | options)
     with pytest.raises(InputError, match=words):
-        distillation.sequences(config, Letters(), length=40, calibrated=3)
+        distillation.sequences(config, Letters(), NONE, length=40, calibrated=3)
 
 
 def test_one_sequence_is_too_few():
     with pytest.raises(InputError, match=r"two sequences of 40 tokens or more.* or --tokens"):
-        distillation.sequences(DistillConfig(steps=1), Letters(), length=40, calibrated=1)
+        distillation.sequences(DistillConfig(steps=1), Letters(), NONE, length=40, calibrated=1)
 
 
 def test_the_first_of_equals_is_kept():

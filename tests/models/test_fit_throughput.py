@@ -1,21 +1,13 @@
 """The benchmark of fits at toy sizes: what it writes, and what it refuses."""
 
-import importlib
 import json
-import pathlib
 
 import pytest
+from scripts import ROOT, script
 
 from gsrq_jax.errors import InputError
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("fit_throughput")
+benchmark = script("benchmarks", "fit_throughput")
 
 
 def test_rows_and_table(benchmark, tmp_path, monkeypatch, capsys):

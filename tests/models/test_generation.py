@@ -476,6 +476,8 @@ def test_a_top_p_that_rounding_never_reaches_keeps_all():
         ([[1]], {"max_length": NEW}, "shorten it or ask for a longer cache"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens and stride must be at least 1, got 0"),
         ([[1]], {"stride": 0}, "must be at least 1, got 30 and 0"),
+        ([[1]], {"seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
+        ([[1]], {"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_unusable_prompts(prompts, options, message):

@@ -1,21 +1,13 @@
 """The study of codes that heads share: what it writes at a toy size, and what it refuses."""
 
-import importlib
 import json
-import pathlib
 
 import pytest
+from scripts import ROOT, script
 
 from gsrq_jax.errors import InputError
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def study():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("heads_together")
+study = script("benchmarks", "heads_together")
 
 
 def test_document_says_what_was_measured(study, tiny_model, tmp_path):

@@ -1,22 +1,14 @@
 """The study of second moments: its numbers on moments that are known, and its document."""
 
-import importlib
 import json
-import pathlib
 
 import numpy as np
 import pytest
+from scripts import ROOT, script
 
 from gsrq_jax.errors import InputError
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def study():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("moments")
+study = script("benchmarks", "moments")
 
 
 def test_known_moments(study):

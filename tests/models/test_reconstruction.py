@@ -1,7 +1,6 @@
 """The reconstruction study: what its numbers are, and that its documents say the same."""
 
 import functools
-import importlib
 import json
 import pathlib
 import re
@@ -11,18 +10,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+from scripts import ROOT, script
 
 from gsrq_jax.errors import InputError
 from gsrq_jax.kmeans import kmeans
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def study():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("reconstruction")
+study = script("benchmarks", "reconstruction")
 
 
 @pytest.fixture(scope="module")

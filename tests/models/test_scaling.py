@@ -1,33 +1,19 @@
 """The benchmarks of several GPUs at toy sizes, on CPU devices."""
 
 import dataclasses
-import importlib
 import json
-import pathlib
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import ROOT, script
 
 from gsrq_jax import codebook
 from gsrq_jax.errors import InputError
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def scaling():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("scaling")
-
-
-@pytest.fixture(scope="module")
-def lost_process():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield importlib.import_module("lost_process")
+scaling = script("benchmarks", "scaling")
+lost_process = script("benchmarks", "lost_process")
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel")

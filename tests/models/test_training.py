@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import random_weights
 import tiny
+import tyro
 from safetensors.numpy import load_file, save_file
 
 from gsrq_jax import codebook
@@ -89,14 +90,14 @@ def config(**changes):
 def texts(model, **changes):
     """Sequences to calibrate on, and to measure on."""
     asked = config(**changes)
-    found = training._texts(asked, asked.spec(8), model)
+    found = training._texts(asked, asked.spec(8, 2), model)
     return found.calibration, next(iter(found.measured.values()))
 
 
 def test_the_beam_is_the_caches():
-    assert config(beam=8).spec(8).beam == 8
+    assert config(beam=8).spec(8, 2).beam == 8
     with pytest.raises(InputError, match=r"beam must be from 1 .* to 32, got 0"):
-        config(beam=0).spec(8)
+        config(beam=0).spec(8, 2)
 
 
 @pytest.mark.parametrize("length", [48, 64, 100])
@@ -165,7 +166,7 @@ def test_text_that_is_too_short(model, tmp_path):
 def test_second_domain(model, tmp_path):
     def measured(**changes):
         asked = config(**changes)
-        return training._texts(asked, asked.spec(8), model).measured
+        return training._texts(asked, asked.spec(8, 2), model).measured
 
     both = measured(eval_length=64)
     assert list(both) == ["held out of the calibration text", "python-source"]
@@ -187,7 +188,7 @@ def test_second_domain(model, tmp_path):
 def test_what_distillation_checks_on_is_not_calibrated_on(model):
     def calibrated(**options):
         asked = config(distill=DistillConfig(**options), tokens=1024)
-        found = training._texts(asked, asked.spec(8), model)
+        found = training._texts(asked, asked.spec(8, 2), model)
         assert not len(found.distillation)
         assert found.to_distil == (32 if "text" in options else 0)
         return found.calibrated(asked)
@@ -204,7 +205,7 @@ def test_mixed_texts(model, tmp_path):
 
     def found(*mix, **changes):
         asked = config(text=x, mix=mix, eval_text=z, tokens=12 * 64, **changes)
-        return training._texts(asked, asked.spec(8), model), asked
+        return training._texts(asked, asked.spec(8, 2), model), asked
 
     mixed, _ = found(y)
     letters = "".join(model.tokenizer.decode([row[1]]) for row in mixed.calibration.tolist())
@@ -615,3 +616,67 @@ def test_presets():
         assert commands._preset([f"--preset={name}"]) == config
     assert training.PRESETS["demo"] == training.TrainConfig()
     assert commands._preset([]).preset == "demo"
+
+
+def asked(*flags):
+    """The config that ``train_codebooks.py`` makes of flags."""
+    return tyro.cli(training.TrainConfig, args=flags, default=commands._preset([*flags]))
+
+
+def test_flags_count_beside_a_preset():
+    config = asked("--preset", "best", "--heads", "2", "--mix", "--distill.text", "calibration")
+    assert (config.heads, config.mix, config.distill.text) == (2, (), ("calibration",))
+    assert config.distill.steps == training.PRESETS["best"].distill.steps
+    assert asked("--preset", "balanced", "--distill.windows").distill.windows == ()
+    assert asked("--preset", "best").heads == asked("--heads", "auto").heads == "auto"
+
+
+def test_heads_that_share_codes():
+    found = {n: config(heads="auto").shared_heads(n) for n in (1, 2, 3, 5, 6, 8, 9, 10)}
+    assert found == {1: 1, 2: 2, 3: 3, 5: 1, 6: 3, 8: 4, 9: 3, 10: 2}
+    assert config(heads="auto").spec(8, 2).key.heads == 2
+    for heads in (0, 3):
+        with pytest.raises(InputError, match=f"--heads must divide the 8 KV heads.* got {heads}"):
+            config(heads=heads).spec(8, 8)
+    with pytest.raises(InputError, match="--allocate layers is for whole heads"):
+        config(bits=2, group=4, allocate="layers").spec(8, 8)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_distilled_on_the_text_that_is_calibrated_on(model, tmp_path, own):
+    """By the name ``source`` or its own; what is measured on is in neither."""
+    file, other = tmp_path / "text.txt", tmp_path / "eval.txt"
+    rng = np.random.default_rng(0)
+    for path in (file, other):
+        path.write_text("".join(map(chr, rng.integers(97, 123, 63 * 20))))
+
+    def found(tokens, **changes):
+        distill = DistillConfig(
+            steps=1, text=(str(file) if own else "source", "sampled"), tokens=2 * 64 * tokens
+        )
+        given = {"text": str(file), "tokens": 4 * 64, "distill": distill} | changes
+        asked = config(**given)
+        return training._texts(asked, asked.spec(8, 2), model)
+
+    def letters(rows):
+        return model.tokenizer.decode(rows[:, 1:].reshape(-1).tolist())
+
+    whole = file.read_text()
+    for tokens, rows in ((10, 10), (3, 3), (50, 18)):
+        texts = found(tokens)
+        held_out = next(iter(texts.measured.values()))
+        assert letters(texts.calibration) == whole[: 4 * 63]
+        assert letters(texts.distillation) == whole[: rows * 63]
+        assert texts.to_distil == tokens
+        assert letters(held_out) in whole[63 * max(rows, 4) :] + "\n\n"
+        assert texts.calibrated(config()) == 4
+    texts = found(50, eval_text=str(other))
+    assert letters(texts.distillation) == whole
+    assert letters(next(iter(texts.measured.values()))) == other.read_text()[: 2 * 47]
+    texts = found(50, mix=("sampled",))
+    assert (len(texts.calibration), texts.written, len(texts.distillation)) == (2, 2, 18)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_text(json.dumps({"text": whole}))
+    if not own:
+        texts = found(10, dataset=str(tmp_path / "set"))
+        assert letters(texts.distillation) == whole[: 10 * 63]
