@@ -201,6 +201,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "gsrq-fast-1": ("--preset", "fast", "--bits", "1"),
     "gsrq-windows-1": ("--preset", "balanced", "--bits", "1"),
     **{f"gsrq-trained-{x:g}": ("--preset", "best", "--bits", f"{x:g}") for x in RATES[1:]},
+    # No text but what the model writes: for text that nobody thought of.
+    "gsrq-sampled-1": ("--preset", "best", "--bits", "1", "--distill.text", "sampled"),
     "gsrq-trained-1-window0": (
         *("--preset", "best", "--bits", "1", "--allocate", "uniform", "--window", "0"),
         *("--distill.windows", "0"),
