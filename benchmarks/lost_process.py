@@ -179,10 +179,12 @@ def difference(a: pathlib.Path, b: pathlib.Path) -> dict[str, Any]:
     fits = [
         np.asarray([row["distortion"] for row in x["fit"] if row["layer"] > 0]) for x in reports
     ]
+    measured = [[r["value"] for r in x["rows"] if r["metric"] == "perplexity"] for x in reports]
     return {
         "first_layer": float(max(first)),
         "other_layers": float(max(rest)),
         "distortion": float(np.abs(fits[0] / fits[1] - 1).max()),
+        "perplexity": float(np.abs(np.divide(*measured) - 1).max()),
         "equal": all(
             np.array_equal(getattr(books[0], n), getattr(books[1], n)) for n in ("key", "value")
         ),
@@ -252,6 +254,7 @@ def table(data: Mapping[str, Any]) -> str:
                 else f"codewords differ by at most {r['other_layers']:.1e} of their size "
                 f"({r['first_layer']:.1e} in the first layer), distortions behind the first layer "
                 f"by {r['distortion']:.1e}"
+                + (f", perplexities by {r['perplexity']:.1e}" if "perplexity" in r else "")
             )
         )
     return "\n".join(lines)

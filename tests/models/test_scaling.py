@@ -77,7 +77,13 @@ def test_the_docs_have_the_results(scaling):
 
 def test_what_differs_between_runs(lost_process, tiny_run, tmp_path):
     found = lost_process.difference(tiny_run, tiny_run)
-    assert found == {"first_layer": 0, "other_layers": 0, "distortion": 0, "equal": True}
+    assert found == {
+        "first_layer": 0,
+        "other_layers": 0,
+        "distortion": 0,
+        "perplexity": 0,
+        "equal": True,
+    }
     other = tmp_path / "other"
     shutil.copytree(tiny_run, other)
     books = codebook.load(other / "codebooks")
