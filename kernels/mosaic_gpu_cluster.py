@@ -95,7 +95,8 @@ def check_supported(points: Any, codewords: int) -> Problem:
     """
     problem = problem_of(points, codewords)
     mosaic_gpu.check_device()
-    if jax.config.jax_enable_x64:
+    config: Any = jax.config  # type checkers do not see its attributes
+    if config.jax_enable_x64:
         raise InputError(
             "the fused k-means kernels are written for numbers of 32 bits; turn jax_enable_x64 off "
             "or use another implementation"
