@@ -647,8 +647,9 @@ def _top_points(
         top, slot = lax.top_k(lax.all_gather(top, axis_name, tiled=True), k)
         mine = slot // share == lax.axis_index(axis_name)
         rows = points[index[slot % share]].astype(jnp.float32)
+        # Flags are numbers like the rows, so that one exchange has both.
         rows, top = lax.psum(
-            (jnp.where(mine[:, None], rows, 0), jnp.where(mine, jnp.isfinite(top), False)),
+            (jnp.where(mine[:, None], rows, 0), (mine & jnp.isfinite(top)).astype(jnp.float32)),
             axis_name,
         )
         return jnp.where(top[:, None] > 0, rows, rows[0])

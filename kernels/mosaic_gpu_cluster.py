@@ -95,7 +95,7 @@ def check_supported(points: Any, codewords: int) -> Problem:
     """
     problem = problem_of(points, codewords)
     mosaic_gpu.check_device()
-    if jax.config.read("jax_enable_x64"):
+    if jax.config.read("jax_enable_x64"):  # an attribute that type checkers do not see
         raise InputError(
             "the fused k-means kernels are written for numbers of 32 bits; turn jax_enable_x64 off "
             "or use another implementation"
