@@ -98,7 +98,7 @@ def attend(
         query,
         *(cache.sink_key, cache.window_key, k, cache.sink_value, cache.window_value, v),
         *(held, first, window, new),
-        implementation="reference" if implementation in ("codes", "decoded") else None,
+        implementation=None if implementation in (None, "fused") else "reference",
     )
     parts = list(zip(*exact, strict=True))
     if codec is not None and cache.blocks:

@@ -1,5 +1,6 @@
 """Attention over codes in a kernel's layout by whatever can do it here."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 
 Implementation = Literal["fused", "reference"]
+RECENT_WHERE_SUPPORTED = False
+"""Whether `attend_recent` takes its kernel without being asked: not before it has run on a GPU."""
 Part = tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]
 
 
@@ -96,17 +99,17 @@ def attend_recent(
     Args:
         arrays: as there.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
-            kernel where it is supported, and else, silently, the reference.
+            kernel where `RECENT_WHERE_SUPPORTED` says so, and else, silently, the reference.
 
     Raises:
         InputError: if the implementation asked for is unknown or does not support this.
     """
     if implementation is None:
-        try:
-            mosaic_gpu_recent.check_supported(*arrays[:4])
-            implementation = "fused"
-        except InputError:
-            implementation = "reference"
+        implementation = "reference"
+        if RECENT_WHERE_SUPPORTED:
+            with contextlib.suppress(InputError):
+                mosaic_gpu_recent.check_supported(*arrays[:4])
+                implementation = "fused"
     return _by(
         implementation,
         lambda: None,

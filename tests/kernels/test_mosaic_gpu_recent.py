@@ -1,11 +1,12 @@
 """The kernel of exact tokens without a GPU: run on numpy lanes, and assembled."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from lanes import Memory, run_block
-from lowering import recent_module, supported
+from lowering import on_abstract, recent_module, supported
 
 from gsrq_jax.kernels import decode, reference
 from gsrq_jax.kernels.errors import InputError
@@ -100,7 +101,8 @@ def test_parts():
         ((1, 1, 1, 4, 64), jnp.float32, "keys of float32"),
     ],
 )
-def test_refused(shape, dtype, words):
+def test_refused(shape, dtype, words, monkeypatch):
+    monkeypatch.setattr(decode, "RECENT_WHERE_SUPPORTED", True)
     batch, tokens, heads, _, dim = shape
     query = jnp.zeros(shape)
     sink, window, key = (
@@ -119,3 +121,15 @@ def test_refused(shape, dtype, words):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_lowers(dim):
     assert "attend_recent" in str(recent_module(d=dim))
+
+
+@supported
+@pytest.mark.parametrize("wanted", [False, True])
+def test_is_taken_where_that_is_said(wanted, monkeypatch):
+    monkeypatch.setattr(decode, "RECENT_WHERE_SUPPORTED", wanted)
+    s, bfloat16, count = jax.ShapeDtypeStruct, jnp.bfloat16, jax.ShapeDtypeStruct((1,), jnp.int32)
+    stored = s((1, 2, 4, 64), bfloat16), s((1, 2, 70, 64), bfloat16), s((1, 1, 2, 64), bfloat16)
+    arrays = s((1, 1, 2, 4, 64), jnp.float32), *stored, *stored, *(count,) * 4
+    with on_abstract():
+        traced = jax.jit(lambda *x: decode.attend_recent(*x)).trace(*arrays)
+    assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == wanted
