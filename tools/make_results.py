@@ -414,7 +414,8 @@ def page() -> str:
             parts.append(repeats(of_length, again))
         if length == 2048:
             parts.append(
-                "![rate and distortion](results.png)\n\nWhat makes perplexity more than eleven times as high is not drawn."
+                "![rate and distortion](results.png)\n\n"
+                "What makes perplexity more than eleven times as high is not drawn."
             )
     scores = files("longbench/*.json")
     of_tasks = [row for content in scores for row in content["rows"]]
