@@ -576,7 +576,7 @@ def table(rows: list[Mapping[str, Any]]) -> str:
     if found:
         lines += [
             "",
-            "| part | scaling | mesh (data × model) | tokens | seconds | times one GPU |",
+            "| part | scaling | mesh (data × model) | tokens | seconds | times one device |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
     ones = {r["part"]: r for r in found if r["devices"] == 1}

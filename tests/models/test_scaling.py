@@ -75,6 +75,13 @@ def test_the_docs_have_the_results(scaling):
     assert scaling.table([r for f in files for r in json.loads(f.read_text())["rows"]]) in text
 
 
+def test_the_docs_have_what_cpu_devices_did(scaling):
+    text = (ROOT / "docs" / "pods.md").read_text()
+    data = json.loads((ROOT / "results" / "scaling-cpu-8.json").read_text())
+    assert scaling.table(data["rows"]).strip() in text
+    assert data["command"].removeprefix("python ") in " ".join(text.split())
+
+
 def test_what_differs_between_runs(lost_process, tiny_run, tmp_path):
     found = lost_process.difference(tiny_run, tiny_run)
     assert found == {
