@@ -108,7 +108,7 @@ def attend_recent(
         implementation = "reference"
         if RECENT_WHERE_SUPPORTED:
             with contextlib.suppress(InputError):
-                mosaic_gpu_recent.check_supported(*arrays[:4])
+                mosaic_gpu_recent.check_supported(*arrays[:7])
                 implementation = "fused"
     return _by(
         implementation,

@@ -58,10 +58,8 @@ class Problem:
         return WARPS * self.group * (self.dim + 2) * 4 + 16
 
 
-def problem_of(
-    query: Any, sink_key: Any, window_key: Any, key: Any, *others: Any, **_: Any
-) -> Problem:
-    """The shapes of arguments of `attend_recent`.
+def problem_of(query: Any, *arrays: Any) -> Problem:
+    """The shapes of a call, from the first seven arguments of `attend_recent`.
 
     Raises:
         InputError: naming what the kernel does not have.
@@ -77,14 +75,18 @@ def problem_of(
         refuse("channels of a head", dim, "heads of 64 or 128 channels")
     if group > 8:
         refuse("query heads a KV head", group, "at most 8 query heads a KV head")
-    for x in (sink_key, window_key, key):
+    for x in arrays:
         if x.dtype != jnp.bfloat16:
-            refuse("keys of", x.dtype, "keys and values in bfloat16")
-    return Problem(batch, heads, group, dim, sink_key.shape[2], window_key.shape[2])
+            refuse("some of", x.dtype, "keys and values in bfloat16")
+    sinks, window, _, *values = arrays
+    for x, y in zip(arrays, values, strict=False):
+        if x.shape != y.shape:
+            refuse("values", y.shape, f"values as keys, {x.shape}")
+    return Problem(batch, heads, group, dim, sinks.shape[2], window.shape[2])
 
 
 def check_supported(*arrays: Any) -> Problem:
-    """The shapes of a call that can be made here.
+    """The shapes of a call that can be made here, from the same arguments.
 
     Raises:
         InputError: naming what was given and what is supported.
@@ -130,7 +132,7 @@ def attend_recent(
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
     arrays = query, sink_key, window_key, key, sink_value, window_value, value
-    p = check_supported(*arrays[:4])
+    p = check_supported(*arrays)
     counts = jnp.stack([x.astype(jnp.int32) for x in (sinks, new, first, held)], axis=1)
     if not p.sinks:  # nothing can be made of no bytes
         arrays = query, key, window_key, key, value, window_value, value

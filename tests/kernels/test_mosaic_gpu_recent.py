@@ -8,7 +8,7 @@ import pytest
 from lanes import Memory, run_block
 from lowering import on_abstract, recent_module, supported
 
-from gsrq_jax.kernels import decode, reference
+from gsrq_jax.kernels import decode, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.mosaic_gpu_recent import WARPS, Addresses, Problem, RecentKernel
 
@@ -98,7 +98,7 @@ def test_parts():
         ((1, 2, 1, 4, 64), jnp.bfloat16, "new tokens 2"),
         ((1, 1, 1, 4, 96), jnp.bfloat16, "channels of a head 96"),
         ((1, 1, 1, 9, 64), jnp.bfloat16, "query heads a KV head 9"),
-        ((1, 1, 1, 4, 64), jnp.float32, "keys of float32"),
+        ((1, 1, 1, 4, 64), jnp.float32, "some of float32"),
     ],
 )
 def test_refused(shape, dtype, words, monkeypatch):
@@ -115,6 +115,15 @@ def test_refused(shape, dtype, words, monkeypatch):
         decode.attend_recent(query, *others, implementation="fused")
     out, _ = decode.attend_recent(query, *others)  # by the reference, silently
     assert out.shape == (1, *shape)
+
+
+def test_values_that_are_not_as_keys():
+    query, arrays = jnp.zeros((1, 1, 1, 4, 64)), [jnp.zeros((1, 1, 8, 64), jnp.bfloat16)] * 6
+    wide, short = arrays[5].astype(jnp.float32), arrays[5][:, :, :7]
+    with pytest.raises(InputError, match="some of float32"):
+        mosaic_gpu_recent.problem_of(query, *arrays[:5], wide)
+    with pytest.raises(InputError, match=r"values as keys, \(1, 1, 8, 64\), got values \(1, 1, 7"):
+        mosaic_gpu_recent.problem_of(query, *arrays[:5], short)
 
 
 @supported
