@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gsrq_jax.codebook import Codebooks, errors
 from gsrq_jax.codec import Codec, Codes
 from gsrq_jax.errors import InputError, at_least, known
+from gsrq_jax.kernels import reference
 from gsrq_jax.spec import CacheSpec, QuantSpec
 
 
@@ -601,10 +602,10 @@ def exact_tokens(
 ) -> list[tuple[Float[Array, "B H E d"], Float[Array, "B H E d"], Bool[Array, "B E"]]]:
     """One layer's sinks, and its window: keys, values and which of them are there."""
     sinks, ring = cache.sink_key.shape[2], cache.window_key.shape[2]
-    held, first, window = (x[:, None] for x in exact_counts(cache))
+    held, first, window = exact_counts(cache)
     return [
-        (cache.sink_key, cache.sink_value, jnp.arange(sinks) < held),
-        (cache.window_key, cache.window_value, (jnp.arange(ring) - first) % ring < window),
+        (cache.sink_key, cache.sink_value, jnp.arange(sinks) < held[:, None]),
+        (cache.window_key, cache.window_value, reference.in_ring(ring, first, window)),
     ]
 
 

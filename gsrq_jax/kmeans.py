@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels import mosaic_gpu_cluster
 from gsrq_jax.kernels.cluster import Implementation
@@ -305,8 +305,7 @@ def assign(
     """
     n, d = points.shape
     chunk = default_chunk(len(centroids)) if chunk is None else chunk
-    if chunk < 1:
-        raise InputError(f"chunk must be at least 1, got {chunk}")
+    at_least(1, chunk=chunk)
 
     def of_chunk(x: Array) -> tuple[Array, Array]:
         x = x.astype(jnp.float32)

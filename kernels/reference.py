@@ -324,7 +324,7 @@ def attend_recent(
     batch, tokens, slots = *query.shape[:2], window_key.shape[2]
     step = jnp.arange(tokens)
     themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
-    in_window = (jnp.arange(slots) - first[:, None]) % slots < held[:, None]
+    in_window = in_ring(slots, first, held)
 
     def seen(there: Array) -> Array:
         return jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
@@ -337,6 +337,11 @@ def attend_recent(
     )
     out, lse = attend_sets(query, [both, (window_key, window_value, seen(in_window))])
     return out[None], lse[None]
+
+
+def in_ring(slots: int, first: Int[Array, " B"], held: Int[Array, " B"]) -> Bool[Array, "B slots"]:
+    """Which slots of a ring hold its ``held`` tokens, the first in slot ``first % slots``."""
+    return (jnp.arange(slots) - first[:, None]) % slots < held[:, None]
 
 
 def _times(left: Float[Array, "B H r m"], right: Float[Array, "..."], equation: str) -> Array:

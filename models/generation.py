@@ -21,7 +21,7 @@ from gsrq_jax import sharded
 from gsrq_jax.attention import Implementation, attend, causal
 from gsrq_jax.cache import KVCache, append, init_cache, layer_views, stack_layers
 from gsrq_jax.codec import Codec
-from gsrq_jax.errors import InputError
+from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import llama, sharding
 
 
@@ -519,8 +519,7 @@ class Generator:
         longest = max(map(len, prompts), default=0)
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"chunk must be at least 1, got {self.chunk}")
+        at_least(1, chunk=self.chunk)
         stride = max_new_tokens if stride is None else stride
         if max_new_tokens < 1 or stride < 1:
             raise InputError(
