@@ -109,7 +109,9 @@ def attend(
         rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
         match implementation:
             case "fused" | "codes" | None if books is not None and laid_out:
-                coded = _attend_laid_out(query, cache, books, turn, implementation)
+                beside = exact if axis_name is None else None
+                coded = _attend_laid_out(query, cache, books, turn, implementation, beside)
+                parts = parts if beside is None else []
             case "codes" if books is not None:
                 floats = rows * _floats_of_codes(books.spec)
                 coded = _by_blocks(_attend_codes, query, cache, books, turn, floats)
@@ -136,7 +138,7 @@ def attend(
                 )
         # What is exact is on all devices, so it joins what they have together, and counts once.
         parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
-    out, _ = reference.merge(parts)
+    out, _ = reference.merge(parts) if len(parts) > 1 else parts[0]
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -162,6 +164,7 @@ def _attend_laid_out(
     codebooks: Codebooks,
     turn: Turn,
     implementation: Implementation | None,
+    beside: decode.Parts | None,
 ) -> tuple[Array, Array]:
     spec = codebooks.spec
     kernels: dict[Implementation | None, decode.Implementation | None] = {
@@ -181,6 +184,7 @@ def _attend_laid_out(
         first=spec.sinks + spec.block * turn.first,
         stride=turn.step,
         every=spec.mean_every,
+        beside=beside,
         implementation=kernels.get(implementation),
     )
 

@@ -15,6 +15,7 @@ Implementation = Literal["fused", "reference"]
 RECENT_WHERE_SUPPORTED = False
 """Whether `attend_recent` takes its kernel without being asked: not before it has run on a GPU."""
 Part = tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]
+Parts = tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]]
 
 
 def attend_tiles(
@@ -30,6 +31,7 @@ def attend_tiles(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
+    beside: Parts | None = None,
     implementation: Implementation | None = None,
 ) -> Part:
     """`gsrq_jax.kernels.reference.attend_tiles`, by the implementation of that name.
@@ -46,6 +48,7 @@ def attend_tiles(
         first: position of the first token of block 0.
         stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
+        beside: other parts of the same softmax; what is returned is all of it.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
             kernel where it is supported, and else the reference with a warning that says why,
             once for each reason.
@@ -57,8 +60,8 @@ def attend_tiles(
     return _by(
         implementation,
         functools.partial(mosaic_gpu.check_supported, *arrays, stride=stride, every=every),
-        functools.partial(mosaic_gpu.attend_tiles, *arrays),
-        functools.partial(reference.attend_tiles, *arrays),
+        functools.partial(mosaic_gpu.attend_tiles, *arrays, beside=beside),
+        _with(beside, functools.partial(reference.attend_tiles, *arrays)),
         {"first": first, "stride": stride, "every": every},
     )
 
@@ -76,6 +79,7 @@ def attend_words(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
+    beside: Parts | None = None,
     implementation: Implementation | None = None,
 ) -> Part:
     """The same over codes in the TPU kernel's layout, see `gsrq_jax.kernels.words`."""
@@ -85,15 +89,15 @@ def attend_words(
     return _by(
         implementation,
         functools.partial(mosaic_tpu.check_supported, query, *arrays[3:7]),
-        functools.partial(mosaic_tpu.attend_words, *arrays),
-        functools.partial(reference.attend_words, *arrays),
+        _with(beside, functools.partial(mosaic_tpu.attend_words, *arrays)),
+        _with(beside, functools.partial(reference.attend_words, *arrays)),
         {"first": first, "stride": stride, "every": every},
     )
 
 
 def attend_recent(
     *arrays: Array, implementation: Implementation | None = None
-) -> tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]]:
+) -> Parts:
     """`gsrq_jax.kernels.reference.attend_recent`, whose arguments it takes, in P parts.
 
     Args:
@@ -117,6 +121,14 @@ def attend_recent(
         functools.partial(reference.attend_recent, *arrays),
         {},
     )
+
+
+def _with(beside: Parts | None, part: Callable[..., Part]) -> Callable[..., Part]:
+    """``part`` and what is beside it in one softmax."""
+    if beside is None:
+        return part
+    others = list(zip(*beside, strict=True))
+    return lambda **where: reference.merge([part(**where), *others])
 
 
 def _by(

@@ -28,6 +28,7 @@ from gsrq_jax.kernels import devices, pieces, rotary
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
 from gsrq_jax.kernels.precision import in_pieces
+from gsrq_jax.kernels.reference import merge
 from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
 
 SHARED_BYTES = 227 * 1024 - 2048
@@ -44,6 +45,8 @@ EMPTY = -(2**30)
 MOST_QUERY = 2.0**14
 """Bound of a query's numbers, so that float16 holds them in any frame."""
 LN2 = math.log(2)
+FINISH_BY_KERNEL = False
+"""Whether `finish` is `gsrq_jax.kernels.mosaic_gpu_finish`'s: not before it has run on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,12 +396,13 @@ def attend_tiles(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
+    beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
 
-    Products with the key codebooks, one fused kernel, and a product with the value codebooks; call
-    it under jit.
+    Products with the key codebooks, one fused kernel, and one for the product with the value
+    codebooks and all that follows; call it under jit.
 
     Args:
         query: scaled queries, rotated at their own positions, float32.
@@ -414,15 +418,18 @@ def attend_tiles(
             stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
             knot at every token the mean key's share is as many bytes as one bit of codes.
+        beside: other parts of the same softmax, with their log-sum-exps.
         config: instead of the one chosen.
 
     Returns:
-        The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
+        The softmax-weighted values (0 where there are none) and the log-sum-exp of the scores
         (-inf there), NaN where a query is not finite or too large for float16.
 
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
+    from gsrq_jax.kernels import mosaic_gpu_finish  # which has its shapes from here
+
     problem = check_supported(
         query,
         mean,
@@ -436,15 +443,45 @@ def attend_tiles(
         stride=stride,
     )
     if not problem.blocks:
-        return jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
+        nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
+        return nothing if beside is None else merge(list(zip(*beside, strict=True)))
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
     inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
+    by_kernel = FINISH_BY_KERNEL and mosaic_gpu_finish.supports(value_codewords)
+    end = mosaic_gpu_finish.finish if by_kernel else finish
+    return end(problem, query, blocks, histogram, scale, value_codewords, beside)
+
+
+def finish(
+    problem: Problem,
+    query: Float[Array, "B T H q d"],
+    blocks: Int[Array, " B"],
+    histogram: Float[Array, "pairs parts 4 S 16"],
+    scale: Int[Array, "pairs parts 4"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
+    beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """What `attend_tiles` returns, from what its kernel does; `mosaic_gpu_finish` is the kernel of
+    this.
+
+    Args:
+        problem: the shapes.
+        query: its numbers are to be smaller than `MOST_QUERY`.
+        blocks: of each sequence; where there are none, the query may be anything.
+        histogram: as for `put_together`, and
+        scale: likewise.
+        value_codewords: of this layer.
+        beside: other parts of the same softmax, with their log-sum-exps.
+    """
     out, lse = put_together(problem, histogram, scale, value_codewords)
     usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks <= 0)[:, None, None, None]
-    return jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
+    out, lse = jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
+    if beside is None:
+        return out, lse
+    return merge([(out, lse), *zip(*beside, strict=True)])
 
 
 def score_inputs(

@@ -214,7 +214,7 @@ def _softmax_parts(
 
 
 def _finish(out: Array, total: Array, top: Array) -> tuple[Array, Array]:
-    some = total > 0
+    some = total != 0  # NaN, from scores that are no numbers, stays
     out = jnp.where(some[..., None], out, 0) / jnp.where(some, total, 1)[..., None]
     return out, jnp.where(
         some, jnp.where(some, top, 0) + jnp.log(jnp.where(some, total, 1)), -jnp.inf

@@ -372,11 +372,11 @@ def decode(
 
 ON_GPU: dict[str, Any] = {
     "xla_gpu_enable_triton_gemm": False,
-    "xla_disable_hlo_passes": "dot-merger",
+    "xla_disable_hlo_passes": "dot-merger,dot-strength-reduction",
 }
 """XLA's options for the decode loop on a GPU. Its layers read weights out of a stack: cuBLAS does
-so where they are, Triton's products, and those of q, k and v put together, from a copy in every
-step."""
+so where they are; Triton's products, those of q, k and v put together, and the sums that XLA makes
+of a single sequence's k and v, from a copy in every step."""
 
 
 def loop_options() -> dict[str, Any] | None:

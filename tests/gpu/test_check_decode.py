@@ -1,11 +1,12 @@
 """The cases of check_decode.py: on a Hopper GPU by the kernel, and without one by the reference."""
 
 import dataclasses
+import functools
 
 import check_decode
 import pytest
 
-from gsrq_jax.kernels import mosaic_gpu, reference
+from gsrq_jax.kernels import decode, mosaic_gpu
 from gsrq_jax.kernels.errors import InputError
 
 
@@ -25,7 +26,8 @@ def test_the_kernel_against_float64():
 
 @pytest.mark.parametrize("kind", ["random", "one", "flat", "sink", "mean"])
 def test_the_reference_against_float64(monkeypatch, kind):
-    monkeypatch.setattr(mosaic_gpu, "attend_tiles", reference.attend_tiles)
+    plain = functools.partial(decode.attend_tiles, implementation="reference")
+    monkeypatch.setattr(mosaic_gpu, "attend_tiles", plain)
     check_decode.fused.clear_cache()
     small = {"H": 2, "q": 2, "N": 3, "b": 128, "d": 64, "R": 4, "S": 4}
     lengths = check_decode.ragged(128, 3)

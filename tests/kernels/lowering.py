@@ -3,7 +3,7 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
-``recent`` what about that of exact tokens,
+``recent`` what about that of exact tokens, ``finish`` what about that of attention's end,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
 one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding.
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_recent, tiles
+from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_finish, mosaic_gpu_recent, tiles
 
 supported = pytest.mark.skipif(
     not jax.__version__.startswith(("0.11.", "0.12.")),
@@ -81,6 +81,24 @@ def recent_module(B=2, H=8, q=4, d=128, S=4, C=640):
     counts = (s((B,), jnp.int32),) * 4
     query = s((B, 1, H, q, d), jnp.float32)
     return only_module(mosaic_gpu_recent.attend_recent, query, *stored, *stored, *counts)
+
+
+def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10):
+    """Module of the kernel that ends attention over codes."""
+    s, sizes = jax.ShapeDtypeStruct, {"batch": B, "tokens": T, "heads": H, "group": q, "dim": d}
+    problem = mosaic_gpu.Problem(
+        **sizes, blocks=2, block=256, key=None, value_stages=S, every=0
+    )
+    rows, histogram = (B, T, H, q), (problem.pairs, parts, 4)
+    return only_module(
+        functools.partial(mosaic_gpu_finish.finish, problem),
+        s((*rows, d), jnp.float32),
+        s((B,), jnp.int32),
+        s((*histogram, S, 16), jnp.float32),
+        s(histogram, jnp.int32),
+        s((H, 1, S, 16, d), jnp.bfloat16),
+        (s((P, *rows, d), jnp.float32), s((P, *rows), jnp.float32)),
+    )
 
 
 def only_module(function, *arguments):
@@ -236,8 +254,13 @@ if __name__ == "__main__":
     every, library = numbers.pop("every", 1), str(plugin._get_library_path())
     if what == "assemble":
         assemble(mosaic_module(shapes(**numbers), every), library)
-    elif what in ("nearest", "sums", "recent"):
-        make = {"nearest": nearest_module, "sums": sums_module, "recent": recent_module}[what]
+    elif what in ("nearest", "sums", "recent", "finish"):
+        make = {
+            "nearest": nearest_module,
+            "sums": sums_module,
+            "recent": recent_module,
+            "finish": finish_module,
+        }[what]
         assemble(make(**numbers), library)
     elif what == "cluster":
         assemble(nearest_module(), library)

@@ -1,0 +1,365 @@
+"""The end of attention over codes, on Hopper GPUs, in one kernel: Pallas Mosaic GPU (ours).
+
+The kernel of codes leaves, for each query head and each thread block that had a part of the past, a
+histogram of probabilities over value codewords. What is left is their sum, its product with the
+codewords, and one softmax with the keys and values that are exact. A thread block has one query
+head, or the four of a group where there are enough groups to fill the GPU; XLA's program of the
+same takes some twelve small kernels.
+
+What limits it: histograms and codewords come from the second-level cache, one after the other.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gsrq_jax.kernels import mosaic_gpu, pieces
+from gsrq_jax.kernels.mosaic_gpu import LN2, MOST_QUERY, PROCESSORS
+from gsrq_jax.kernels.pieces import ROWS
+
+WARPS = 16
+AHEAD = 8
+"""Vectors of a histogram, or codewords, whose bytes are under way together."""
+CHANNELS = 8
+"""Of a codeword, of a lane."""
+NOTHING = -1e30
+"""Instead of the logarithm of no mass, where one is subtracted from another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The shapes of a call."""
+
+    of: mosaic_gpu.Problem
+    parts: int  # of the histogram
+    beside: int  # other parts of the softmax
+
+    @property
+    def together(self) -> int:
+        """Query heads of a thread block."""
+        return 1 if self.of.pairs * ROWS <= 2 * PROCESSORS else ROWS
+
+    @property
+    def codewords(self) -> int:
+        """Of all stages."""
+        return self.of.value_stages * 16
+
+    @property
+    def rows(self) -> int:
+        """Query heads and tokens of a KV head."""
+        return self.of.tokens * self.of.group
+
+    @property
+    def ends(self) -> list[int]:
+        """Where in shared memory each of weights, maxima, flags, mass and sums ends, in bytes."""
+        n = self.together
+        numbers = n * self.parts, n, n, n * self.codewords, WARPS * n * self.of.dim
+        return list(itertools.accumulate(-(-4 * x // 16) * 16 for x in numbers))
+
+    @property
+    def nbytes(self) -> int:
+        """Shared memory of a thread block."""
+        return self.ends[-1] + 16
+
+
+def supports(words: Any) -> bool:
+    """Whether the kernel takes value codewords of this dtype."""
+    return words.dtype == jnp.bfloat16
+
+
+def finish(
+    problem: mosaic_gpu.Problem,
+    query: Float[Array, "B T H q d"],
+    blocks: Int[Array, " B"],
+    histogram: Float[Array, "pairs parts 4 S 16"],
+    scale: Int[Array, "pairs parts 4"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
+    beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """`gsrq_jax.kernels.mosaic_gpu.finish`, for value codewords in bfloat16."""
+    p = Problem(problem, histogram.shape[1], 0 if beside is None else len(beside[0]))
+    if beside is None:
+        others: tuple[Array, Array] = (jnp.zeros((1,)),) * 2
+    else:
+        others = tuple(jnp.moveaxis(x, (0, 3), (2, 1)) for x in beside)  # [B, H, P, T, q, …]
+    words = value_codewords.astype(jnp.bfloat16)
+    return finish_kernel(p)(query, blocks.astype(jnp.int32), histogram, scale, words, *others)
+
+
+def finish_kernel(problem: Problem) -> Any:
+    """The kernel as a function of query, blocks, histogram, scale, codewords and the other parts
+    ``[B, H, P, T, q, …]``."""
+    from gsrq_jax.kernels.warp import Warp, warp_kernel
+
+    def run(warp: Warp, *places: Any) -> None:
+        FinishKernel(problem, warp, Addresses(*places)).run()
+
+    p = problem.of
+    rows = p.batch, p.tokens, p.heads, p.group
+    return warp_kernel(
+        run,
+        outputs=[
+            jax.ShapeDtypeStruct((*rows, p.dim), jnp.float32),
+            jax.ShapeDtypeStruct(rows, jnp.float32),
+        ],
+        nbytes=problem.nbytes,
+        parts=p.pairs * ROWS // problem.together,
+        warps=WARPS,
+        name="attend_finish",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Addresses:
+    """Where the arrays lie, in the order of the kernel's arguments, and its shared memory."""
+
+    query: Any
+    blocks: Any
+    histogram: Any
+    scale: Any
+    words: Any
+    other: Any
+    other_lse: Any
+    out: Any
+    lse: Any
+    shared: Any
+
+
+class FinishKernel:
+    """What one warp of one thread block does, said to that warp."""
+
+    def __init__(self, problem: Problem, warp: Any, at: Addresses):
+        self.problem, self.warp, self.at = problem, warp, at
+        p = problem.of
+        base = (at.shared + 15) & 0xFFFFFFF0
+        self.weights = base
+        self.tops, self.flags, self.mass, self.sums = (base + n for n in problem.ends[:4])
+        blocks = ROWS // problem.together
+        self.pair = warp.block // blocks
+        self.first = warp.block % blocks * problem.together  # of four rows
+        self.head = self.pair // (p.batch * p.row_groups)
+        self.sequence = self.pair // p.row_groups % p.batch
+        self.thread = warp.index * 32 + warp.lane
+
+    def run(self) -> None:
+        """Weights of the parts, their sum, its product with the codewords, one softmax."""
+        warp, count = self.warp, self.problem.together
+        warp.when(warp.less(warp.index, count), self._weigh)
+        # By other warps: both wait for memory.
+        other = warp.select(warp.less(warp.index, count), warp.integer(WARPS), warp.index)
+        warp.when(warp.less(other, 2 * count), self._look)
+        warp.sync_block()
+        self._add_up()
+        warp.sync_block()
+        self._multiply()
+        warp.sync_block()
+        self._write()
+
+    def _row(self, i: Any) -> tuple[Any, Any]:
+        """The row of all rows of the KV head that is row ``i`` here, and whether it is there."""
+        warp, p = self.warp, self.problem
+        row = self.pair % p.of.row_groups * ROWS + self.first + i
+        return warp.unsigned_min(row, p.rows - 1), warp.less(row, p.rows)
+
+    def _place(self, row: Any) -> Any:
+        """Where a row lies in arrays ``[B, T, H, q]``."""
+        warp, p = self.warp, self.problem.of
+        of_token = (self.sequence * p.tokens + row // p.group) * p.heads + self.head
+        return warp.wide(of_token * p.group + row % p.group)
+
+    def _weigh(self) -> None:
+        """The weight of each part of the warp's row."""
+        warp, parts = self.warp, self.problem.parts
+        place = self.at.scale + warp.wide(self.pair) * (parts * ROWS * 4)
+        place = place + warp.wide((self.first + warp.index) * 4)
+        found = []
+        for start in range(0, parts, 32):
+            part = warp.lane + start
+            there = warp.less(part, parts)
+            safe = warp.unsigned_min(part, parts - 1)
+            (scale,) = warp.load_global(place + warp.wide(safe * (ROWS * 4)))
+            found.append((part, there, scale))
+        top = found[0][2]  # the same as another where it is not there
+        for _, _, scale in found[1:]:
+            top = warp.signed_max(top, scale)
+        top = warp.all_max(top)
+        weights = self.weights + warp.index * (parts * 4)
+        for part, there, scale in found:
+            weight = warp.exp2(warp.to_float(scale - top))
+            warp.store_shared(weights + part * 4, [weight], where=there)
+        warp.store_shared(self.tops + warp.index * 4, [top], where=warp.equal(warp.lane, 0))
+
+    def _look(self) -> None:
+        """Whether all of the warp's query can be had in float16, where there is what it asks."""
+        warp, p = self.warp, self.problem.of
+        i = warp.index - self.problem.together
+        row, _ = self._row(i)
+        n = p.dim // 32
+        place = self.at.query + self._place(row) * (p.dim * 4) + warp.wide(warp.lane * (n * 4))
+        most = warp.bits_of(warp.floating(MOST_QUERY))
+        large = warp.integer(0)
+        for x in warp.load_global(place, n=n, kind="f"):
+            small = warp.less(warp.bits_of(x) & 0x7FFFFFFF, most)
+            large = warp.select(small, large, 1)
+        (blocks,) = warp.load_global(self.at.blocks + warp.wide(self.sequence * 4))
+        large = warp.select(warp.less(blocks, 1), warp.integer(0), large)
+        large = warp.all_max(large)
+        warp.store_shared(self.flags + i * 4, [large], where=warp.equal(warp.lane, 0))
+
+    def _add_up(self) -> None:
+        """The sum of all parts of the histogram, four numbers a thread."""
+        warp, p = self.warp, self.problem
+        vectors = p.codewords // 4
+        for start in range(0, p.together * vectors, WARPS * 32):
+            vector = self.thread + start
+            there = warp.less(vector, p.together * vectors)
+            warp.when(there, lambda vector=vector: self._add_vector(vector))
+
+    def _add_vector(self, vector: Any) -> None:
+        warp, p = self.warp, self.problem
+        nbytes = ROWS * p.codewords * 4  # of a part
+        place = self.at.histogram + warp.wide(self.pair) * (p.parts * nbytes)
+        # Rows of a part lie one after the other, as the vectors of those here do.
+        place = place + warp.wide(self.first * (p.codewords * 4) + vector * 16)
+        weights = self.weights + vector // (p.codewords // 4) * (p.parts * 4)
+        ahead = min(AHEAD, p.parts)
+
+        def further(i: Any, sums: list) -> list:
+            parts = [i * ahead + j for j in range(ahead)]
+            safe = [warp.unsigned_min(part, p.parts - 1) for part in parts]
+            read = [
+                warp.load_global(place + warp.wide(part) * nbytes, n=4, kind="f") for part in safe
+            ]
+            for part, at, numbers in zip(parts, safe, read, strict=True):
+                (weight,) = warp.load_shared(weights + at * 4, kind="f")
+                weight = warp.select(warp.less(part, p.parts), weight, 0.0)
+                sums = [warp.fma(x, weight, y) for x, y in zip(numbers, sums, strict=True)]
+            return sums
+
+        rounds = warp.integer(-(-p.parts // ahead))
+        sums = warp.loop(rounds, [warp.floating(0.0)] * 4, further)
+        warp.store_shared(self.mass + vector * 16, sums)
+
+    def _multiply(self) -> None:
+        """Sums of codewords, those of a warp in shared memory."""
+        warp, p, dim = self.warp, self.problem, self.problem.of.dim
+        lanes = dim // CHANNELS
+        groups = WARPS * (32 // lanes)
+        own = warp.index * (32 // lanes) + warp.lane // lanes
+        channel = warp.lane % lanes * CHANNELS
+        ahead = 4 if p.codewords < 8 * groups else AHEAD
+        words = self.at.words + warp.wide(self.head) * (p.codewords * dim * 2)
+        words = words + warp.wide(channel * 2)
+
+        def further(i: Any, sums: list) -> list:
+            first = (i * groups + own) * ahead
+            there = warp.less(first, p.codewords)
+            first = warp.select(there, first, 0)
+            read = [
+                warp.load_global(words + warp.wide(first + j) * (dim * 2), n=4)
+                for j in range(ahead)
+            ]
+            masses = [
+                [
+                    warp.select(there, x, 0.0)
+                    for j in range(0, ahead, 4)
+                    for x in warp.load_shared(
+                        self.mass + first * 4, (row * p.codewords + j) * 4, 4, "f"
+                    )
+                ]
+                for row in range(p.together)
+            ]
+            for j, packed in enumerate(read):
+                word = [
+                    y
+                    for x in packed
+                    for y in (warp.from_bits(x << 16), warp.from_bits(x & 0xFFFF0000))
+                ]
+                for row in range(p.together):
+                    start, mass = row * CHANNELS, masses[row][j]
+                    for c in range(CHANNELS):
+                        sums[start + c] = warp.fma(mass, word[c], sums[start + c])
+            return sums
+
+        rounds = warp.integer(-(-p.codewords // (groups * ahead)))
+        sums = warp.loop(rounds, [warp.floating(0.0)] * (p.together * CHANNELS), further)
+        mask = lanes
+        while mask < 32:
+            sums = [x + warp.from_lane_xor(x, mask) for x in sums]
+            mask *= 2
+        place = self.sums + warp.index * (p.together * dim * 4) + channel * 4
+        writes = warp.less(warp.lane, lanes)
+        for row in range(p.together):
+            for half in range(0, CHANNELS, 4):
+                four = sums[row * CHANNELS + half : row * CHANNELS + half + 4]
+                warp.store_shared(place, four, (row * dim + half) * 4, writes)
+
+    def _write(self) -> None:
+        """A channel of a row each, by one thread."""
+        warp, numbers = self.warp, self.problem.together * self.problem.of.dim
+        for start in range(0, numbers, WARPS * 32):
+            number = self.thread + start
+            i = number // self.problem.of.dim
+            row, there = self._row(i)
+            there = warp.less(warp.select(there, number, numbers), numbers)
+            channel = number % self.problem.of.dim
+
+            def write(number: Any = number, i: Any = i, row: Any = row, at: Any = channel) -> None:
+                self._write_number(number, i, row, at)
+
+            warp.when(there, write)
+
+    def _write_number(self, number: Any, i: Any, row: Any, channel: Any) -> None:
+        warp, p, dim = self.warp, self.problem, self.problem.of.dim
+        out = warp.floating(0.0)
+        for w in range(WARPS):
+            (x,) = warp.load_shared(self.sums + number * 4, w * p.together * dim * 4, kind="f")
+            out = out + x
+        total = warp.floating(0.0)
+        for j in range(0, 16, 4):  # any stage has all of it
+            for x in warp.load_shared(self.mass + i * (p.codewords * 4), j * 4, 4, "f"):
+                total = total + x
+        (top,) = warp.load_shared(self.tops + i * 4)
+        some = warp.less(warp.integer(0), warp.bits_of(total))  # as they are not negative
+        unit = math.log2(pieces.LAST_BIT) + pieces.PROBABILITY_BITS - pieces.HEADROOM
+        out = warp.select(some, out * warp.reciprocal(warp.select(some, total, 1.0)), 0.0)
+        log = warp.to_float(top) + warp.log2(total) - unit  # of the mass, to the base 2
+        log = warp.select(some, log, -math.inf)
+        if p.beside:
+            out, log = self._merged(out, log, row, channel)
+        (large,) = warp.load_shared(self.flags + i * 4)
+        usable, nan = warp.equal(large, 0), warp.from_bits(warp.integer(0x7FC00000))
+        at = self._place(row)
+        value = warp.select(usable, out, nan)
+        warp.store_global(self.at.out + at * (dim * 4) + warp.wide(channel * 4), [value])
+        lse = warp.select(usable, log * LN2, nan)
+        warp.store_global(self.at.lse + at * 4, [lse], where=warp.equal(channel, 0))
+
+    def _merged(self, out: Any, log: Any, row: Any, channel: Any) -> tuple[Any, Any]:
+        """One softmax with what is beside; logarithms have the base 2."""
+        warp, p = self.warp, self.problem
+        of_head = warp.wide(self.sequence * p.of.heads + self.head) * (p.beside * p.rows)
+        first = of_head + warp.wide(row)
+        place = self.at.other + first * (p.of.dim * 4) + warp.wide(channel * 4)
+        logs, outs = [log], [out]
+        for i in range(p.beside):
+            (lse,) = warp.load_global(self.at.other_lse + first * 4, i * p.rows * 4, kind="f")
+            (value,) = warp.load_global(place, i * p.rows * p.of.dim * 4, kind="f")
+            logs.append(lse * (1 / LN2))
+            outs.append(value)
+        top = warp.floating(NOTHING)
+        for x in logs:
+            top = warp.fmax(top, x)
+        total = sums = warp.floating(0.0)
+        for x, value in zip(logs, outs, strict=True):
+            share = warp.exp2(x - top)
+            total, sums = total + share, warp.fma(share, value, sums)
+        some = warp.less(warp.integer(0), warp.bits_of(total))
+        safe = warp.select(some, total, 1.0)
+        out = warp.select(some, sums * warp.reciprocal(safe), 0.0)
+        return out, warp.select(some, top + warp.log2(safe), -math.inf)
