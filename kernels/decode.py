@@ -12,8 +12,6 @@ from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 
 Implementation = Literal["fused", "reference"]
-RECENT_WHERE_SUPPORTED = False
-"""Whether `attend_recent` takes its kernel without being asked: not before it has run on a GPU."""
 Part = tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]
 Parts = tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]]
 
@@ -103,17 +101,16 @@ def attend_recent(
     Args:
         arrays: as there.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
-            kernel where `RECENT_WHERE_SUPPORTED` says so, and else, silently, the reference.
+            kernel where it is supported, and else, silently, the reference.
 
     Raises:
         InputError: if the implementation asked for is unknown or does not support this.
     """
     if implementation is None:
         implementation = "reference"
-        if RECENT_WHERE_SUPPORTED:
-            with contextlib.suppress(InputError):
-                mosaic_gpu_recent.check_supported(*arrays[:7])
-                implementation = "fused"
+        with contextlib.suppress(InputError):
+            mosaic_gpu_recent.check_supported(*arrays[:7])
+            implementation = "fused"
     return _by(
         implementation,
         lambda: None,

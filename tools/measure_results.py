@@ -202,7 +202,10 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "gsrq-windows-1": ("--preset", "balanced", "--bits", "1"),
     **{f"gsrq-trained-{x:g}": ("--preset", "best", "--bits", f"{x:g}") for x in RATES[1:]},
     # No text but what the model writes: for text that nobody thought of.
-    "gsrq-sampled-1": ("--preset", "best", "--bits", "1", "--distill.text", "sampled"),
+    **{
+        f"gsrq-sampled-{x:g}": ("--preset", "best", "--bits", f"{x:g}", "--distill.text", "sampled")
+        for x in (1, 0.75, 0.5)
+    },
     "gsrq-trained-1-window0": (
         *("--preset", "best", "--bits", "1", "--allocate", "uniform", "--window", "0"),
         *("--distill.windows", "0"),

@@ -579,7 +579,8 @@ class FitOptions:
         steps: of EM, each stage of the keys.
         first_temperature, last_temperature: of the first stages' assignments.
         rounds: of least squares and search, for values.
-        chunk: vectors handled at a time, of each head.
+        chunk: keys handled at a time, of each head; of values, which take as many numbers and not
+            C² each, sixteen times as many: the search goes from bit to bit, and over chunks.
     """
 
     steps: int = 100
@@ -686,6 +687,6 @@ def _fit_values(
         jnp.square(scale.astype(jnp.float32)),
         spec.heads * spec.value_bits,
         options.rounds,
-        chunk=options.chunk,
+        chunk=16 * options.chunk,
     )
     return words, guess, channels
