@@ -1,8 +1,11 @@
 """The benchmark of decoding: at toy sizes on a CPU, and what it makes of numbers that are known."""
 
+import contextlib
 import itertools
 import json
+import os
 import sys
+import time
 import types
 
 import jax
@@ -87,18 +90,22 @@ def test_what_matters_comes_first(benchmark):
     shapes = [(r["batch"], r["context"]) for r in rows]
     first = 4 * 5  # bf16, int8, KIVI-2, 1 and 0.5 bit; torch is not there
     assert all(row["part"] == "attention" for row in rows[:first])
+    bars = config.pairs[:4]
+    assert set(shapes[:first]) == set(bars)
+    short = [s for s, r in zip(shapes, rows, strict=True) if r["part"] == "attention"][first:]
+    assert set(short) == {(1, 4096), (8, 4096), (1, 8192), (1, 32768)}
     of_model = {(*shape, r["what"]) for shape, r in zip(shapes, rows, strict=True)} - set()
     ahead = rows[first : first + 10]
     assert {r["weights"] for r in ahead} == {"bf16"}
     assert {r["what"] for r in ahead} == {"bf16", "1 bit"}
-    assert [s for s in shapes[first : first + 8] if s not in config.pairs] == []
+    assert [s for s in shapes[first : first + 8] if s not in bars] == []
     largest = [(r["what"], r["batch"]) for r in ahead[8:] if r["context"] == 32768]
     assert dict(largest)["1 bit"] > 6 * dict(largest)["bf16"]
     for batch, context in itertools.product(config.batches, config.contexts):
         assert {(batch, context, what) for what in ("bf16", "1 bit", "0.5 bit")} <= of_model
     assert (1, 2**20, "1 bit") in of_model
     eights = [s for s, r in zip(shapes, rows, strict=True) if r.get("weights") == "int8"]
-    assert set(eights) <= set(config.pairs)
+    assert set(eights) == set(bars)
     assert len([r for r in rows if r["part"] == "prefill"]) == 6
 
 
@@ -107,6 +114,54 @@ def test_what_cannot_fit_is_not_compiled(benchmark):
     found = {m.row["what"]: m for m in benchmark.planned(config) if m.row["batch"] == 32}
     assert found["bf16"].prepare() is None
     assert found["bf16"].measure(None) == {"error": "does not fit"}
+
+
+def test_a_batch_that_proves_too_large_gets_smaller(benchmark, monkeypatch):
+    """Arrays of what failed are gone by then, and the row is not measured again."""
+    config = toy(benchmark, part="model", memory=4e7, weights=("bf16",), bits=())
+    tried = []
+
+    def measure(loop, _, batch):
+        held = jax.block_until_ready(jax.numpy.ones(12345))
+        assert sum(x.shape == held.shape for x in jax.live_arrays()) == 1
+        tried.append((batch, loop))
+        if len(tried) < fail:
+            raise RuntimeError("RESOURCE_EXHAUSTED: for a test")
+        return {"tokens_per_second": 1.0, "bytes": 2.0}
+
+    monkeypatch.setattr(benchmark, "measure_model", measure)
+    monkeypatch.setattr(benchmark, "loop_of", lambda *size: size[2])
+    (m,) = (m for m in benchmark.planned(config) if "estimate" in m.row and m.row["context"] == 256)
+    monkeypatch.setattr(benchmark, "planned", lambda _: [m])
+    estimate = m.row["estimate"]
+    sizes = [estimate]
+    for _ in range(4):
+        sizes.append(sizes[-1] * 19 // 20)
+    assert sizes == sorted(set(sizes), reverse=True)
+    fail = 3
+    (row,) = benchmark.run(config)
+    assert tried == [(n, n) for n in sizes[:3]]
+    assert (row["batch"], row["estimate"], row["bytes"]) == (sizes[2], estimate, 2.0)
+    assert list(benchmark.run(config, [row])) == []
+    tried.clear()
+    fail = 9
+    (row,) = benchmark.run(config, [row | {"estimate": estimate + 1}])
+    assert [n for n, _ in tried] == sizes
+    assert (row["batch"], row["error"]) == (sizes[-1], "does not fit")
+
+
+@pytest.mark.parametrize(
+    ("part", "torch", "want"),
+    [("model", True, None), ("attention", True, "false"), ("all", False, None)],
+)
+def test_memory_is_left_to_torch_alone(benchmark, monkeypatch, part, torch, want):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "as it is found again")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE")
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda _: torch or None)
+    monkeypatch.setattr(benchmark.jax, "devices", None)  # the first use of a device
+    with pytest.raises(TypeError):
+        benchmark.main(toy(benchmark, part=part))
+    assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == want
 
 
 def test_no_time(benchmark, tmp_path, capsys):
@@ -147,18 +202,30 @@ def test_parts_of_a_profile(benchmark):
     parts = benchmark.by_part(
         {
             "body_mosaic_gpu_kernel | attend/mpmd_map": 200.0,
+            "attend_recent_mosaic_gpu_kernel": 40.0,
+            "cudnn_generated_fort_native_sdpa": 60.0,
+            "void cudnn::fusion::lean_reduction_kernel": 3.0,
             "nvjet_sm90_hsh | dot_general": 30.0,
+            "void cublasLt::splitKreduce_kernel": 50.0,
+            "input_reduce_fusion_6 | dot_general": 100.0,
             "gemm_fusion_dot_5": 6.0,
             "nvjet_sm90_hsh | attend/dot_general": 5.0,
             "loop_add | append/vmap(encode)/add": 4.0,
             "x": 2,
         }
     )
-    assert parts == {"kernel": 200.0, "products": 36.0, "rest": 2.0, "attend": 5.0, "append": 4.0}
+    want = {"kernel": 200.0, "products": 186.0, "rest": 2.0, "attend": 108.0, "append": 4.0}
+    assert parts == want
     assert benchmark.by_part({"x": 2.0}) == {"products": 0.0, "rest": 2.0}
     assert benchmark.by_part({}) == {}
     x = jax.numpy.ones(3)
-    assert benchmark.profile(lambda: x + 1, 1, {}) == {}  # of a CPU
+    assert benchmark.profile(lambda: x + 1, 1, "") == {}  # of a CPU
+
+
+class Made:  # as jax.profiler.ProfileData is
+    def __init__(self, name, **fields):
+        self.name = name
+        vars(self).update(fields)
 
 
 def test_profiles_know_where_operations_come_from(benchmark, monkeypatch):
@@ -178,19 +245,49 @@ ENTRY %main (a: f32[2]) -> f32[2] {
     assert scopes["slices.3"] == scopes["gemm.1"] == "attend/dot_general"
     assert scopes["add.7"] == "append/add"
 
-    class Made:  # as jax.profiler.ProfileData is
-        def __init__(self, name, **fields):
-            self.name = name
-            vars(self).update(fields)
-
     def event(name, op):
         return Made(name, duration_ns=4000.0, stats=[("hlo_op", op), ("other", 1)])
 
     line = Made("Stream #7", events=[event("nvjet", "slices.3"), event("copy", "unknown")])
     data = Made("", planes=[Made("/device:GPU:0", lines=[line, Made("Steps", events=[1])])])
     monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda _: data, raising=False)
-    found = benchmark.profile(lambda: jax.numpy.ones(3), 2, scopes)
+    found = benchmark.profile(lambda: jax.numpy.ones(3), 2, hlo)
     assert found == {"nvjet | attend/dot_general": 2.0, "copy": 2.0}
+
+
+def test_kernels_of_graphs_are_known_by_name(benchmark, monkeypatch):
+    """As XLA names them; not guessed where equal instructions of two places share one."""
+    hlo = """
+%body (p: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  %wrapped_add = f32[] fusion(%p), metadata={op_name="jit(f)/while/body/attend/add"}
+  %loop_add_fusion.1 = f32[] fusion(%p), metadata={op_name="jit(f)/body/attend/add"}
+  %loop_mul-fusion.4 = f32[] fusion(%p), metadata={op_name="jit(f)/attend/jit(g)/mul"}
+  ROOT %loop_sub_fusion = f32[] fusion(%p), metadata={op_name="jit(f)/append/sub"}
+}
+
+ENTRY %main (a: f32[]) -> f32[] {
+  %a = f32[] parameter(0), metadata={op_name="a"}
+  %loop_add_fusion.2 = f32[] fusion(%a), metadata={op_name="attend/e" SAME="loop_add_fusion.1"}
+  %loop_sub_fusion.9 = f32[] fusion(%a), metadata={op_name="jit(f)/mul" SAME="loop_sub_fusion"}
+  ROOT %loop_unknown_fusion.3 = f32[] fusion(%a), metadata={SAME="wrapped_add"}
+}
+""".replace("SAME", "deduplicated_name")
+    assert benchmark.kernels_of(hlo) == {
+        "a": "a",
+        "loop_add_fusion_1": "attend",
+        "loop_add_fusion_2": "attend/e",
+        "loop_mul_fusion_4": "attend/mul",
+        "loop_sub_fusion_9": "mul",
+    }
+
+    names = ("loop_add_fusion_1", "loop_sub_fusion", "nvjet")
+    events = [Made(name, duration_ns=1000.0, stats=[]) for name in names]
+    data = Made("", planes=[Made("GPU", lines=[Made("Stream", events=events)])])
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda _: data, raising=False)
+    found = benchmark.profile(lambda: jax.numpy.ones(3), 1, hlo)
+    assert found == {"loop_add_fusion_1 | attend": 1.0, "loop_sub_fusion": 1.0, "nvjet": 1.0}
+    assert benchmark.by_part(found) == {"products": 1.0, "rest": 1.0, "attend": 1.0}
 
 
 def test_scopes_of_a_decode_loop(benchmark):
@@ -202,26 +299,107 @@ def test_scopes_of_a_decode_loop(benchmark):
     assert "dot_general" in scopes  # with weights
 
 
-def test_attention_by_torch(benchmark, monkeypatch):
-    """FlashAttention-3 is there if it is installed, and takes the arrays in its order."""
-    assert benchmark.torch_attentions() == {}  # without a GPU
-
-    class Cuda:
-        @staticmethod
-        def is_available():
-            return True
-
-    flash = types.ModuleType("flash_attn_interface")
-    flash.flash_attn_with_kvcache = lambda query, key, value: (query, key, value)
+@pytest.fixture
+def torch(benchmark, monkeypatch):
+    """So much of torch that its attentions can be told from each other."""
     torch = types.ModuleType("torch")
-    torch.cuda = Cuda
+    torch.int32 = np.int32
+    torch.arange, torch.full = (
+        lambda *a, make=make, device, **given: make(*a, **given) for make in (np.arange, np.full)
+    )
+    torch.cuda = types.SimpleNamespace(is_available=lambda: True)
     monkeypatch.setattr(benchmark, "on_gpu", lambda: True)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    for name in ("flash_attn_interface", "vllm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return torch
+
+
+def test_attention_by_torch(benchmark, monkeypatch, torch):
+    """FlashAttention-3 is there if it is installed, and takes the arrays in its order."""
     assert list(benchmark.torch_attentions()) == ["torch SDPA"]
+    flash = types.ModuleType("flash_attn_interface")
+    flash.flash_attn_with_kvcache = lambda query, key, value: (query, key, value)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", flash)
     found = benchmark.torch_attentions()
     assert found["FlashAttention-3"](1, 2, 3) == (1, 2, 3)
+    monkeypatch.setattr(benchmark, "on_gpu", lambda: False)
+    assert benchmark.torch_attentions() == {}
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.02], ids=["slow graph", "fast graph"])
+@pytest.mark.parametrize("captures", [True, False])
+def test_torch_is_timed_with_and_without_a_graph(benchmark, torch, slow, captures, capsys):
+    """The faster counts; what cannot be captured is called from Python."""
+
+    class Tensor(np.ndarray):
+        def transpose(self, *axes):
+            return np.swapaxes(self, *axes)
+
+    class Graph:
+        def replay(self):
+            time.sleep(0.02 - slow)
+
+    @contextlib.contextmanager
+    def capture(graph, capture_error_mode):
+        yield
+        if not captures:
+            raise RuntimeError("for a test")
+
+    def attend(query, key, value):
+        assert query.shape == (2, 1, 4, 64)
+        assert key.shape == value.shape == (2, 30, 2, 64)
+        time.sleep(slow / 2)
+
+    def randn(*shape, dtype, device):
+        return np.zeros(shape[0] if len(shape) == 1 else shape).view(Tensor)
+
+    torch.bfloat16, torch.randn = None, randn
+    names = {"OutOfMemoryError": MemoryError, "CUDAGraph": Graph, "graph": capture}
+    for name in ("synchronize", "empty_cache"):
+        names[name] = lambda: None
+    vars(torch.cuda).update(names)
+    took = benchmark.measure_torch(attend, toy(benchmark, at_least=1e-6), 2, 30)["microseconds"]
+    assert (took > 5000) == (slow > 0 and not captures)  # two layers a round
+    assert ("for a test" in capsys.readouterr().err) == (not captures)
+
+
+def test_flash_attention_of_vllm(benchmark, monkeypatch, torch, tmp_path):
+    """A folder of its files is enough, and its plan is made once for all layers."""
+    folder = tmp_path / "vllm" / "vllm_flash_attn"
+    folder.mkdir(parents=True)
+    (folder / "flash_attn_interface.py").write_text(
+        "plans = 0\n"
+        "def get_scheduler_metadata(batch, queries, tokens, heads, kv_heads, dim, used,"
+        " cu_seqlens_q):\n"
+        "    global plans\n"
+        "    plans += 1\n"
+        "    return batch, queries, tokens, heads, kv_heads, dim\n"
+        "def flash_attn_varlen_func(q, k, v, **given):\n"
+        "    assert given.pop('fa_version') == 3\n"
+        "    flash_attn_varlen_func.given = given\n"
+        "    return q\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm")
+    extension = folder / "_vllm_fa3_C.py"
+    extension.write_text("raise ImportError('undefined symbol: for a test')")
+    with pytest.raises(ImportError, match="for a test"):  # when it is measured
+        benchmark.torch_attentions()["FlashAttention-3"](1, 2, 3)
+    extension.write_text("")
+    attend = benchmark.torch_attentions()["FlashAttention-3"]
+    query, key = np.ones((3, 1, 8, 4)), np.ones((3, 50, 2, 4))
+    for _ in range(2):
+        assert attend(query, key, key).shape == query.shape
+    flash = sys.modules["vllm.vllm_flash_attn.flash_attn_interface"]
+    given = flash.flash_attn_varlen_func.given
+    assert flash.plans == 1
+    assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (1, 50)
+    assert given["scheduler_metadata"] == (3, 1, 50, 8, 2, 4)
+    np.testing.assert_array_equal(given["cu_seqlens_q"], [0, 1, 2, 3])
+    np.testing.assert_array_equal(given["seqused_k"], [50, 50, 50])
+    for name in [name for name in sys.modules if name.startswith("vllm")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize(
