@@ -98,6 +98,7 @@ class Config:
         batches: sequences of the model's loop.
         contexts: tokens in its cache at the end.
         steps: tokens that are decoded.
+        unroll: the coded loop has its layers one after the other, as bf16's always has.
         prompts: tokens of prompts that are read and encoded.
         only_coded: leave out the model's loop in bf16.
         long: tokens of one more context, of one sequence; 0 for none.
@@ -129,6 +130,7 @@ class Config:
     batches: tuple[int, ...] = (1, 8, 32)
     contexts: tuple[int, ...] = (8192, 32768, 131072)
     steps: int = 32
+    unroll: bool = True
     prompts: tuple[int, ...] = (8192, 32768)
     only_coded: bool = False
     long: int = 2**20
@@ -615,6 +617,8 @@ def coded_loop(config: Config, bits: float, batch: int, context: int, weights: s
     """`gsrq_jax.models.generation.decode`."""
     c, spec = config.sizes, config.spec(bits, context)
     graphdef, shapes = llama.abstract(c, jnp.bfloat16, int8=weights == "int8")
+    if config.unroll:
+        shapes = jax.eval_shape(llama.unrolled, shapes)
     room = 2 * config.steps + 2
 
     def state(key: jax.Array) -> generation.DecodeState:

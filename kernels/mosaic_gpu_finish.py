@@ -83,10 +83,9 @@ def finish(
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.mosaic_gpu.finish`, for value codewords in bfloat16."""
     p = Problem(problem, histogram.shape[1], 0 if beside is None else len(beside[0]))
-    if beside is None:
-        others: tuple[Array, Array] = (jnp.zeros((1,)),) * 2
-    else:
-        others = tuple(jnp.moveaxis(x, (0, 3), (2, 1)) for x in beside)  # [B, H, P, T, q, …]
+    others = [jnp.zeros((1,))] * 2
+    if beside is not None:
+        others = [jnp.moveaxis(x, (0, 3), (2, 1)) for x in beside]  # [B, H, P, T, q, …]
     words = value_codewords.astype(jnp.bfloat16)
     return finish_kernel(p)(query, blocks.astype(jnp.int32), histogram, scale, words, *others)
 

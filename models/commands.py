@@ -23,6 +23,7 @@ from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import (
     fidelity,
     generation,
+    llama,
     loading,
     longbench_run,
     needle,
@@ -150,6 +151,8 @@ class GenerateConfig:
         dtype: of the model.
         int8: round the model's weights to 8 bits, so that a token reads half as many bytes of them
             as in bfloat16.
+        unroll: compile the layers one after the other, not as a loop: it takes some times as long,
+            and decoding on a GPU less (docs/kernels.md).
         mesh: devices over which the past, and heads, are spread, such as ``4 2``; by default all of
             several processes (docs/pods.md), but one device of a single process.
         chunk: tokens of the prompt that are read at a time, over the cache that those before them
@@ -170,6 +173,7 @@ class GenerateConfig:
     chat: Literal["auto", "yes", "no"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     int8: bool = False
+    unroll: bool = False
     mesh: tuple[int, int] | None = None
     chunk: int | None = None
 
@@ -228,10 +232,16 @@ def _generate(config: GenerateConfig) -> None:
         if config.layout is not None:
             trained = codec.respec(trained, layout=config.layout)
         ways.append(trained)
+    params: llama.Params = model.params
+    if config.unroll:
+        if mesh_for(model.config) is not None:
+            raise InputError("--unroll is for one device; leave out --mesh")
+        params = llama.unrolled(model.params)
+        model = dataclasses.replace(model, params=nnx.State({}))  # not twice on the device
     for books in ways:
         print(f"--- {'full precision' if books is None else books.spec}", flush=True)
         generator = generation.Generator(
-            *(model.graphdef, model.params, books, sampler, model.config.eos_tokens),
+            *(model.graphdef, params, books, sampler, model.config.eos_tokens),
             mesh=mesh_for(model.config),
             chunk=config.chunk,
         )

@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from gsrq_jax import sharded
 from gsrq_jax.attention import Implementation, attend, causal
 from gsrq_jax.cache import KVCache, append, init_cache, layer_views, stack_layers
+from gsrq_jax.codebook import Codebooks
 from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.models import llama, sharding
+from gsrq_jax.models.llama import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ class DecodeState:
 
 def prefill(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     codec: Codec | None,
@@ -145,7 +147,7 @@ def prefill(
 
 def read(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     codec: Codec | None,
@@ -181,7 +183,7 @@ def read(
     batch, length = tokens.shape
     if chunk < 1 or length % chunk:
         raise InputError(f"{length} tokens are not a number of chunks of {chunk}; pad them")
-    config = nnx.merge(graphdef, params).config
+    config = llama.model_of(graphdef, params).config
     empty = _on(mesh, init_cache, sharded.init_cache)(
         codec.spec if codec is not None else None,
         batch=batch,
@@ -274,7 +276,7 @@ def _filled(
 
 def extend(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     cache: KVCache,
@@ -295,7 +297,7 @@ def extend(
 
 def hidden_after(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     cache: KVCache,
@@ -319,18 +321,32 @@ def hidden_after(
     """
     positions = cache.length[0][:, None] + jnp.arange(tokens.shape[1])
     views, view = layer_views(cache)
+    books, codec_of = _codec_views(codec)
     here = functools.partial(attend, implementation=implementation)
 
-    def layer(q: Array, k: Array, v: Array, held: tuple[Any, Codec | None]):
-        out = _on(mesh, here, sharded.attend)(q, k, v, view(held[0]), held[1], count)
+    def layer(q: Array, k: Array, v: Array, held: tuple[Any, Any]):
+        out = _on(mesh, here, sharded.attend)(q, k, v, view(held[0]), codec_of(held[1]), count)
         # Without it, the product that makes v is done twice on a GPU: also where the stack has it.
         return out, (k, jax.lax.optimization_barrier(v))
 
     place = _on(mesh, lambda h: h, sharding.by_channels)
     hidden, (k, v) = llama.apply(
-        graphdef, params, tokens, positions, layer, (views, codec), place=place
+        graphdef, params, tokens, positions, layer, (views, books), place=place
     )
     return hidden, _on(mesh, append, sharded.append)(cache, k, v, codec, count)
+
+
+def _codec_views(codec: Codec | None) -> tuple[Any, Callable[[Any], Codec | None]]:
+    """As `gsrq_jax.cache.layer_views`, of a stacked codec.
+
+    A model turns the keys of all its layers alike, so all read the first one's frequencies: what
+    follows from them and from positions alone is the same in all layers, also to a compiler.
+    """
+    if not isinstance(codec, Codebooks):
+        return codec, lambda x: x
+    common = codec.inv_freq[0]
+    bare = dataclasses.replace(codec, inv_freq=None)  # type: ignore[arg-type]
+    return bare, lambda x: dataclasses.replace(x, inv_freq=common)
 
 
 def _on(mesh: Mesh | None, one: Callable, many: Callable) -> Callable:
@@ -340,7 +356,7 @@ def _on(mesh: Mesh | None, one: Callable, many: Callable) -> Callable:
 
 def decode(
     graphdef: nnx.GraphDef,
-    params: nnx.State,
+    params: Params,
     codec: Codec | None,
     state: DecodeState,
     steps: Int[Array, ""],
@@ -429,7 +445,8 @@ class Generator:
     """A model with compiled prefill and decode loop, for calls from Python.
 
     Attributes:
-        graphdef, params: of the model.
+        graphdef, params: of the model; unrolled parameters (`gsrq_jax.models.llama.unrolled`) make
+            longer programs that take less time on a GPU, and need a mesh of None.
         codec: a stacked codec, such as codebooks; None for the exact cache.
         sampler: how tokens are chosen.
         eos: tokens that end a sequence.
@@ -440,7 +457,7 @@ class Generator:
     """
 
     graphdef: nnx.GraphDef
-    params: nnx.State
+    params: Params
     codec: Codec | None = None
     sampler: Sampler = Sampler()
     eos: tuple[int, ...] = ()
@@ -449,7 +466,7 @@ class Generator:
     chunk: int | None = None
 
     @functools.cached_property
-    def _placed(self) -> tuple[nnx.State, Codec | None]:
+    def _placed(self) -> tuple[Params, Codec | None]:
         """Parameters and codec where the mesh has them."""
         if self.mesh is None:
             return self.params, self.codec
@@ -512,14 +529,16 @@ class Generator:
 
         Raises:
             InputError: if a prompt is empty or does not fit with its new tokens, or if
-                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1, or the seed out of
-                range. It comes with the first state.
+                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1, the seed out of range, or
+                parameters are unrolled and there is a mesh. It comes with the first state.
         """
         check_seed(seed)
         longest = max(map(len, prompts), default=0)
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")
         at_least(1, chunk=self.chunk)
+        if self.mesh is not None and isinstance(self.params, llama.Unrolled):
+            raise InputError("unrolled parameters are for one device; give stacked ones to a mesh")
         stride = max_new_tokens if stride is None else stride
         if max_new_tokens < 1 or stride < 1:
             raise InputError(

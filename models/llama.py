@@ -5,9 +5,10 @@ Split once, ``graphdef, params = nnx.split(model)``; from there on everything is
 checkpoint, so that loading is a rule and not a table.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -132,6 +133,7 @@ class Llama(nnx.Module):
         attention: Attention,
         per_layer: Any = None,
         *,
+        others: Sequence[nnx.State] | None = None,
         remat: bool = False,
         place: Callable[[Array], Array] = lambda h: h,
     ) -> tuple[Float[Array, "B T hidden"], Any]:
@@ -143,6 +145,8 @@ class Llama(nnx.Module):
             attention: see :data:`Attention`; the only place where tokens meet.
             per_layer: pytree with a leading axis of layers, whose slices are ``attention``'s
                 ``x_layer``.
+            others: parameters of all layers but the first, whose own are then this module's
+                (`Unrolled`); None where all are stacked.
             remat: recompute each layer in the backward pass instead of keeping its activations;
                 codes and what attention returns are kept.
             place: constrains where hidden states between layers live, on many devices.
@@ -161,8 +165,15 @@ class Llama(nnx.Module):
         if remat:
             policy = jax.checkpoint_policies.save_only_these_names(residual.CODES, _ATTENDED)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        h, y = jax.lax.scan(body, place(self.embed_tokens(tokens)), (state, per_layer))
-        return self.norm(h), y
+        h = place(self.embed_tokens(tokens))
+        if others is None:
+            h, y = jax.lax.scan(body, h, (state, per_layer))
+            return self.norm(h), y
+        ys = []
+        for i, own in enumerate([state, *others]):
+            h, y = body(h, (own, jax.tree.map(lambda x, i=i: x[i], per_layer)))
+            ys.append(y)
+        return self.norm(h), jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
     def logits(self, hidden: Float[Array, "*n hidden"]) -> Float32[Array, "*n vocab"]:
         """Scores of the next token from hidden states, float32."""
@@ -192,9 +203,43 @@ def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs, dtype: DTypeLike) -> n
     return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unrolled:
+    """Parameters of a model, each layer's in arrays of their own: its layers follow one another in
+    the program instead of being a loop's.
+
+    A program then takes longer to compile, and less time on GPUs: XLA tunes products with weights
+    that are not cut out of a stack, and finds once what is the same in all layers.
+
+    Attributes:
+        first: all parameters, but of the layers only the first one's, without a leading axis.
+        others: of each of the other layers.
+    """
+
+    first: nnx.State
+    others: tuple[nnx.State, ...]
+
+
+Params = nnx.State | Unrolled
+
+
+def unrolled(params: nnx.State) -> Unrolled:
+    """A copy of stacked parameters, layer by layer."""
+    stacked = params["layers"]
+    count = len(jax.tree.leaves(stacked)[0])
+    first, *others = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
+    return Unrolled(nnx.State({**params, "layers": first}), tuple(others))
+
+
+def model_of(graphdef: nnx.GraphDef[Llama], params: Params) -> Llama:
+    """The module; of unrolled parameters, one whose only layer is the first."""
+    return nnx.merge(graphdef, params.first if isinstance(params, Unrolled) else params)
+
+
 def apply(
     graphdef: nnx.GraphDef[Llama],
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     attention: Attention,
@@ -204,15 +249,16 @@ def apply(
     place: Callable[[Array], Array] = lambda h: h,
 ) -> tuple[Float[Array, "B T hidden"], Any]:
     """:meth:`Llama.__call__` as a pure function of the parameters."""
-    model = nnx.merge(graphdef, params)
-    return model(tokens, positions, attention, per_layer, remat=remat, place=place)
+    model = model_of(graphdef, params)
+    more = {"others": params.others} if isinstance(params, Unrolled) else {}
+    return model(tokens, positions, attention, per_layer, remat=remat, place=place, **more)
 
 
 def logits(
-    graphdef: nnx.GraphDef[Llama], params: nnx.State, hidden: Float[Array, "*n hidden"]
+    graphdef: nnx.GraphDef[Llama], params: Params, hidden: Float[Array, "*n hidden"]
 ) -> Float32[Array, "*n vocab"]:
     """:meth:`Llama.logits` as a pure function of the parameters."""
-    return nnx.merge(graphdef, params).logits(hidden)
+    return model_of(graphdef, params).logits(hidden)
 
 
 def output_moments(graphdef: nnx.GraphDef[Llama], params: nnx.State) -> Float32[Array, "L H d d"]:

@@ -399,6 +399,19 @@ def test_generation_with_both_caches(tiny_run, tiny_model, capsys):
     assert "[24 + " in ours
 
 
+def test_generation_with_unrolled_layers(tiny_run, tiny_model, capsys, refused):
+    args = ["--model", str(tiny_model), "--codebooks", str(tiny_run / "codebooks")]
+    args += ["--max-new-tokens", "8", "A prompt of some length"]
+    texts = []
+    for more in ([], ["--unroll"]):
+        commands.generate([*args, *more])
+        texts.append(capsys.readouterr().out.partition("\n[")[0])
+    assert texts[0] == texts[1]
+    assert "--unroll is for one device" in refused(
+        commands.generate, *args, "--unroll", "--mesh", "2", "1"
+    )
+
+
 def test_generation_over_tiles(tiny_run, tiny_model, tmp_path, capsys, refused):
     """Codebooks of blocks that tiles cannot hold are refused, others are not trained anew."""
     flags = ["--layout", "tiles", "--max-new-tokens", "3", "x" * 200]

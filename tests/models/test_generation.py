@@ -14,7 +14,7 @@ from gsrq_jax import calibration, codebook, codec
 from gsrq_jax.attention import causal
 from gsrq_jax.cache import append, init_cache, layer_views, materialize
 from gsrq_jax.errors import InputError
-from gsrq_jax.models import evaluation, generation, llama
+from gsrq_jax.models import evaluation, generation, llama, sharding
 from gsrq_jax.models.generation import Generator, Sampler
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
@@ -112,6 +112,14 @@ def test_coded_loop_is_what_the_cache_says_at_every_step(cache):
     assert coded.min() >= 2
     assert coded.max() >= 5
     assert (new != whole("exact")[0]).mean() > 0.3  # the codes do matter here
+
+
+@pytest.mark.parametrize("cache", ["coded", "together", "exact"])
+def test_unrolled_layers_write_the_same_tokens(cache):
+    stacked = generator(cache)
+    apart = dataclasses.replace(stacked, params=llama.unrolled(stacked.params))
+    assert len(apart.params.others) == CONFIG.layers - 1
+    np.testing.assert_array_equal(generate(apart).tokens, whole(cache)[0])
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel")
@@ -483,6 +491,13 @@ def test_a_top_p_that_rounding_never_reaches_keeps_all():
 def test_unusable_prompts(prompts, options, message):
     with pytest.raises(InputError, match=message):
         generate(generator(), prompts, **options)
+
+
+def test_unrolled_layers_on_a_mesh():
+    mesh = sharding.make_mesh(CONFIG.kv_heads, (2, 1))
+    params = llama.unrolled(model()[1])
+    with pytest.raises(InputError, match="unrolled parameters are for one device"):
+        generate(dataclasses.replace(generator(), params=params, mesh=mesh))
 
 
 def test_a_prompt_that_just_fits():
