@@ -169,7 +169,7 @@ class Llama(nnx.Module):
         if others is None:
             h, y = jax.lax.scan(body, h, (state, per_layer))
             return self.norm(h), y
-        ys = []
+        body, ys = jax.jit(body), []  # traced and lowered once
         for i, own in enumerate([state, *others]):
             h, y = body(h, (own, jax.tree.map(lambda x, i=i: x[i], per_layer)))
             ys.append(y)
