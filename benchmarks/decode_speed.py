@@ -1063,7 +1063,7 @@ def markdown(data: Mapping[str, Any]) -> str:
             f"Reading one prompt, {rows[0]['layers']} layers, exact attention, each layer's keys "
             "and values encoded greedily:",
             "",
-            "| tokens | cache | ms | more than bf16 | share of the device that bf16 does not take |",
+            "| tokens | cache | ms | more than bf16 | of the device, not taken by bf16 |",
             "| --- | --- | --- | --- | --- |",
         ]
     good = [r for r in rows if "error" not in r]

@@ -93,9 +93,7 @@ def attend_words(
     )
 
 
-def attend_recent(
-    *arrays: Array, implementation: Implementation | None = None
-) -> Parts:
+def attend_recent(*arrays: Array, implementation: Implementation | None = None) -> Parts:
     """`gsrq_jax.kernels.reference.attend_recent`, whose arguments it takes, in P parts.
 
     Args:

@@ -45,8 +45,6 @@ EMPTY = -(2**30)
 MOST_QUERY = 2.0**14
 """Bound of a query's numbers, so that float16 holds them in any frame."""
 LN2 = math.log(2)
-FINISH_BY_KERNEL = False
-"""Whether `finish` is `gsrq_jax.kernels.mosaic_gpu_finish`'s: not before it has run on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,7 +448,7 @@ def attend_tiles(
     blocks = blocks.astype(jnp.int32)
     inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
-    by_kernel = FINISH_BY_KERNEL and mosaic_gpu_finish.supports(value_codewords)
+    by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
     return end(problem, query, blocks, histogram, scale, value_codewords, beside)
 

@@ -529,8 +529,9 @@ class Generator:
 
         Raises:
             InputError: if a prompt is empty or does not fit with its new tokens, or if
-                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1, the seed out of range, or
-                parameters are unrolled and there is a mesh. It comes with the first state.
+                ``max_new_tokens``, ``stride`` or ``chunk`` is less than 1, the seed is out of
+                range, or parameters are unrolled and there is a mesh. It comes with the first
+                state.
         """
         check_seed(seed)
         longest = max(map(len, prompts), default=0)
@@ -538,7 +539,7 @@ class Generator:
             raise InputError("a prompt is empty; give at least one token")
         at_least(1, chunk=self.chunk)
         if self.mesh is not None and isinstance(self.params, llama.Unrolled):
-            raise InputError("unrolled parameters are for one device; give stacked ones to a mesh")
+            raise InputError("unrolled parameters are for one device; a mesh takes stacked ones")
         stride = max_new_tokens if stride is None else stride
         if max_new_tokens < 1 or stride < 1:
             raise InputError(

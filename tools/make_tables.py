@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from results/*.json: ``python tools/make_tables.py``.
+"""Fill the tables of README.md and docs/kernels.md from results: ``python tools/make_tables.py``.
 
 With ``--check`` nothing is written; the exit code says whether the tables are those of the files.
 """
@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import make_results
@@ -123,23 +124,123 @@ def heads() -> str:
     return make_results.ablations(changed, rows)[-1]
 
 
-def filled(readme: str) -> str:
-    """The README with its tables as the files have them."""
-    tables = {"demo": demo, "results": runs, "presets": presets, "heads": heads, "peers": peers}
-    for name, make in tables.items():
+BARS = {  # (batch, context): times as fast as bf16, of the kernel and of all, at 1 bit and at 0.5
+    (8, 131072): ((9, 7.5), (13, 10)),
+    (8, 32768): ((7.5, 5.5), (10, 7)),
+    (1, 131072): ((6, 4.5), (8, 6)),
+    (32, 8192): ((4, 3), (5, 3.5)),
+}
+SPEED = "decode-speed/nvidia-h100"
+
+
+def _speed(part: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of a part of the benchmark by batch, context, what, and for a model its weights."""
+    rows = [r for r in load(SPEED)["rows"] if r["part"] == part]
+    return {(r["batch"], r["context"], r["what"], r.get("weights")): r for r in rows}
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 2**20}M" if tokens >= 2**20 else f"{tokens // 1024}k"
+
+
+def attention() -> str:
+    """Microseconds of a layer's attention beside the bars; what meets its bar is bold."""
+    rows = _speed("attention")
+    lines = [
+        "| batch × context | best bf16, µs | 1 bit: kernel, all | times as fast | bars "
+        "| 0.5 bit: kernel, all | times as fast | bars |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (batch, context), both in BARS.items():
+        here = {k[2]: r for k, r in rows.items() if k[:2] == (batch, context)}
+        best = min(r["microseconds"] for what, r in here.items() if what.startswith("bf16"))
+        cells = [f"{batch} × {_length(context)}", f"{best:.0f}"]
+        for what, bars in zip(("1 bit", "0.5 bit"), both, strict=True):
+            took = here[what]["kernel"], here[what]["microseconds"]
+            times = [
+                f"**{best / t:.1f}**" if best / t >= bar else f"{best / t:.1f}"
+                for t, bar in zip(took, bars, strict=True)
+            ]
+            cells += [", ".join(f"{t:.0f}" for t in took), ", ".join(times)]
+            cells.append(", ".join(f"{bar:g}" for bar in bars))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def loops() -> str:
+    """Tokens a second of the decode loop over both caches, and where a step's time goes."""
+    rows = _speed("model")
+    lines = [
+        "| batch × context | weights | bf16 cache, tokens/s | 1 bit | times as fast | memory, GB "
+        "| of a step, ms: the kernel | products | all else |",
+        "| --- " * 9 + "|",
+    ]
+    for (batch, context, what, weights), row in rows.items():
+        if what != "1 bit" or "error" in row:
+            continue
+        full = rows.get((batch, context, "bf16", weights), {})
+        speed = row["tokens_per_second"]
+        known = full.get("tokens_per_second")
+        parts = {name: row.get(name, 0.0) / 1e3 for name in (*PARTS, "rest")}
+        rest = sum(parts[name] for name in ("attend", "append", "rest"))
+        cells = [
+            *(f"{batch} × {_length(context)}", weights),
+            f"{known:.0f}" if known else full.get("error", "not measured"),
+            *(f"{speed:.0f}", f"{speed / known:.2f}" if known else "–"),
+            f"{row['bytes'] / 1e9:.1f}",
+            *(f"{x:.2f}" for x in (parts["kernel"], parts["products"], rest)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PARTS = ("kernel", "attend", "append", "products")
+
+
+def prompts() -> str:
+    """Time of reading a prompt into both caches."""
+    rows = _speed("prefill")
+    lines = [
+        "| tokens | bf16, ms | 1 bit, ms | of the device's time, what bf16 does not take |",
+        "| --- | --- | --- | --- |",
+    ]
+    for (batch, context, what, _), row in rows.items():
+        if what == "1 bit":
+            full = rows[batch, context, "bf16", None]
+            share = 1 - full["device_microseconds"] / row["device_microseconds"]
+            both = (f"{r['microseconds'] / 1e3:.0f}" for r in (full, row))
+            lines.append(f"| {_length(context)} | {' | '.join(both)} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "demo": demo,
+        "results": runs,
+        "presets": presets,
+        "heads": heads,
+        "peers": peers,
+    },
+    "docs/kernels.md": {"attention": attention, "loops": loops, "prompts": prompts},
+}
+
+
+def filled(name: str, text: str) -> str:
+    """A page with its tables as the files have them."""
+    for table, make in TABLES[name].items():
         content = make()
-        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        begin, end = f"<!-- {table} -->", f"<!-- end {table} -->"
         pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
-        readme, found = pattern.subn(lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", readme)
+        text, found = pattern.subn(lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", text)
         if found != 1:
-            raise SystemExit(f"error: README.md has no {begin} … {end}")
-    return readme
+            raise SystemExit(f"error: {name} has no {begin} … {end}")
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = filled(old)
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in TABLES}
+    new = {name: filled(name, text) for name, text in pages.items()}
     if "--check" in sys.argv:
-        sys.exit(new != old)
-    path.write_text(new, encoding="utf-8")
+        sys.exit(new != pages)
+    for name, text in new.items():
+        (ROOT / name).write_text(text, encoding="utf-8")

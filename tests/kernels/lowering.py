@@ -3,7 +3,7 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
-``recent`` what about that of exact tokens, ``finish`` what about that of attention's end,
+``recent`` what about that of exact tokens, ``finish`` what about that of the end of attention,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
 one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding.
@@ -20,7 +20,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_finish, mosaic_gpu_recent, tiles
+from gsrq_jax.kernels import (
+    mosaic_gpu,
+    mosaic_gpu_cluster,
+    mosaic_gpu_finish,
+    mosaic_gpu_recent,
+    tiles,
+)
 
 supported = pytest.mark.skipif(
     not jax.__version__.startswith(("0.11.", "0.12.")),
@@ -53,8 +59,9 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
 
 
 def mosaic_module(arguments, every=1):
-    """Module of the kernel of attention."""
-    return only_module(lambda x: mosaic_gpu.attend_tiles(**x, every=every), arguments)
+    """Module of the kernel of attention; the other one is `finish_module`'s."""
+    attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
+    return max(modules(lambda x: attend(**x), arguments), key=len)
 
 
 def nearest_module(P=2, n=4096, d=128, K=256, unit=0, **given):
@@ -86,9 +93,7 @@ def recent_module(B=2, H=8, q=4, d=128, S=4, C=640):
 def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10):
     """Module of the kernel that ends attention over codes."""
     s, sizes = jax.ShapeDtypeStruct, {"batch": B, "tokens": T, "heads": H, "group": q, "dim": d}
-    problem = mosaic_gpu.Problem(
-        **sizes, blocks=2, block=256, key=None, value_stages=S, every=0
-    )
+    problem = mosaic_gpu.Problem(**sizes, blocks=2, block=256, key=None, value_stages=S, every=0)
     rows, histogram = (B, T, H, q), (problem.pairs, parts, 4)
     return only_module(
         functools.partial(mosaic_gpu_finish.finish, problem),
@@ -103,6 +108,12 @@ def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10):
 
 def only_module(function, *arguments):
     """The kernel's module, of the only Mosaic call in the lowered operation."""
+    (only,) = modules(function, *arguments)
+    return only
+
+
+def modules(function, *arguments):
+    """Those of all Mosaic calls in the lowered operation."""
     with on_abstract():
         traced = jax.jit(function).trace(*arguments)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
@@ -122,8 +133,7 @@ def only_module(function, *arguments):
 
     with module.context:
         walk(module.operation)
-    (only,) = found
-    return only
+    return found
 
 
 H100 = """

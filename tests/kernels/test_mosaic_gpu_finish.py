@@ -43,7 +43,7 @@ class Shape:
 
 
 def some(shape, empty=(), seed=0):
-    """Arguments of `finish`; in the sequences that are empty there is nothing, their queries NaN."""
+    """Arguments of `finish`; sequences that are empty have nothing, and queries that are NaN."""
     rng, x = np.random.default_rng(seed), shape
     p = x.problem
     query = rng.normal(size=(x.B, x.T, x.H, x.q, x.d)).astype(np.float32)
@@ -138,7 +138,7 @@ def test_lowers(batch):
 def test_together():
     assert Shape(B=8, H=8).problem.together == 1
     assert Shape(B=9, H=8).problem.together == 4
-    assert jax.eval_shape(
-        lambda *x: mosaic_gpu.finish(Shape().problem.of, *x), *some(Shape())
-    )[0].shape == (1, 1, 1, 4, 128)
+    assert jax.eval_shape(lambda *x: mosaic_gpu.finish(Shape().problem.of, *x), *some(Shape()))[
+        0
+    ].shape == (1, 1, 1, 4, 128)
     assert jnp.isfinite(mosaic_gpu.finish(Shape().problem.of, *some(Shape()))[0]).all()
