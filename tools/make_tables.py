@@ -195,6 +195,23 @@ def loops() -> str:
 
 
 PARTS = ("kernel", "attend", "append", "products")
+SHOWN = ((8, 32768), (32, 8192), (1, 131072), (32, 131072), (1, 2**20), (1, 8192))
+
+
+def speed() -> str:
+    """The decode loop over both caches, as a user sees it, with weights in bfloat16."""
+    rows = _speed("model")
+    lines = [
+        "| sequences × tokens | bf16 cache: tokens/s, GB in all | 1 bit: tokens/s, GB in all |",
+        "| --- | --- | --- |",
+    ]
+    for batch, context in SHOWN:
+        cells = []
+        for what in ("bf16", "1 bit"):
+            r = rows[batch, context, what, "bf16"]
+            cells.append(r.get("error") or f"{r['tokens_per_second']:.0f}, {r['bytes'] / 1e9:.0f}")
+        lines.append(f"| {batch} × {_length(context)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"- {source(SPEED)}"])
 
 
 def prompts() -> str:
@@ -220,6 +237,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "presets": presets,
         "heads": heads,
         "peers": peers,
+        "speed": speed,
     },
     "docs/kernels.md": {"attention": attention, "loops": loops, "prompts": prompts},
 }
