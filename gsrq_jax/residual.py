@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
 from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
-from gsrq_jax.kernels import devices
+from gsrq_jax.kernels import devices, mosaic_gpu_encode
 from gsrq_jax.kmeans import (
     AxisName,
     Implementation,
@@ -36,6 +36,9 @@ from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec, check_beam
 
 RIDGE = 0.1  # the best of 0.01, 0.1 and 1 on held-out keys and values, 16 points a cell
+ENCODE_BY_KERNEL = False
+"""Whether `encode` takes the kernel of `gsrq_jax.kernels.mosaic_gpu_encode` where it can be had:
+not before it has run on a GPU."""
 CODES = "codes"  # name by which a rematerialisation policy can save what `encode` returns
 MOST_UNKNOWNS = 16384  # of a refit, whose equations then take a gibibyte
 _FLOATS = 2**24  # that encoding holds of scores at a time, unless told
@@ -444,7 +447,8 @@ def encode(
     A beam keeps the ``beam`` partial sums nearest to the vector and extends each by every codeword
     of the next stage. The greedy path is followed beside it, so that no vector's code is worse
     than its greedy one. Equal distances are decided for the better partial sum, then for the
-    lower codeword. On TPUs the greedy search is one kernel.
+    lower codeword. On TPUs the greedy search is one kernel; on Hopper GPUs too, where
+    `ENCODE_BY_KERNEL` says so.
 
     Args:
         x: ``[*lead, n, d]``, any float type.
@@ -475,6 +479,35 @@ def encode(
         from gsrq_jax.kernels import mosaic_tpu_encode  # takes longer to import than all of this
 
         return checkpoint_name(mosaic_tpu_encode.encode(x, codewords), CODES)
+    plain = functools.partial(_encode, beam=beam, chunk=chunk)
+    if beam == 1 and _by_kernel(x, codewords):
+        codes = kernels.either(None, mosaic_gpu_encode.encode, plain, x, codewords)
+    else:
+        codes = plain(x, codewords)
+    return checkpoint_name(codes, CODES)
+
+
+def _by_kernel(x: Array, codewords: Array) -> bool:
+    """Whether a Hopper GPU's kernel is to encode these."""
+    if not ENCODE_BY_KERNEL or kernels.partitioned():
+        return False
+    try:
+        mosaic_gpu_encode.check_supported(x, codewords)
+    except InputError:
+        return False
+    return True
+
+
+def _encode(
+    x: Float[Array, "*lead n d"],
+    codewords: Float[Array, "*lead groups stages k g"],
+    *,
+    beam: int,
+    chunk: int | None,
+) -> UInt[Array, "*lead n groups stages"]:
+    """`encode` in plain jnp."""
+    *lead, _, _ = x.shape
+    groups, _, k, group = codewords.shape[-4:]
     by_stage = jnp.moveaxis(codewords.astype(jnp.float32), -3, 0)  # [R, *lead, G, K, g]
     dtype = code_dtype((k - 1).bit_length())
 
@@ -504,7 +537,7 @@ def encode(
         held = k * (_slots(beam) if beam > 1 else _stages_at_once(by_stage))
         chunk = max(1, _FLOATS // (math.prod(lead) * groups * held))
     codes = _in_chunks(of_chunk, chunk, jnp.moveaxis(x, -2, 0))
-    return checkpoint_name(jnp.moveaxis(codes, 0, -3), CODES)
+    return jnp.moveaxis(codes, 0, -3)
 
 
 _AHEAD = 64  # codewords of stages whose scores a greedy search makes at once, but on a CPU

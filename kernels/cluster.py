@@ -39,7 +39,7 @@ def fused(
     if implementation not in (None, *get_args(Implementation)):
         names = ", ".join(get_args(Implementation))
         raise InputError(f"unknown implementation {implementation!r}; choose one of {names}")
-    if implementation == "xla" or (implementation is None and _partitioned()):
+    if implementation == "xla" or (implementation is None and partitioned()):
         return False
     try:
         like = jax.ShapeDtypeStruct((1, points, channels), jnp.float32)
@@ -51,7 +51,7 @@ def fused(
     return True
 
 
-def _partitioned() -> bool:
+def partitioned() -> bool:
     """Whether arrays may be spread over axes that no `jax.shard_map` has."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.shape.values(), mesh.axis_types, strict=True)

@@ -103,7 +103,7 @@ def check_supported(points: Any, codewords: int) -> Problem:
     return problem
 
 
-def _splits(blocks: int, tiles: int, start: float) -> int:
+def splits_of(blocks: int, tiles: int, start: float) -> int:
     """Thread blocks that share the tiles of each of so many others, for the least time.
 
     Time is counted in tiles; a thread block takes ``start`` more, and they run in waves.
@@ -116,7 +116,7 @@ def _splits(blocks: int, tiles: int, start: float) -> int:
     return min(range(1, min(tiles, PROCESSORS) + 1), key=time)
 
 
-def _over_problems(function: Callable) -> Callable:
+def over_problems(function: Callable) -> Callable:
     """Of arrays whose first axis are problems: under ``vmap``, all of them are one call's."""
 
     @jax.custom_batching.custom_vmap
@@ -136,7 +136,7 @@ def _over_problems(function: Callable) -> Callable:
     return call
 
 
-def _varying_as(made: Any, *arrays: Array) -> Any:
+def varying_as(made: Any, *arrays: Array) -> Any:
     """What a kernel made, over the axes of a `jax.shard_map` over which its arguments vary."""
     axes = tuple(sorted(frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))))
 
@@ -198,7 +198,7 @@ def choose_nearest(problem: Problem, **given: int) -> NearestConfig:
                 if config.nbytes(p.channels) > SHARED_BYTES or config.registers(p.channels) > most:
                     continue
                 tiles = -(-p.points // (ROWS * warpgroups))
-                splits = given.get("splits") or _splits(p.problems * groups, tiles, 4)
+                splits = given.get("splits") or splits_of(p.problems * groups, tiles, 4)
                 return dataclasses.replace(config, splits=splits)
     raise InputError(f"no layout of {given} fits {p}; leave the choice to choose_nearest")
 
@@ -248,7 +248,7 @@ def nearest(
         code = jnp.take_along_axis(code, group, 1) + group * chosen.codewords
         return code[:, 0], jnp.take_along_axis(score, group, 1)[:, 0], square
 
-    return _varying_as(_over_problems(of_problems)(points, codewords), points, codewords)
+    return varying_as(over_problems(of_problems)(points, codewords), points, codewords)
 
 
 def _codeword_pieces(
@@ -496,7 +496,7 @@ def choose_sums(problem: Problem, kinds: int, **given: int) -> SumsConfig:
             if depth > room or short:
                 continue
             blocks = p.problems * (p.channels // width)
-            splits = given.get("splits") or _splits(blocks, -(-p.points // tile), 16)
+            splits = given.get("splits") or splits_of(blocks, -(-p.points // tile), 16)
             return dataclasses.replace(config, depth=depth, splits=splits)
     raise InputError(f"the sums of {kinds} kinds over the cells of {p} fit in no shared memory")
 
@@ -566,7 +566,7 @@ def cell_sums(
         return sums.sum(axis=1), jnp.swapaxes(counted.sum(axis=1), 1, 2)
 
     arrays = points, code, factors, numbers
-    return _varying_as(_over_problems(of_problems)(*arrays), *arrays)
+    return varying_as(over_problems(of_problems)(*arrays), *arrays)
 
 
 def sums_inputs(

@@ -326,6 +326,34 @@ class Warp:
         )
         return self._ptx(code, "rrrr", *a, *b, *(c or [self.integer(0)] * 4))
 
+    def bfloat16_product(
+        self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value] | None = None
+    ) -> list[Value]:
+        """``[16, 8]`` = ``[16, 16] × [16, 8]`` bfloat16, added to ``c`` in float32.
+
+        Operands and result lie in registers as PTX lays out ``m16n8k16``, two bfloat16 a word,
+        lower bits first: with ``g = lane // 4`` and ``t = lane % 4``, ``a`` holds row g and row
+        g + 8 at 2 t and 2 t + 1, then the same at 2 t + 8 and 2 t + 9; ``b`` column g at 2 t and
+        2 t + 1, then at 2 t + 8 and 2 t + 9; the result rows g and g + 8, columns 2 t and 2 t + 1
+        each. What does not fit into 24 bits beside the largest term is cut off, towards zero.
+        """
+        code = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return self._ptx(code, "ffff", *a, *b, *(c or [self.floating(0.0)] * 4))
+
+    def load_matrices(self, address: Value, transposed: bool = False) -> list[Value]:
+        """Four matrices ``[8, 8]`` of 16 bits from shared memory, in a word each.
+
+        Lane ``8 m + i`` has the address of row i of matrix m, 16 bytes. With ``g = lane // 4`` and
+        ``t = lane % 4`` a word holds row g, columns 2 t and 2 t + 1, lower bits first, or if
+        transposed column g, rows 2 t and 2 t + 1.
+        """
+        how = ".trans" if transposed else ""
+        code = f"ldmatrix.sync.aligned.m8n8.x4{how}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
+        return self._ptx(code, "rrrr", address, effects=True)
+
     # --- copies in the background, and barriers -----------------------------------------------
 
     def barrier_init(self, barrier: Value, arrivals: int) -> None:

@@ -225,6 +225,34 @@ class Lanes:
         new = [counts[r, s] for r, s in zip(rows, columns, strict=True)]
         return new if c is None else [x + y for x, y in zip(new, c, strict=True)]
 
+    def bfloat16_product(self, a, b, c=None):
+        self._all()
+        g, t = LANES // 4, LANES % 4
+        left, right, added = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+        for half in range(2):
+            shift = np.uint32(16 * half)
+            for i in range(4):  # (row g or g + 8, first or second eight)
+                number = (a[i] >> shift << np.uint32(16)).view(np.float32)
+                left[g + 8 * (i % 2), i // 2 * 8 + 2 * t + half] = number
+            for i in range(2):
+                number = (b[i] >> shift << np.uint32(16)).view(np.float32)
+                right[i * 8 + 2 * t + half, g] = number
+        places = [(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]
+        if c is not None:
+            for place, number in zip(places, c, strict=True):
+                added[place] = number
+        terms = np.concatenate([left[:, :, None] * right, added[:, None]], axis=1)
+        return [sum_cut_off(terms)[place] for place in places]
+
+    def load_matrices(self, address, transposed=False):
+        self._all()
+        assert (address % 16 == 0).all(), "a misaligned access"
+        at = address.astype(np.int64).reshape(4, 8, 1) + np.arange(16)
+        rows = np.ascontiguousarray(self.shared[at]).view(np.uint16)
+        if transposed:
+            rows = np.ascontiguousarray(np.swapaxes(rows, 1, 2))
+        return list(rows.view(np.uint32).reshape(4, 32))
+
     # --- copies in the background, and barriers
 
     def _one(self, *values):
@@ -294,6 +322,16 @@ class Lanes:
         source, nbytes = self._one(source, nbytes)
         assert source % 16 == nbytes % 16 == 0, "a misaligned copy"
         assert source + nbytes <= len(self.memory.octets)
+
+
+def sum_cut_off(terms):
+    """The sum over the second axis, float64 to float32, each term and the sum cut off towards zero
+    at 24 bits, those of terms beside the largest."""
+    top = np.abs(terms).max(axis=1, keepdims=True)
+    unit = np.exp2(np.frexp(np.where(top > 0, top, 1))[1] - 24.0)
+    total = (np.trunc(terms / unit) * unit).sum(axis=1)
+    near = total.astype(np.float32)
+    return np.where(np.abs(near) > np.abs(total), np.nextafter(near, np.float32(0)), near)
 
 
 class Barrier:

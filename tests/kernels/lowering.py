@@ -4,9 +4,10 @@ As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
 ``recent`` what about that of exact tokens, ``finish`` what about that of the end of attention,
+``greedy`` what about that which encodes,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
-one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding.
+one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding by XLA.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType
 from gsrq_jax.kernels import (
     mosaic_gpu,
     mosaic_gpu_cluster,
+    mosaic_gpu_encode,
     mosaic_gpu_finish,
     mosaic_gpu_recent,
     tiles,
@@ -104,6 +106,13 @@ def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10):
         s((H, 1, S, 16, d), jnp.bfloat16),
         (s((P, *rows, d), jnp.float32), s((P, *rows), jnp.float32)),
     )
+
+
+def encode_module(P=8, n=8192, G=1, R=32, K=16, g=128):
+    """Module of the kernel that encodes greedily."""
+    s = jax.ShapeDtypeStruct
+    words = s((P, G, R, K, g), jnp.bfloat16)
+    return only_module(mosaic_gpu_encode.encode, s((P, n, G * g), jnp.float32), words)
 
 
 def only_module(function, *arguments):
@@ -264,12 +273,13 @@ if __name__ == "__main__":
     every, library = numbers.pop("every", 1), str(plugin._get_library_path())
     if what == "assemble":
         assemble(mosaic_module(shapes(**numbers), every), library)
-    elif what in ("nearest", "sums", "recent", "finish"):
+    elif what in ("nearest", "sums", "recent", "finish", "greedy"):
         make = {
             "nearest": nearest_module,
             "sums": sums_module,
             "recent": recent_module,
             "finish": finish_module,
+            "greedy": encode_module,
         }[what]
         assemble(make(**numbers), library)
     elif what == "cluster":
