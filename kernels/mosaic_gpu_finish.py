@@ -86,8 +86,8 @@ def finish(
     others = [jnp.zeros((1,))] * 2
     if beside is not None:
         others = [jnp.moveaxis(x, (0, 3), (2, 1)) for x in beside]  # [B, H, P, T, q, …]
-    words = value_codewords.astype(jnp.bfloat16)
-    return finish_kernel(p)(query, blocks.astype(jnp.int32), histogram, scale, words, *others)
+    arrays = query, blocks.astype(jnp.int32), histogram, scale, value_codewords, *others
+    return finish_kernel(p)(*arrays)
 
 
 def finish_kernel(problem: Problem) -> Any:
