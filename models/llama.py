@@ -183,12 +183,13 @@ class Llama(nnx.Module):
             return product(hidden, self.lm_head.weight[...], self.lm_head.weight_scale[...])
         else:
             table = self.lm_head.kernel[...]
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if len(rows) == 1 and rows.dtype != jnp.float32:
+        scores = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        lead = hidden.shape[:-1]
+        if math.prod(lead) == 1 and hidden.dtype != jnp.float32:
             # For a single row in half precision XLA converts the table to float32 on a GPU.
-            rows = jnp.pad(rows, ((0, 1), (0, 0)))
-        scores = jnp.matmul(rows, table, preferred_element_type=jnp.float32)
-        return scores[: math.prod(hidden.shape[:-1])].reshape(*hidden.shape[:-1], -1)
+            rows = jnp.pad(hidden.reshape(1, -1), ((0, 1), (0, 0)))
+            return scores(rows, table)[0].reshape(*lead, -1)
+        return scores(hidden, table)
 
 
 def _linear(

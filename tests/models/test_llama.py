@@ -226,6 +226,17 @@ def test_tied_logits_come_from_the_embedding(tokens):
     np.testing.assert_allclose(llama.logits(graphdef, params, hidden), want, atol=1e-5)
 
 
+def test_logits_of_one_row_are_those_of_it_among_others():
+    graphdef, params = tiny()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    hidden = jax.random.normal(jax.random.key(0), (3, TINY.hidden_size), jnp.bfloat16)
+    want = llama.logits(graphdef, params, hidden)[:1]
+    for shape in ((1, -1), (1, 1, -1)):
+        got = llama.logits(graphdef, params, hidden[:1].reshape(shape))
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-6, atol=1e-6)
+
+
 def test_a_token_outside_the_vocabulary_is_not_silent():
     graphdef, params = tiny()
     tokens = jnp.array([[1, TINY.vocab_size]])
