@@ -443,8 +443,8 @@ class EncodeKernel:
             word = warp.choose_bytes(warp.bits_of(x), warp.bits_of(y), 0x7632)
             words.append(word)
             if i < PIECES - 1:
-                x = x - warp.from_bits(word << 16)
-                y = y - warp.from_bits(word & 0xFFFF0000)
+                piece, other = warp.bfloat16s(word)
+                x, y = x - piece, y - other
         return words
 
     def _subtract(self, stage: Any, codes: list, residual: list[list]) -> list[list]:

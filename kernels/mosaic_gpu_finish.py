@@ -274,11 +274,7 @@ class FinishKernel:
                 for row in range(p.together)
             ]
             for j, packed in enumerate(read):
-                word = [
-                    y
-                    for x in packed
-                    for y in (warp.from_bits(x << 16), warp.from_bits(x & 0xFFFF0000))
-                ]
+                word = [y for x in packed for y in warp.bfloat16s(x)]
                 for row in range(p.together):
                     start, mass = row * CHANNELS, masses[row][j]
                     for c in range(CHANNELS):

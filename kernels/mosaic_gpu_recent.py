@@ -250,8 +250,7 @@ class RecentKernel:
 
     def _numbers(self, words: list) -> list:
         """Eight bfloat16 as float32."""
-        from_bits = self.warp.from_bits
-        return [y for x in words for y in (from_bits(x << 16), from_bits(x & 0xFFFF0000))]
+        return [y for x in words for y in self.warp.bfloat16s(x)]
 
     def _add(self, query: list[list], first: Any, carry: list) -> list:
         """`AHEAD` keys of the lane's group, from ``first`` on, and their values."""

@@ -183,6 +183,10 @@ class Warp:
         )
         return low, high
 
+    def bfloat16s(self, word: Value) -> tuple[Value, Value]:
+        """Two bfloat16 in a word, lower bits first, as float32."""
+        return self.from_bits(word << 16), self.from_bits(word & 0xFFFF0000)
+
     def half_min(self, a: Value, b: Value) -> Value:
         """The smaller of two float16, pair by pair."""
         return self._ptx("min.f16x2 $0, $1, $2;", "r", a, b)

@@ -251,8 +251,8 @@ def apply(
 ) -> tuple[Float[Array, "B T hidden"], Any]:
     """:meth:`Llama.__call__` as a pure function of the parameters."""
     model = model_of(graphdef, params)
-    more = {"others": params.others} if isinstance(params, Unrolled) else {}
-    return model(tokens, positions, attention, per_layer, remat=remat, place=place, **more)
+    others = params.others if isinstance(params, Unrolled) else None
+    return model(tokens, positions, attention, per_layer, others=others, remat=remat, place=place)
 
 
 def logits(

@@ -181,20 +181,18 @@ def loops() -> str:
         full = rows.get((batch, context, "bf16", weights), {})
         speed = row["tokens_per_second"]
         known = full.get("tokens_per_second")
-        parts = {name: row.get(name, 0.0) / 1e3 for name in (*PARTS, "rest")}
-        rest = sum(parts[name] for name in ("attend", "append", "rest"))
+        rest = sum(row.get(name, 0.0) for name in ("attend", "append", "rest"))
         cells = [
             *(f"{batch} × {_length(context)}", weights),
             f"{known:.0f}" if known else full.get("error", "not measured"),
             *(f"{speed:.0f}", f"{speed / known:.2f}" if known else "–"),
             f"{row['bytes'] / 1e9:.1f}",
-            *(f"{x:.2f}" for x in (parts["kernel"], parts["products"], rest)),
+            *(f"{x / 1e3:.2f}" for x in (row["kernel"], row["products"], rest)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-PARTS = ("kernel", "attend", "append", "products")
 SHOWN = ((8, 32768), (32, 8192), (1, 131072), (32, 131072), (1, 2**20), (1, 8192))
 
 

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+from gpu_checks import exit_code
 
 from gsrq_jax.kernels import mosaic_gpu_cluster
 
@@ -124,17 +125,7 @@ def too_large(case: Case, errors: dict[str, float]) -> list[str]:
 
 
 def main() -> int:
-    print(jax.__version__, jax.devices()[0].device_kind, flush=True)
-    bad = False
-    for i, case in enumerate(CASES):
-        try:
-            found = too_large(case, check(case, seed=i))
-        except Exception as error:  # the other cases still say something
-            found = [f"{type(error).__name__}: {str(error)[:300]}"]
-        if found:
-            print("TOO LARGE:", *found, flush=True)
-        bad |= bool(found)
-    return int(bad)
+    return exit_code(CASES, lambda case, seed: too_large(case, check(case, seed)))
 
 
 if __name__ == "__main__":

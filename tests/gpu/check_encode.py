@@ -16,6 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_checks import exit_code
 
 from gsrq_jax import residual
 from gsrq_jax.kernels import mosaic_gpu_encode
@@ -132,21 +133,11 @@ def microseconds(case: Case, calls: int = 4, repeats: int = 7) -> dict[str, floa
 
 
 def main(arguments: list[str]) -> int:
-    print(jax.__version__, jax.devices()[0].device_kind, flush=True)
-    bad = False
-    for i, case in enumerate(CASES):
-        try:
-            large = not check(case, seed=i) <= 1
-        except Exception as error:  # the other cases still say something
-            large = True
-            print(f"{case} | {type(error).__name__}: {str(error)[:300]}", flush=True)
-        if large:
-            print("TOO LARGE", flush=True)
-        bad |= large
+    code = exit_code(CASES, lambda case, seed: [] if check(case, seed) <= 1 else ["loss"])
     if "--time" in arguments:
         for case in (Case(), Case(R=16, K=256)):
             microseconds(case)
-    return int(bad)
+    return code
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_checks import exit_code
 
 from gsrq_jax.kernels import mosaic_gpu_recent, reference
 
@@ -113,18 +114,7 @@ def check(case: Case, seed: int) -> float:
 
 
 def main() -> int:
-    print(jax.__version__, jax.devices()[0].device_kind, flush=True)
-    bad = False
-    for i, case in enumerate(CASES):
-        try:
-            large = not check(case, seed=i) <= BOUND
-        except Exception as error:  # the other cases still say something
-            large = True
-            print(f"{case} | {type(error).__name__}: {str(error)[:300]}", flush=True)
-        if large:
-            print("TOO LARGE", flush=True)
-        bad |= large
-    return int(bad)
+    return exit_code(CASES, lambda case, seed: [] if check(case, seed) <= BOUND else ["error"])
 
 
 if __name__ == "__main__":

@@ -24,3 +24,13 @@ def test_the_reference_against_float64(monkeypatch):
 def one_too_few(*arrays):
     *others, held, new = arrays
     return reference.attend_recent(*others, held - 1, new)
+
+
+def test_says_which_case_is_too_large(monkeypatch, capsys):
+    case = check_recent.Case(B=1, H=1, q=1, d=64, S=1, C=9)
+    monkeypatch.setattr(check_recent, "CASES", [case, case])
+    monkeypatch.setattr(mosaic_gpu_recent, "attend_recent", one_too_few)
+    assert check_recent.main() == 1
+    assert capsys.readouterr().out.count("TOO LARGE: error") == 2
+    monkeypatch.setattr(check_recent, "check", lambda case, seed: 0.0)
+    assert check_recent.main() == 0

@@ -97,6 +97,11 @@ class Lanes:
         both = word.view(np.float16).reshape(32, 2).astype(np.float32)
         return both[:, 0], both[:, 1]
 
+    def bfloat16s(self, word):
+        return tuple(
+            (x.astype(np.uint32)).view(np.float32) for x in (word << 16, word & 0xFFFF0000)
+        )
+
     def half_min(self, a, b):
         return np.fmin(a.view(np.float16), b.view(np.float16)).view(np.uint32)
 
