@@ -120,10 +120,7 @@ def attend_recent(*arrays: Array, implementation: Implementation | None = None) 
 
 def _with(beside: Parts | None, part: Callable[..., Part]) -> Callable[..., Part]:
     """``part`` and what is beside it in one softmax."""
-    if beside is None:
-        return part
-    others = list(zip(*beside, strict=True))
-    return lambda **where: reference.merge([part(**where), *others])
+    return lambda **where: reference.with_beside(part(**where), beside)
 
 
 def _by(

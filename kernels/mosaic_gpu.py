@@ -28,7 +28,7 @@ from gsrq_jax.kernels import devices, pieces, rotary
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
 from gsrq_jax.kernels.precision import in_pieces
-from gsrq_jax.kernels.reference import merge
+from gsrq_jax.kernels.reference import with_beside
 from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
 
 SHARED_BYTES = 227 * 1024 - 2048
@@ -442,7 +442,7 @@ def attend_tiles(
     )
     if not problem.blocks:
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
-        return nothing if beside is None else merge(list(zip(*beside, strict=True)))
+        return with_beside(nothing, beside)
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
@@ -477,9 +477,7 @@ def finish(
     out, lse = put_together(problem, histogram, scale, value_codewords)
     usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks <= 0)[:, None, None, None]
     out, lse = jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
-    if beside is None:
-        return out, lse
-    return merge([(out, lse), *zip(*beside, strict=True)])
+    return with_beside((out, lse), beside)
 
 
 def score_inputs(

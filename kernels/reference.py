@@ -232,6 +232,14 @@ def merge(
     return _merged(out, lse, lambda x: jnp.max(x, axis=0), lambda x: jnp.sum(x, axis=0))
 
 
+def with_beside(
+    part: tuple[Float[Array, "*s d"], Float[Array, "*s"]],
+    beside: tuple[Float[Array, "P *s d"], Float[Array, "P *s"]] | None,
+) -> tuple[Float[Array, "*s d"], Float[Array, "*s"]]:
+    """`merge` of a part and others, stacked, if there are any."""
+    return part if beside is None else merge([part, *zip(*beside, strict=True)])
+
+
 def merge_over(
     part: tuple[Float[Array, "*s d"], Float[Array, "*s"]], axis_name: str
 ) -> tuple[Float[Array, "*s d"], Float[Array, "*s"]]:
