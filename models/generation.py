@@ -470,6 +470,8 @@ class Generator:
         """Parameters and codec where the mesh has them."""
         if self.mesh is None:
             return self.params, self.codec
+        if isinstance(self.params, llama.Unrolled):
+            raise InputError("unrolled parameters are for one device; a mesh takes stacked ones")
         axes = sharded.codec_axes(self.codec, stacked=True)
         return (
             jax.device_put(self.params, sharding.shardings(self.mesh, self.params)),
@@ -538,8 +540,6 @@ class Generator:
         if not prompts or not min(map(len, prompts)):
             raise InputError("a prompt is empty; give at least one token")
         at_least(1, chunk=self.chunk)
-        if self.mesh is not None and isinstance(self.params, llama.Unrolled):
-            raise InputError("unrolled parameters are for one device; a mesh takes stacked ones")
         stride = max_new_tokens if stride is None else stride
         if max_new_tokens < 1 or stride < 1:
             raise InputError(
