@@ -36,9 +36,6 @@ from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec, check_beam
 
 RIDGE = 0.1  # the best of 0.01, 0.1 and 1 on held-out keys and values, 16 points a cell
-ENCODE_BY_KERNEL = False
-"""Whether `encode` takes the kernel of `gsrq_jax.kernels.mosaic_gpu_encode` where it can be had:
-not before it has run on a GPU."""
 CODES = "codes"  # name by which a rematerialisation policy can save what `encode` returns
 MOST_UNKNOWNS = 16384  # of a refit, whose equations then take a gibibyte
 _FLOATS = 2**24  # that encoding holds of scores at a time, unless told
@@ -447,8 +444,8 @@ def encode(
     A beam keeps the ``beam`` partial sums nearest to the vector and extends each by every codeword
     of the next stage. The greedy path is followed beside it, so that no vector's code is worse
     than its greedy one. Equal distances are decided for the better partial sum, then for the
-    lower codeword. On TPUs the greedy search is one kernel; on Hopper GPUs too, where
-    `ENCODE_BY_KERNEL` says so.
+    lower codeword. On TPUs the greedy search is one kernel, and with bfloat16 codewords of 64 or
+    128 channels on Hopper GPUs, too.
 
     Args:
         x: ``[*lead, n, d]``, any float type.
@@ -489,7 +486,7 @@ def encode(
 
 def _by_kernel(x: Array, codewords: Array) -> bool:
     """Whether a Hopper GPU's kernel is to encode these."""
-    if not ENCODE_BY_KERNEL or kernels.partitioned():
+    if kernels.partitioned():
         return False
     try:
         mosaic_gpu_encode.check_supported(x, codewords)
