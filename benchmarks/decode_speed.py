@@ -90,7 +90,8 @@ class Config:
         peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
         block: tokens of a block; by default 1024 for contexts from 64k tokens on, else 512.
         mean_every: tokens between knots of the mean key.
-        repeat: layers of a program of attention.
+        repeat: layers of a program of attention; 0 for the model's. Their keys and values are those
+            of as many as fill 2 GiB, at least two, time and again.
         at_least: seconds that a program of attention takes, so that its start counts for little.
         times: programs that are timed.
         model: whose shapes.
@@ -122,7 +123,7 @@ class Config:
     peers: tuple[Literal["int8", "kivi2"], ...] = ("int8", "kivi2")
     block: int | None = None
     mean_every: int = 16
-    repeat: int = 8
+    repeat: int = 0
     at_least: float = 0.03
     times: int = 15
     model: Literal["llama-3-8b", "toy"] = "llama-3-8b"
@@ -158,6 +159,11 @@ class Config:
             mean_every=self.mean_every,
             layout="tiles",
         )
+
+    @property
+    def operations(self) -> int:
+        """Layers of a program of attention."""
+        return self.repeat or self.sizes.layers
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -216,7 +222,7 @@ def bandwidth(times: int) -> float:
 def coded_layer(
     key: jax.Array, config: Config, bits: float, batch: int, context: int
 ) -> tuple[Any, ...]:
-    """What `gsrq_jax.kernels.decode.attend_tiles` takes after the query, random."""
+    """What `gsrq_jax.kernels.decode.attend_tiles` takes, but query and frequencies; random."""
     c, spec = config.sizes, config.spec(bits, context)
     blocks, at = context // spec.block, jax.random.split(key, 5)
     keys, values = (
@@ -229,8 +235,8 @@ def coded_layer(
     )
     mean = jax.random.normal(at[4], (c.kv_heads, c.head_dim))
     words *= jnp.bfloat16(spec.key.stages**-0.5)
-    inv_freq, full = jnp.asarray(c.inv_freq), jnp.full((batch,), blocks, jnp.int32)
-    return mean, inv_freq, keys, values, words, value_words, full
+    full = jnp.full((batch,), blocks, jnp.int32)
+    return mean, keys, values, words, value_words, full
 
 
 def exact_layer(
@@ -390,9 +396,12 @@ def ways(config: Config, batch: int, context: int) -> list[Way]:
         of_heads = query.reshape(batch, c.kv_heads, group, c.head_dim) * scale
         return uniform_attention.attend(of_heads, key, value, spec).reshape(query.shape)
 
-    def coded(query: jax.Array, *layer: Any) -> jax.Array:
+    def coded(query: jax.Array, mean: jax.Array, *layer: Any) -> jax.Array:
         framed = query.reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
-        out, _ = decode.attend_tiles(framed, *layer, first=4, every=config.mean_every)
+        inv_freq = jnp.asarray(c.inv_freq)  # as in a model, the same in all layers
+        out, _ = decode.attend_tiles(
+            framed, mean, inv_freq, *layer, first=4, every=config.mean_every
+        )
         return out.reshape(query.shape)
 
     size: dict[str, Any] = {"batch": batch, "context": context}
@@ -410,12 +419,19 @@ def ways(config: Config, batch: int, context: int) -> list[Way]:
     return found
 
 
+def distinct(nbytes: int, config: Config) -> int:
+    """Layers of so many bytes that are made: more than the second-level cache holds."""
+    return min(max(2, 2**31 // nbytes + 1), config.operations)
+
+
 def chained(way: Way, config: Config, batch: int) -> Any:
     """A query through all layers so many times, changed a little by each of them; compiled."""
     c, attend = config.sizes, jax.jit(way.attend)  # traced once
 
     def through(query: jax.Array, layers: list[Any]) -> jax.Array:
-        for layer in layers:
+        for i in range(config.operations):
+            # Nothing that depends on a layer is found once for all that have its arrays.
+            query, layer = jax.lax.optimization_barrier((query, layers[i % len(layers)]))
             query = query + (attend(query, *layer) * 1e-3).astype(query.dtype)
         return query
 
@@ -427,19 +443,25 @@ def chained(way: Way, config: Config, batch: int) -> Any:
 
     query = jax.ShapeDtypeStruct((batch, 1, c.heads, c.head_dim), way.dtype)
     layer = jax.eval_shape(way.layer, jax.random.key(0))
-    return jax.jit(run).lower(query, [layer] * config.repeat, jnp.int32(1)).compile()
+    layers = [layer] * distinct(_bytes(layer), config)
+    return jax.jit(run).lower(query, layers, jnp.int32(1)).compile()
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def measure_attention(way: Way, program: Any, config: Config, batch: int) -> dict[str, Any]:
     """Of a program that `chained` made."""
     c, make = config.sizes, jax.jit(way.layer)
-    layers = [make(key) for key in jax.random.split(jax.random.key(0), config.repeat)]
+    count = distinct(_bytes(jax.eval_shape(way.layer, jax.random.key(0))), config)
+    layers = [make(key) for key in jax.random.split(jax.random.key(0), count)]
     query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
     run = functools.partial(program, query, layers)
     once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
     rounds = math.ceil(config.at_least * 1e6 / once)
-    took = microseconds(lambda: run(jnp.int32(rounds)), rounds * config.repeat, config.times)
-    operations = profile(lambda: run(jnp.int32(1)), config.repeat, program.as_text())
+    took = microseconds(lambda: run(jnp.int32(rounds)), rounds * config.operations, config.times)
+    operations = profile(lambda: run(jnp.int32(1)), config.operations, program.as_text())
     if operations:
         took["device_microseconds"] = sum(operations.values())
     return took | by_part(operations) | {"operations": operations}
@@ -514,24 +536,21 @@ def flash_attention() -> Callable[..., Any]:
 def measure_torch(
     attend: Callable[..., Any], config: Config, batch: int, context: int
 ) -> dict[str, Any]:
-    """Attention by torch, over as many layers as fill 2 GiB, at least two and at most ``repeat``:
-    more than the second-level cache holds. Called from Python or replayed as a CUDA graph,
-    whichever is faster."""
+    """Attention by torch, called from Python or replayed as a CUDA graph, whichever is faster."""
     import torch
 
     c, kind = config.sizes, {"dtype": torch.bfloat16, "device": "cuda"}
     # As SDPA likes them: heads before tokens. Seen the other way around, FlashAttention takes them.
     past = (batch, c.kv_heads, context, c.head_dim)
-    several = 2**30 // (2 * math.prod(past)) + 1
     try:
         query = torch.randn(batch, 1, c.heads, c.head_dim, **kind)
         layers = [
             [torch.randn(past, **kind).transpose(1, 2) for _ in range(2)]
-            for _ in range(min(max(2, several), config.repeat))
+            for _ in range(distinct(4 * math.prod(past), config))
         ]
 
         def through() -> None:
-            for i in range(config.repeat):
+            for i in range(config.operations):
                 attend(query, *layers[i % len(layers)])
 
         def timed(step: Callable[[], None]) -> dict[str, float]:
@@ -542,7 +561,7 @@ def measure_torch(
 
             once = microseconds(lambda: run(1), 1, 3)["microseconds"]
             rounds = math.ceil(config.at_least * 1e6 / once)
-            return microseconds(lambda: run(rounds), rounds * config.repeat, config.times)
+            return microseconds(lambda: run(rounds), rounds * config.operations, config.times)
 
         found = [timed(through)]
         try:
@@ -808,12 +827,14 @@ def weight_bytes(config: Config, weights: str) -> int:
 def fits(config: Config, what: str, memory: float, context: int | None) -> tuple[int, int]:
     """Batch and context of the largest cache, by estimate: one of the two is sought.
 
-    A tenth of the memory is left for what is on the way.
+    A tenth of the memory is left for what is on the way. Many sequences are a multiple of 8, so
+    that products need no filling up.
     """
     left = 0.9 * memory - weight_bytes(config, "bf16")
     if context is not None:
         one, two = (cache_bytes(config, what, n, context) for n in (1, 2))
-        return max(1, math.floor(1 + (left - one) / (two - one))), context
+        most = max(1, math.floor(1 + (left - one) / (two - one)))
+        return most - most % 8 if most >= 64 else most, context
     step = 64 * 1024
     one, two = (cache_bytes(config, what, 1, n * step) for n in (1, 2))
     return 1, max(1, math.floor(1 + (left - one) / (two - one))) * step
@@ -1133,7 +1154,7 @@ def main(config: Config) -> None:
             long=0,
             largest=False,
             layers=min(4, config.sizes.layers),
-            repeat=min(3, config.repeat),
+            repeat=min(3, config.operations),
             times=min(5, config.times),
         )
     card = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
