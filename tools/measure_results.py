@@ -206,6 +206,11 @@ TRAINED: dict[str, tuple[str, ...]] = {
         f"gsrq-sampled-{x:g}": ("--preset", "best", "--bits", f"{x:g}", "--distill.text", "sampled")
         for x in (1, 0.75, 0.5)
     },
+    # What the fused kernel for GPUs takes.
+    "gsrq-kernel-1": (
+        *("--preset", "balanced", "--bits", "1", "--allocate", "uniform"),
+        *("--codewords", "16", "--block", "256", "--mean-every", "16"),
+    ),
     "gsrq-trained-1-window0": (
         *("--preset", "best", "--bits", "1", "--allocate", "uniform", "--window", "0"),
         *("--distill.windows", "0"),
