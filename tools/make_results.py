@@ -433,7 +433,8 @@ def page() -> str:
             "commands: gsrq-sampled is distilled on what the model writes alone, gsrq-kernel has "
             "the 16 codewords that the fused kernel takes. Rise of perplexity on the sequences of "
             "2048 tokens above, the paper's recipe at as many bits, and the rise on text of "
-            "another domain that was not learned from. The encoder's beam is of the cache; training was greedy.",
+            "another domain that was not learned from. The encoder's beam is of the cache; "
+            "training was greedy.",
             refined_table(short, second),
             "### The aims that the project set itself",
             "With a beam of 8 in the cache; a limit of another domain is "
