@@ -426,7 +426,7 @@ def attend_tiles(
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
-    from gsrq_jax.kernels import mosaic_gpu_finish  # which has its shapes from here
+    from gsrq_jax.kernels import mosaic_gpu_finish, mosaic_gpu_prepare  # with shapes from here
 
     problem = check_supported(
         query,
@@ -446,7 +446,8 @@ def attend_tiles(
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
-    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
+    left = mosaic_gpu_prepare.prepare
+    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first, left=left)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
@@ -480,6 +481,48 @@ def finish(
     return with_beside((out, lse), beside)
 
 
+def prepare(
+    problem: Problem,
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    cos: Float[Array, "n d/2"],
+    sin: Float[Array, "n d/2"],
+) -> tuple[Float[Array, "H rows/4 N 4 d"], Float[Array, "H*rows 3 d"] | None]:
+    """The left operands of both products in float16; `mosaic_gpu_prepare` is the kernel of this.
+
+    The mean key's share ``⟨row, R_t mean⟩``: a pair of channels (a, b) gives ``(q_a k_a + q_b k_b)
+    cos θt + (q_b k_a - q_a k_b) sin θt``. What is in front depends on the row alone, the cosines
+    and sines on the position alone. So it is one product of all rows, heads together, with all
+    knots.
+
+    Args:
+        problem: the shapes.
+        query: scaled queries, rotated at their own positions.
+        mean: mean key before RoPE, if there is one.
+        inv_freq: rotary frequencies.
+        cos: cosines of the angles at the start of each block, of which there may be more, and
+        sin: sines.
+
+    Returns:
+        The rows of each KV head in the frame of each block, four together, in powers of 2; and if
+        there is a mean key the amplitudes as `_left_pieces`.
+    """
+    p = problem
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
+    spare = p.row_groups * ROWS - p.tokens * p.group
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    cos, sin = cos[: p.blocks, None], sin[: p.blocks, None]
+    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
+    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
+    if mean is None:
+        return framed, None
+    a, b = jnp.split(rows, 2, axis=-1)
+    k_a, k_b = jnp.split(rotary.slow(mean, inv_freq, p.every)[:, None, None], 2, axis=-1)
+    amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
+    return framed, _left_pieces(amplitudes.reshape(-1, p.dim))
+
+
 def score_inputs(
     problem: Problem,
     query: Float[Array, "B T H q d"],
@@ -487,12 +530,24 @@ def score_inputs(
     inv_freq: Float[Array, " d/2"],
     key_codewords: Float[Array, "H 1 R K d"],
     first: int | Int[Array, ""],
+    *,
+    left: Callable[..., tuple[Array, Array | None]] = prepare,
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
 
     Rows are query heads (and tokens), four of a KV head together, zeros where there are not so
     many, for scores in powers of 2. For each row and block one GEMM writes R·K numbers; its left
-    operand, the rows rotated back to the start of each block, is written once in float16.
+    operand, the rows rotated back to the start of each block, is written once in float16. Another
+    one writes the mean key's share at the knots of all blocks.
+
+    Args:
+        problem: the shapes.
+        query: scaled queries, rotated at their own positions.
+        mean: mean key before RoPE, if there is one.
+        inv_freq: rotary frequencies.
+        key_codewords: of this layer.
+        first: position of the first token of block 0.
+        left: makes the left operands, as `prepare`.
 
     Returns:
         ``[pairs, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
@@ -500,23 +555,17 @@ def score_inputs(
         codewords ``[pairs, N, 8]`` steps and offsets of the tables.
     """
     p, key = problem, problem.key
-    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
-    spare = p.row_groups * ROWS - p.tokens * p.group
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
     share, facts = jnp.zeros((1,)), jnp.zeros((1,))
     # Where blocks start, and where the knots of one are from there.
     knots = p.block_knots or 1
     starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
     starts = first + p.stride * p.block * starts
     at = jnp.concatenate([starts, (p.every or p.block) * jnp.arange(knots)])
-    start, ahead = zip(
-        *(jnp.split(x, [len(starts)]) for x in rotary.turns(at, inv_freq)), strict=True
-    )
-    if mean is not None:
-        share = mean_shares(p, rows, mean, inv_freq, start, ahead)
-    cos, sin = (x[: p.blocks, None] for x in start)
-    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
-    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
+    cos, sin = rotary.turns(at, inv_freq)
+    framed, amplitudes = left(p, query, mean, inv_freq, cos, sin)
+    if amplitudes is not None:
+        waves = _right_pieces(knot_waves(p, cos, sin, len(starts)))
+        share = _exact_product(amplitudes, waves).reshape(p.pairs, ROWS, -1)
     products = jnp.einsum(
         "hpnrd,hcd->hpnrc",
         framed,
@@ -530,45 +579,38 @@ def score_inputs(
     return table, share, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
 
 
-def mean_shares(
-    problem: Problem,
-    rows: Float[Array, "H B rows d"],
-    mean: Float[Array, "H d"],
-    inv_freq: Float[Array, " d/2"],
-    start: tuple[Float[Array, "n d/2"], Float[Array, "n d/2"]],
-    ahead: tuple[Float[Array, "knots d/2"], Float[Array, "knots d/2"]],
-) -> Float[Array, "pairs 4 share_length"]:
-    """The mean key's share of the scores at the knots of all blocks: ``⟨row, R_t mean⟩``.
-
-    A pair of channels (a, b) gives ``(q_a k_a + q_b k_b) cos θt + (q_b k_a - q_a k_b) sin θt``:
-    what is in front depends on the row alone, the cosines and sines on the position alone. So it is
-    one product of all rows, heads together, with all knots.
+def knot_waves(
+    problem: Problem, cos: Float[Array, "n d/2"], sin: Float[Array, "n d/2"], starts: int
+) -> Float[Array, "share_length d"]:
+    """Cosines and sines at the knots of all blocks, to be multiplied with `prepare`'s amplitudes.
 
     Args:
         problem: the shapes.
-        rows: queries, rotated at their own positions.
-        mean: mean key before RoPE.
-        inv_freq: rotary frequencies.
-        start: cosines and sines of the angles at the start of each block, and
-        ahead: of those from there to each knot, added up here as the frames of keys have them.
+        cos: cosines of the angles at the start of each block, then from there to each of its
+            knots, added up here as the frames of keys have them, and
+        sin: sines.
+        starts: how many of them are of starts.
     """
-    p = problem
-    k = rotary.slow(mean, inv_freq, p.every)[:, None, None]
-    a, b = jnp.split(rows, 2, axis=-1)
-    k_a, k_b = jnp.split(k, 2, axis=-1)
-    amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
-    (cos, sin), (cos_on, sin_on) = ([x[:, None] for x in start], ahead)
+    (cos, cos_on), (sin, sin_on) = ((x[:starts, None], x[starts:]) for x in (cos, sin))
     waves = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
-    waves = waves.reshape(-1, p.dim)[: p.share_length]
-    return _exact_product(amplitudes.reshape(-1, p.dim), waves).reshape(p.pairs, ROWS, -1)
+    return waves.reshape(-1, problem.dim)[: problem.share_length]
 
 
-def _exact_product(rows: Float[Array, "n d"], columns: Float[Array, "m d"]) -> Float[Array, "n m"]:
+def _exact_product(
+    left: Float[Array, "n 3 d"], right: Float[Array, "m 3 d"]
+) -> Float[Array, "n m"]:
     """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
-    high, low = in_pieces(rows, 2, jnp.float16)
-    upper, lower = in_pieces(columns, 2, jnp.float16)
-    left, right = _beside(high, low, high), _beside(upper, upper, lower)
     return jnp.einsum("npd,mpd->nm", left, right, preferred_element_type=jnp.float32)
+
+
+def _left_pieces(rows: Float[Array, "n d"]) -> Float[Array, "n 3 d"]:
+    high, low = in_pieces(rows, 2, jnp.float16)
+    return _beside(high, low, high)
+
+
+def _right_pieces(columns: Float[Array, "m d"]) -> Float[Array, "m 3 d"]:
+    upper, lower = in_pieces(columns, 2, jnp.float16)
+    return _beside(upper, upper, lower)
 
 
 def _beside(*parts: Float[Array, "*n d"]) -> Float[Array, "*n parts d"]:

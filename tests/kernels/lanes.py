@@ -97,6 +97,9 @@ class Lanes:
         both = word.view(np.float16).reshape(32, 2).astype(np.float32)
         return both[:, 0], both[:, 1]
 
+    def to_halves(self, low, high):
+        return np.stack([low, high], axis=1).astype(np.float16).view(np.uint32)[:, 0]
+
     def bfloat16s(self, word):
         return tuple(
             (x.astype(np.uint32)).view(np.float32) for x in (word << 16, word & 0xFFFF0000)
