@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from gsrq_jax.kernels import devices, pieces, rotary
@@ -395,6 +396,7 @@ def attend_tiles(
     stride: int = 1,
     every: int = 1,
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+    dtype: DTypeLike = jnp.float32,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
@@ -417,6 +419,7 @@ def attend_tiles(
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
             knot at every token the mean key's share is as many bytes as one bit of codes.
         beside: other parts of the same softmax, with their log-sum-exps.
+        dtype: of the values that are returned.
         config: instead of the one chosen.
 
     Returns:
@@ -442,7 +445,7 @@ def attend_tiles(
     )
     if not problem.blocks:
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
-        return with_beside(nothing, beside)
+        return with_beside(nothing, beside, dtype)
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
@@ -451,7 +454,7 @@ def attend_tiles(
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
-    return end(problem, query, blocks, histogram, scale, value_codewords, beside)
+    return end(problem, query, blocks, histogram, scale, value_codewords, beside, dtype)
 
 
 def finish(
@@ -462,6 +465,7 @@ def finish(
     scale: Int[Array, "pairs parts 4"],
     value_codewords: Float[Array, "H 1 S 16 d"],
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """What `attend_tiles` returns, from what its kernel does; `mosaic_gpu_finish` is the kernel of
     this.
@@ -474,11 +478,12 @@ def finish(
         scale: likewise.
         value_codewords: of this layer.
         beside: other parts of the same softmax, with their log-sum-exps.
+        dtype: of the values that are returned.
     """
     out, lse = put_together(problem, histogram, scale, value_codewords)
     usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks <= 0)[:, None, None, None]
     out, lse = jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
-    return with_beside((out, lse), beside)
+    return with_beside((out, lse), beside, dtype)
 
 
 def prepare(

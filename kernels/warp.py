@@ -191,6 +191,10 @@ class Warp:
         """Two bfloat16 in a word, lower bits first, as float32."""
         return self.from_bits(word << 16), self.from_bits(word & 0xFFFF0000)
 
+    def to_bfloat16s(self, low: Value, high: Value) -> Value:
+        """Two float32 as bfloat16 in a word, rounded to the nearest."""
+        return self._ptx("cvt.rn.bf16x2.f32 $0, $1, $2;", "r", high, low)
+
     def half_min(self, a: Value, b: Value) -> Value:
         """The smaller of two float16, pair by pair."""
         return self._ptx("min.f16x2 $0, $1, $2;", "r", a, b)

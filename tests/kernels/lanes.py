@@ -9,6 +9,7 @@ import random
 import threading
 import time
 
+import ml_dtypes
 import numpy as np
 
 LANES = np.arange(32)
@@ -104,6 +105,9 @@ class Lanes:
         return tuple(
             (x.astype(np.uint32)).view(np.float32) for x in (word << 16, word & 0xFFFF0000)
         )
+
+    def to_bfloat16s(self, low, high):
+        return np.stack([low, high], axis=1).astype(ml_dtypes.bfloat16).view(np.uint32)[:, 0]
 
     def half_min(self, a, b):
         return np.fmin(a.view(np.float16), b.view(np.float16)).view(np.uint32)

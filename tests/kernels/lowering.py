@@ -110,13 +110,14 @@ def prepare_module(B=2, T=1, H=8, q=4, N=16, d=128, every=16):
     )
 
 
-def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10):
+def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10, short=0):
     """Module of the kernel that ends attention over codes."""
     s, sizes = jax.ShapeDtypeStruct, {"batch": B, "tokens": T, "heads": H, "group": q, "dim": d}
     problem = mosaic_gpu.Problem(**sizes, blocks=2, block=256, key=None, value_stages=S, every=0)
     rows, histogram = (B, T, H, q), (problem.pairs, parts, 4)
+    dtype = jnp.bfloat16 if short else jnp.float32
     return only_module(
-        functools.partial(mosaic_gpu_finish.finish, problem),
+        functools.partial(mosaic_gpu_finish.finish, problem, dtype=dtype),
         s((*rows, d), jnp.float32),
         s((B,), jnp.int32),
         s((*histogram, S, 16), jnp.float32),
