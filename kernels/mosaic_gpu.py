@@ -449,8 +449,8 @@ def attend_tiles(
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
-    left = mosaic_gpu_prepare.prepare
-    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first, left=left)
+    arrays, by = (query, mean, inv_freq, key_codewords), mosaic_gpu_prepare
+    inputs = score_inputs(problem, *arrays, first, right=by.waves, left=by.prepare)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
@@ -486,13 +486,42 @@ def finish(
     return with_beside((out, lse), beside, dtype)
 
 
+def waves(
+    problem: Problem, inv_freq: Float[Array, " d/2"], first: int | Int[Array, ""]
+) -> tuple[Float[Array, "N d/2"], Float[Array, "N d/2"], Float[Array, "share_length 3 d"] | None]:
+    """What of both products depends on positions alone; `mosaic_gpu_prepare` has its kernel.
+
+    Args:
+        problem: the shapes.
+        inv_freq: rotary frequencies.
+        first: position of the first token of block 0.
+
+    Returns:
+        Cosines and sines of the angles at the start of each block; and if there is a mean key those
+        at the knots of all blocks, the right operand of its product in float16, as `_right_pieces`.
+        Angles there are those of the start and those from there to the knot, added up here as the
+        frames of keys have them.
+    """
+    p, knots = problem, problem.block_knots or 1
+    starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
+    starts = first + p.stride * p.block * starts
+    at = jnp.concatenate([starts, p.every * jnp.arange(p.block_knots)])
+    cos, sin = rotary.turns(at, inv_freq)
+    own = cos[: p.blocks], sin[: p.blocks]
+    if not p.every:
+        return *own, None
+    (cos, cos_on), (sin, sin_on) = ((x[: len(starts), None], x[len(starts) :]) for x in (cos, sin))
+    both = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
+    return *own, _right_pieces(both.reshape(-1, p.dim)[: p.share_length])
+
+
 def prepare(
     problem: Problem,
     query: Float[Array, "B T H q d"],
     mean: Float[Array, "H d"] | None,
     inv_freq: Float[Array, " d/2"],
-    cos: Float[Array, "n d/2"],
-    sin: Float[Array, "n d/2"],
+    cos: Float[Array, "N d/2"],
+    sin: Float[Array, "N d/2"],
 ) -> tuple[Float[Array, "H rows/4 N 4 d"], Float[Array, "H*rows 3 d"] | None]:
     """The left operands of both products in float16; `mosaic_gpu_prepare` is the kernel of this.
 
@@ -506,7 +535,7 @@ def prepare(
         query: scaled queries, rotated at their own positions.
         mean: mean key before RoPE, if there is one.
         inv_freq: rotary frequencies.
-        cos: cosines of the angles at the start of each block, of which there may be more, and
+        cos: cosines of the angles at the start of each block, and
         sin: sines.
 
     Returns:
@@ -517,7 +546,7 @@ def prepare(
     rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
     spare = p.row_groups * ROWS - p.tokens * p.group
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
-    cos, sin = cos[: p.blocks, None], sin[: p.blocks, None]
+    cos, sin = cos[:, None], sin[:, None]
     a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
     framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
     if mean is None:
@@ -536,6 +565,7 @@ def score_inputs(
     key_codewords: Float[Array, "H 1 R K d"],
     first: int | Int[Array, ""],
     *,
+    right: Callable[..., tuple[Array, Array, Array | None]] = waves,
     left: Callable[..., tuple[Array, Array | None]] = prepare,
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
@@ -552,6 +582,7 @@ def score_inputs(
         inv_freq: rotary frequencies.
         key_codewords: of this layer.
         first: position of the first token of block 0.
+        right: makes what depends on positions, as `waves`.
         left: makes the left operands, as `prepare`.
 
     Returns:
@@ -561,16 +592,10 @@ def score_inputs(
     """
     p, key = problem, problem.key
     share, facts = jnp.zeros((1,)), jnp.zeros((1,))
-    # Where blocks start, and where the knots of one are from there.
-    knots = p.block_knots or 1
-    starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
-    starts = first + p.stride * p.block * starts
-    at = jnp.concatenate([starts, (p.every or p.block) * jnp.arange(knots)])
-    cos, sin = rotary.turns(at, inv_freq)
+    cos, sin, columns = right(p, inv_freq, first)
     framed, amplitudes = left(p, query, mean, inv_freq, cos, sin)
-    if amplitudes is not None:
-        waves = _right_pieces(knot_waves(p, cos, sin, len(starts)))
-        share = _exact_product(amplitudes, waves).reshape(p.pairs, ROWS, -1)
+    if amplitudes is not None and columns is not None:
+        share = _exact_product(amplitudes, columns).reshape(p.pairs, ROWS, -1)
     products = jnp.einsum(
         "hpnrd,hcd->hpnrc",
         framed,
@@ -582,23 +607,6 @@ def score_inputs(
     table, steps, offsets = finished_table(key, products)
     units = pieces.SCORE / pieces.COUNT, pieces.SCORE
     return table, share, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
-
-
-def knot_waves(
-    problem: Problem, cos: Float[Array, "n d/2"], sin: Float[Array, "n d/2"], starts: int
-) -> Float[Array, "share_length d"]:
-    """Cosines and sines at the knots of all blocks, to be multiplied with `prepare`'s amplitudes.
-
-    Args:
-        problem: the shapes.
-        cos: cosines of the angles at the start of each block, then from there to each of its
-            knots, added up here as the frames of keys have them, and
-        sin: sines.
-        starts: how many of them are of starts.
-    """
-    (cos, cos_on), (sin, sin_on) = ((x[:starts, None], x[starts:]) for x in (cos, sin))
-    waves = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
-    return waves.reshape(-1, problem.dim)[: problem.share_length]
 
 
 def _exact_product(

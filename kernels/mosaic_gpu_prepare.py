@@ -1,12 +1,13 @@
-"""What the products before attention over codes take, on Hopper GPUs, in one kernel: Pallas Mosaic
-GPU (ours).
+"""What the products before attention over codes take, on Hopper GPUs: Pallas Mosaic GPU (ours).
 
 A query meets the codewords in the frame of each block, and the mean key in its pairs of channels:
-two left operands, both made of the query alone and both in float16. A warp has the four rows of a
-group, eight pairs of channels a lane, and goes through some blocks with them in its registers;
-other warps make the amplitudes. XLA's program of the same is two kernels.
+two left operands, both made of the query alone and both in float16, by one kernel. A warp has the
+four rows of a group, eight pairs of channels a lane, and goes through some blocks with them in its
+registers; other warps make the amplitudes. The right operand of the mean key's product, waves at
+all knots, follows from positions alone, as do the angles of the frames: another kernel, which
+layers share. XLA's program of the same is four kernels.
 
-What limits it: starting it, or with many sequences the bytes that it writes.
+What limits them: starting them, or with many sequences or tokens the bytes that they write.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gsrq_jax.kernels import mosaic_gpu
 from gsrq_jax.kernels.mosaic_gpu import LN2, PROCESSORS
@@ -26,6 +27,13 @@ PAIRS = 8
 """Pairs of channels of a lane: 16 bytes of float16, twice."""
 AHEAD = 2
 """Blocks of a warp whose angles are under way together."""
+QUARTER = 1.57079637050628662109375
+"""Of a turn, in float32."""
+SINE = [(-1) ** i / math.factorial(2 * i + 1) for i in range(1, 5)]
+COSINE = [(-1) ** i / math.factorial(2 * i) for i in range(1, 6)]
+"""Of Taylor's series, in the square of an angle, but for the first terms."""
+LONGEST = 2**21
+"""Tokens up to which the kernel's angles are as exact as XLA's, of frequencies of at most 1."""
 RESIDENT = 24
 """Warps that a processor has at a time, of up to 80 registers a lane."""
 
@@ -60,9 +68,29 @@ class Problem:
         return self.of.pairs * self.splits // WARPS
 
     @property
+    def waving(self) -> int:
+        """Thread blocks that make waves."""
+        return math.ceil(self.of.share_length * self.lanes / (WARPS * 32))
+
+    @property
     def parts(self) -> int:
-        """Thread blocks; those that make amplitudes, a warp for a group of rows, are the last."""
+        """Thread blocks of queries; the last make amplitudes, a warp for a group of rows."""
         return self.framing + math.ceil(self.of.pairs / WARPS) * (self.of.every > 0)
+
+
+def waves(
+    problem: mosaic_gpu.Problem, inv_freq: Float[Array, " d/2"], first: int | Int[Array, ""]
+) -> tuple[Float[Array, "N d/2"], Float[Array, "N d/2"], Float[Array, "share_length 3 d"] | None]:
+    """`gsrq_jax.kernels.mosaic_gpu.waves`.
+
+    By XLA where there is no mean key, which leaves a few angles, or there are more tokens than
+    `LONGEST`.
+    """
+    p = problem
+    if not p.every or p.stride * p.block * p.blocks > LONGEST:
+        return mosaic_gpu.waves(problem, inv_freq, first)
+    start = jnp.asarray(first, jnp.int32).reshape(1)
+    return waves_kernel(Problem(problem))(inv_freq.astype(jnp.float32), start)
 
 
 def prepare(
@@ -70,8 +98,8 @@ def prepare(
     query: Float[Array, "B T H q d"],
     mean: Float[Array, "H d"] | None,
     inv_freq: Float[Array, " d/2"],
-    cos: Float[Array, "n d/2"],
-    sin: Float[Array, "n d/2"],
+    cos: Float[Array, "N d/2"],
+    sin: Float[Array, "N d/2"],
 ) -> tuple[Float[Array, "H rows/4 N 4 d"], Float[Array, "H*rows 3 d"] | None]:
     """`gsrq_jax.kernels.mosaic_gpu.prepare`."""
     of_mean = [] if mean is None else [x.astype(jnp.float32) for x in (mean, inv_freq)]
@@ -102,6 +130,26 @@ def prepare_kernel(problem: Problem) -> Any:
     )
 
 
+def waves_kernel(problem: Problem) -> Any:
+    """The kernel as a function of the rotary frequencies and where block 0 starts."""
+    from gsrq_jax.kernels.warp import Warp, warp_kernel
+
+    p = problem.of
+
+    def run(warp: Warp, *places: Any) -> None:
+        WavesKernel(problem, warp, *places[:-1]).run()
+
+    angles = jax.ShapeDtypeStruct((p.blocks, p.dim // 2), jnp.float32)
+    return warp_kernel(
+        run,
+        outputs=[angles, angles, jax.ShapeDtypeStruct((p.share_length, 3, p.dim), jnp.float16)],
+        nbytes=16,  # none is used
+        parts=problem.waving,
+        warps=WARPS,
+        name="attend_waves",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Addresses:
     """Where the arrays lie; what belongs to the mean key may be missing."""
@@ -123,13 +171,43 @@ class Addresses:
         return cls(query, cos, sin, None, None, framed, None)
 
 
-class PrepareKernel:
-    """What one warp of one thread block does, said to that warp."""
+class PairsKernel:
+    """What is said to a warp whose lanes have some pairs of channels each."""
+
+    def __init__(self, problem: Problem, warp: Any):
+        self.problem, self.warp = problem, warp
+        self.channel = warp.lane % problem.lanes * PAIRS
+
+    def _numbers(self, place: Any, offset: int = 0) -> list:
+        """One for each of the lane's pairs."""
+        place = place + self.warp.wide(self.channel * 4)
+        halves = (self.warp.load_global(place, offset + at, 4, "f") for at in (0, 16))
+        return [x for half in halves for x in half]
+
+    def _write(self, place: Any, a: list, b: list, offset: int = 0, where: Any = None) -> None:
+        """Both channels of each of the lane's pairs, words of two float16."""
+        place = place + self.warp.wide(self.channel * 2)
+        self.warp.store_global(place, a, offset, where)
+        self.warp.store_global(place, b, offset + self.problem.of.dim, where)
+
+    def _halves(self, numbers: list) -> list:
+        """Words of two float16 each."""
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        return [self.warp.to_halves(x, y) for x, y in pairs]
+
+    def _in_pieces(self, numbers: list) -> tuple[list, list]:
+        """Upper and lower parts, words of two float16."""
+        upper = self._halves(numbers)
+        near = [x for word in upper for x in self.warp.halves(word)]
+        return upper, self._halves([x - y for x, y in zip(numbers, near, strict=True)])
+
+
+class PrepareKernel(PairsKernel):
+    """What one warp of one thread block does with queries, said to that warp."""
 
     def __init__(self, problem: Problem, warp: Any, at: Addresses):
-        self.problem, self.warp, self.at = problem, warp, at
-        self.row = warp.lane // problem.lanes % ROWS
-        self.channel = warp.lane % problem.lanes * PAIRS
+        super().__init__(problem, warp)
+        self.at, self.row = at, warp.lane // problem.lanes % ROWS
 
     def run(self) -> None:
         """A group's rows in the frames of some blocks, or its amplitudes."""
@@ -154,26 +232,9 @@ class PrepareKernel:
         )
         return a, b
 
-    def _numbers(self, place: Any, offset: int = 0) -> list:
-        """One for each of the lane's pairs."""
-        place = place + self.warp.wide(self.channel * 4)
-        halves = (self.warp.load_global(place, offset + at, 4, "f") for at in (0, 16))
-        return [x for half in halves for x in half]
-
     def _pairs(self, place: Any) -> tuple[list, list]:
         """Both channels of each of the lane's pairs."""
         return self._numbers(place), self._numbers(place, self.problem.of.dim * 2)
-
-    def _write(self, place: Any, a: list, b: list, offset: int = 0, where: Any = None) -> None:
-        """Both channels of each of the lane's pairs, words of two float16."""
-        place = place + self.warp.wide(self.channel * 2)
-        self.warp.store_global(place, a, offset, where)
-        self.warp.store_global(place, b, offset + self.problem.of.dim, where)
-
-    def _halves(self, numbers: list) -> list:
-        """Words of two float16 each."""
-        pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        return [self.warp.to_halves(x, y) for x, y in pairs]
 
     def _turn(self) -> None:
         """The rows of a group in the frames of every so many blocks."""
@@ -232,8 +293,65 @@ class PrepareKernel:
         for i, piece in enumerate((0, 1, 0)):
             self._write(place, first[piece], second[piece], i * p.dim * 2, there & lanes)
 
-    def _in_pieces(self, numbers: list) -> tuple[list, list]:
-        """Upper and lower parts, words of two float16."""
-        upper = self._halves(numbers)
-        near = [x for word in upper for x in self.warp.halves(word)]
-        return upper, self._halves([x - y for x, y in zip(numbers, near, strict=True)])
+
+class WavesKernel(PairsKernel):
+    """What one warp of one thread block does with positions, said to that warp."""
+
+    def __init__(
+        self, problem: Problem, warp: Any, inv_freq: Any, first: Any, cos: Any, sin: Any, waves: Any
+    ):
+        super().__init__(problem, warp)
+        self.inv_freq, self.first, self.starts, self.waves = inv_freq, first, (cos, sin), waves
+
+    def run(self) -> None:
+        """The waves at a knot, and where it is a block's first the angles there."""
+        warp, p, lanes = self.warp, self.problem.of, self.problem.lanes
+        knot = (warp.block * WARPS + warp.index) * (32 // lanes) + warp.lane // lanes
+        there = warp.less(knot, p.share_length)
+        block, ahead = knot // p.block_knots, knot % p.block_knots
+        (first,) = warp.load_global(self.first)
+        inv_freq = self._numbers(self.inv_freq)
+        start = self._turns(first + block * (p.stride * p.block), inv_freq)
+        pairs = list(zip(*start, *self._turns(ahead * p.every, inv_freq), strict=True))
+        cos = self._in_pieces([warp.fma(c, c_on, s * s_on * -1.0) for c, s, c_on, s_on in pairs])
+        sin = self._in_pieces([warp.fma(s, c_on, c * s_on) for c, s, c_on, s_on in pairs])
+        place = self.waves + warp.wide(knot) * (3 * p.dim * 2)
+        for i, piece in enumerate((0, 0, 1)):
+            self._write(place, cos[piece], sin[piece], i * p.dim * 2, there)
+        own = warp.equal(ahead, 0) & warp.less(block, p.blocks)
+        place = warp.wide(block * (p.dim // 2) + self.channel) * 4
+        for at, numbers in zip(self.starts, start, strict=True):
+            for i in range(0, PAIRS, 4):
+                warp.store_global(at + place, numbers[i : i + 4], i * 4, own)
+
+    def _turns(self, position: Any, inv_freq: list) -> tuple[list, list]:
+        """Cosines and sines of the lane's pairs at a position, to 2**-23.
+
+        Of the angle, rounded to float32, less so many quarters of a turn: the first difference is
+        exact, and what is left is at most 1 for angles of up to `LONGEST`.
+        """
+        warp, number = self.warp, self.warp.floating
+        position = warp.to_float(position)
+        cosines: list[Any] = []
+        sines: list[Any] = []
+        for frequency in inv_freq:
+            angle = position * frequency
+            quarters = warp.floor(warp.fma(angle, number(2 / math.pi), number(0.5)))
+            rest = warp.fma(warp.to_float(quarters), number(-QUARTER), angle)
+            rest = warp.fma(warp.to_float(quarters), number(QUARTER - math.pi / 2), rest)
+            square = rest * rest
+            sine = self._series(square, SINE)
+            sine = warp.fma(sine, rest * square, rest)
+            cosine = warp.fma(self._series(square, COSINE), square, number(1.0))
+            odd = warp.equal(quarters & 1, 1)
+            # Signs of the quarters: + + - - of the sine, + - - + of the cosine.
+            for out, x, y, shift in ((sines, cosine, sine, 0), (cosines, sine, cosine, 1)):
+                sign = ((quarters + shift) & 2) << 30
+                out.append(warp.from_bits(warp.bits_of(warp.select(odd, x, y)) ^ sign))
+        return cosines, sines
+
+    def _series(self, x: Any, coefficients: list[float]) -> Any:
+        total = self.warp.floating(coefficients[-1])
+        for c in coefficients[-2::-1]:
+            total = self.warp.fma(total, x, self.warp.floating(c))
+        return total

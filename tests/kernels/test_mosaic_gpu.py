@@ -219,7 +219,8 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
     histogram, scale = np.zeros((3, 1, 4, 4, 16), np.float32), np.zeros((3, 1, 4), np.int32)
     histogram[:2, ..., 0] = 1e-9  # the third sequence has nothing coded
-    monkeypatch.setattr(mosaic_gpu_prepare, "prepare", mosaic_gpu.prepare)
+    for name in ("prepare", "waves"):
+        monkeypatch.setattr(mosaic_gpu_prepare, name, getattr(mosaic_gpu, name))
     monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
     out, lse = mosaic_gpu.attend_tiles(**jax.tree.map(jnp.asarray, x))
     fine = [True, False, True, False, True, True]
@@ -467,8 +468,8 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
     "sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}, {"b": 512, "every": 16}]
 )
 def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
-    """XLA keeps the lower parts of float16 operands and copies nothing large; what is made of the
-    query is written by one kernel, in float16 alone."""
+    """XLA copies nothing large and, but for finished tables, has nothing to do beside the products;
+    what is made of the query is written by one kernel, in float16 alone."""
     hlo = without_a_gpu("compile", sizes)
     entry = hlo[hlo.index("\nENTRY") :]
     assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
@@ -478,8 +479,18 @@ def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
     assert re.search(left + r"\S*query", entry)
     assert not re.search(r" fusion\([^)]*query", entry)
     assert not re.search(r"= f32\[\S*,16,4,128\]", entry)
+    if sizes.get("K", 16) == 16:
+        assert entry.count('custom_call_target="mosaic_gpu') == 4
+        others = re.findall(r"kind=k(?:Loop|Input).*", entry)
+        assert all("dot_general" in other for other in others)  # of products cut into parts
+
+
+@supported
+def test_lower_pieces_stay_without_a_gpu(without_a_gpu):
+    """XLA keeps the lower parts of float16 operands."""
+    hlo = without_a_gpu("pieces", {})
     split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
-    assert split
+    assert split, hlo[-2000:]
     assert all(a != b for a, b in split)
 
 

@@ -9,11 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import Memory, run_block
-from lowering import prepare_module, supported
+from lowering import prepare_module, supported, waves_module
 
 from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_prepare, rotary
 from gsrq_jax.kernels.mosaic_gpu import LN2
-from gsrq_jax.kernels.mosaic_gpu_prepare import WARPS, Addresses, PrepareKernel, Problem
+from gsrq_jax.kernels.mosaic_gpu_prepare import (
+    WARPS,
+    Addresses,
+    PrepareKernel,
+    Problem,
+    WavesKernel,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Shape:
     N: int = 3
     d: int = 128
     every: int = 16  # 0: no mean key
+    b: int = 256
+    stride: int = 1
 
     @property
     def problem(self):
@@ -34,53 +42,75 @@ class Shape:
             heads=self.H,
             group=self.q,
             blocks=self.N,
-            block=256,
+            block=self.b,
             dim=self.d,
             key=None,
             value_stages=4,
             every=self.every,
+            stride=self.stride,
         )
 
 
 def some(shape, seed=0):
-    """Arguments of `prepare`; NaN at angles that are not of blocks."""
+    """Arguments of `prepare`."""
     rng, x = np.random.default_rng(seed), shape
     query = rng.normal(size=(x.B, x.T, x.H, x.q, x.d)).astype(np.float32)
     mean = rng.normal(size=(x.H, x.d)).astype(np.float32) if x.every else None
     inv_freq = 500_000.0 ** -np.linspace(0, 1, x.d // 2, dtype=np.float32)
-    angles = rotary.turns(4 + 1024 * np.arange(x.N + 2), inv_freq)
-    cos, sin = (np.array(a) for a in angles)
-    cos[x.N :], sin[x.N :] = np.nan, np.nan
-    return query, mean, inv_freq, cos, sin
+    cos, sin = rotary.turns(4 + 1024 * np.arange(x.N), inv_freq)
+    return query, mean, inv_freq, np.asarray(cos), np.asarray(sin)
 
 
-def run(shape, query, mean, inv_freq, cos, sin):
-    """The kernel by numpy lanes, which writes its results and nothing else."""
-    p, memory = Problem(shape.problem), Memory()
-    framed = np.full((shape.H, p.of.pairs // shape.H, shape.N, 4, shape.d), 7, np.float16)
-    amplitudes = np.full((p.of.pairs * 4, 3, shape.d), 7, np.float16)
-    arrays = (query, cos, sin, framed)
-    if shape.every:
-        arrays = (query, cos, sin, mean, inv_freq, framed, amplitudes)
-    places = [memory.put(x) for x in arrays]
+def on_lanes(program, blocks, arrays, outputs):
+    """What a kernel writes by numpy lanes, which is its outputs and nothing else.
+
+    Args:
+        program: of a warp and the places of arrays and outputs.
+        blocks: thread blocks.
+        arrays: that it reads.
+        outputs: shapes and dtypes.
+    """
+    memory = Memory()
+    outputs = [np.full(shape, 7, dtype) for shape, dtype in outputs]
+    places = [memory.put(x) for x in (*arrays, *outputs)]
     memory.put(np.full(1024, np.nan, np.float32))
-    at, before = Addresses.of(p.of, *places), memory.octets.copy()
-
-    def program(warp):
-        PrepareKernel(p, warp, at).run()
-
-    for block in range(p.parts):
-        run_block(memory, WARPS, block, 0, 16, program)
-    results = []
-    for place, x in ((at.framed, framed), (at.amplitudes, amplitudes)):
-        if place is None:
-            results.append(None)
-            continue
+    before, results = memory.octets.copy(), []
+    for block in range(blocks):
+        run_block(memory, WARPS, block, 0, 16, lambda warp: program(warp, *places))
+    for place, x in zip(places[len(arrays) :], outputs, strict=True):
         results.append(memory.get(place, x.shape, x.dtype).copy())
         first = int(place[0])
         memory.octets[first : first + x.nbytes] = before[first : first + x.nbytes]
     np.testing.assert_array_equal(memory.octets, before)
     return results
+
+
+def run(shape, query, mean, inv_freq, cos, sin):
+    """The kernel of queries."""
+    p = Problem(shape.problem)
+    of_mean = [mean, inv_freq] if shape.every else []
+    outputs = [
+        ((shape.H, p.of.pairs // shape.H, shape.N, 4, shape.d), np.float16),
+        ((p.of.pairs * 4, 3, shape.d), np.float16),
+    ][: 1 + bool(shape.every)]
+
+    def program(warp, *places):
+        PrepareKernel(p, warp, Addresses.of(p.of, *places)).run()
+
+    framed, *amplitudes = on_lanes(program, p.parts, [query, cos, sin, *of_mean], outputs)
+    return framed, amplitudes[0] if amplitudes else None
+
+
+def run_waves(shape, inv_freq, first):
+    """The kernel of positions."""
+    p, start = Problem(shape.problem), np.array([first], np.int32)
+    angles = ((shape.N, shape.d // 2), np.float32)
+    outputs = [angles, angles, ((p.of.share_length, 3, shape.d), np.float16)]
+
+    def program(warp, *places):
+        WavesKernel(p, warp, *places).run()
+
+    return on_lanes(program, p.waving, [inv_freq, start], outputs)
 
 
 def in_float64(shape, query, mean, inv_freq, cos, sin):
@@ -89,7 +119,7 @@ def in_float64(shape, query, mean, inv_freq, cos, sin):
     rows = np.moveaxis(np.float64(query) / np.log(2), 2, 0).reshape(x.H, x.B, x.T * x.q, x.d)
     rows = np.pad(rows, ((0, 0), (0, 0), (0, -x.T * x.q % 4), (0, 0)))
     a, b = np.split(rows.reshape(x.H, -1, 1, 4, x.d), 2, axis=-1)
-    c, s = (np.float64(y[: x.N, None]) for y in (cos, sin))
+    c, s = (np.float64(y[:, None]) for y in (cos, sin))
     framed = np.concatenate([a * c + b * s, b * c - a * s], axis=-1)
     if mean is None:
         return framed, None, None
@@ -158,15 +188,71 @@ def test_what_float16_does_not_hold_stays_in_its_row(value):
         assert np.isfinite(x).sum() < x.size
 
 
+WAVES = {
+    "knots": (Shape(N=2), 4),
+    "knots of head_dim 64, an odd number of blocks": (Shape(N=3, d=64, every=64), 4),
+    "every token": (Shape(N=1, every=1, b=128), 4),
+    "half chunks": (Shape(N=3, b=128, every=32), 4),
+    "every third block": (Shape(N=2, b=512, stride=3, every=64), 1028),
+    "a million tokens": (Shape(N=2, b=1024, stride=512, every=64), 1_000_003),
+    "two million, the first of its blocks": (Shape(N=1, every=64), 2**21 - 256),
+}
+
+
+@pytest.mark.parametrize(("shape", "first"), WAVES.values(), ids=WAVES.keys())
+def test_waves_are_the_reference(shape, first):
+    p = shape.problem
+    inv_freq = 500_000.0 ** -np.linspace(0, 1, shape.d // 2, dtype=np.float32)
+    cos, sin, waves = run_waves(shape, inv_freq, first)
+    plain = mosaic_gpu.waves(p, inv_freq, first)
+    for x, y in zip((cos, sin, waves), plain, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    knots = np.arange(p.share_length)
+    start = first + shape.stride * shape.b * (knots // p.block_knots)
+    # Angles are products in float32, of numbers that float32 holds.
+    start, on = (
+        np.float64(np.float32(n)[:, None] * inv_freq)
+        for n in (start, knots % p.block_knots * shape.every)
+    )
+    own = start[:: p.block_knots][: shape.N]
+    for x, want in ((cos, np.cos(own)), (sin, np.sin(own))):
+        np.testing.assert_allclose(x, want, rtol=0, atol=2**-23)
+    want = np.concatenate([np.cos(start + on), np.sin(start + on)], axis=-1)
+    for x in waves, np.asarray(plain[2]):
+        np.testing.assert_array_equal(x[:, 0], x[:, 1])
+        np.testing.assert_allclose(np.float64(x)[:, 1:].sum(axis=1), want, rtol=0, atol=2**-21)
+
+
+def test_xla_makes_a_few_angles_and_very_large_ones(monkeypatch):
+    inv_freq = 500_000.0 ** -np.linspace(0, 1, 64, dtype=np.float32)
+    monkeypatch.setattr(mosaic_gpu_prepare, "LONGEST", 511)
+    for shape in (Shape(N=2, every=0), Shape(N=2, every=16)):
+        got = mosaic_gpu_prepare.waves(shape.problem, inv_freq, 4)
+        want = mosaic_gpu.waves(shape.problem, inv_freq, 4)
+        assert (got[2] is None) == (shape.every == 0)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @supported
 @pytest.mark.parametrize("sizes", [{}, {"B": 155, "N": 64}, {"d": 64, "T": 3, "every": 0}])
 def test_assembles_without_a_gpu(sizes, without_a_gpu):
     assert "attend_prepare" in str(prepare_module(**sizes))
-    said = without_a_gpu("prepare", sizes)
+    assert assembled(without_a_gpu("prepare", sizes)) * 32 * mosaic_gpu_prepare.RESIDENT <= 65536
+
+
+@supported
+@pytest.mark.parametrize("sizes", [{"N": 128}, {"d": 64, "every": 1}])
+def test_waves_assemble_without_a_gpu(sizes, without_a_gpu):
+    assert "attend_waves" in str(waves_module(**sizes))
+    assert assembled(without_a_gpu("waves", sizes)) <= 128
+
+
+def assembled(said):
+    """Registers of a kernel that spills none, from what ptxas says."""
     assert "for 'sm_90a'" in said, said[-2000:]
-    (registers,) = map(int, re.findall(r"Used (\d+) registers", said))
-    assert registers * 32 * mosaic_gpu_prepare.RESIDENT <= 65536
     assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", said))
+    return registers
 
 
 def test_all_blocks_have_a_warp():
