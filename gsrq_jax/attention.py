@@ -110,7 +110,8 @@ def attend(
         match implementation:
             case "fused" | "codes" | None if books is not None and laid_out:
                 beside = exact if axis_name is None else None
-                coded = _attend_laid_out(query, cache, books, turn, implementation, beside)
+                dtype = q.dtype if axis_name is None else query.dtype  # of all, or a part of it
+                coded = _attend_laid_out(query, cache, books, turn, implementation, beside, dtype)
                 parts = parts if beside is None else []
             case "codes" if books is not None:
                 floats = rows * _floats_of_codes(books.spec)
@@ -165,6 +166,7 @@ def _attend_laid_out(
     turn: Turn,
     implementation: Implementation | None,
     beside: decode.Parts | None,
+    dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     spec = codebooks.spec
     kernels: dict[Implementation | None, decode.Implementation | None] = {
@@ -185,6 +187,7 @@ def _attend_laid_out(
         stride=turn.step,
         every=spec.mean_every,
         beside=beside,
+        dtype=dtype,
         implementation=kernels.get(implementation),
     )
 

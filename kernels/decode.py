@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
@@ -30,6 +32,7 @@ def attend_tiles(
     stride: int = 1,
     every: int = 1,
     beside: Parts | None = None,
+    dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> Part:
     """`gsrq_jax.kernels.reference.attend_tiles`, by the implementation of that name.
@@ -47,6 +50,7 @@ def attend_tiles(
         stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
         beside: other parts of the same softmax; what is returned is all of it.
+        dtype: of the values that are returned.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
             kernel where it is supported, and else the reference with a warning that says why,
             once for each reason.
@@ -58,8 +62,8 @@ def attend_tiles(
     return _by(
         implementation,
         functools.partial(mosaic_gpu.check_supported, *arrays, stride=stride, every=every),
-        functools.partial(mosaic_gpu.attend_tiles, *arrays, beside=beside),
-        _with(beside, functools.partial(reference.attend_tiles, *arrays)),
+        functools.partial(mosaic_gpu.attend_tiles, *arrays, beside=beside, dtype=dtype),
+        _with(beside, dtype, functools.partial(reference.attend_tiles, *arrays)),
         {"first": first, "stride": stride, "every": every},
     )
 
@@ -78,6 +82,7 @@ def attend_words(
     stride: int = 1,
     every: int = 1,
     beside: Parts | None = None,
+    dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> Part:
     """The same over codes in the TPU kernel's layout, see `gsrq_jax.kernels.words`."""
@@ -87,8 +92,8 @@ def attend_words(
     return _by(
         implementation,
         functools.partial(mosaic_tpu.check_supported, query, *arrays[3:7]),
-        _with(beside, functools.partial(mosaic_tpu.attend_words, *arrays)),
-        _with(beside, functools.partial(reference.attend_words, *arrays)),
+        _with(beside, dtype, functools.partial(mosaic_tpu.attend_words, *arrays)),
+        _with(beside, dtype, functools.partial(reference.attend_words, *arrays)),
         {"first": first, "stride": stride, "every": every},
     )
 
@@ -118,9 +123,9 @@ def attend_recent(*arrays: Array, implementation: Implementation | None = None) 
     )
 
 
-def _with(beside: Parts | None, part: Callable[..., Part]) -> Callable[..., Part]:
+def _with(beside: Parts | None, dtype: DTypeLike, part: Callable[..., Part]) -> Callable[..., Part]:
     """``part`` and what is beside it in one softmax."""
-    return lambda **where: reference.with_beside(part(**where), beside)
+    return lambda **where: reference.with_beside(part(**where), beside, dtype)
 
 
 def _by(

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from gsrq_jax.kernels import devices, pieces, rotary
@@ -395,6 +396,7 @@ def attend_tiles(
     stride: int = 1,
     every: int = 1,
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+    dtype: DTypeLike = jnp.float32,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
@@ -417,6 +419,7 @@ def attend_tiles(
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
             knot at every token the mean key's share is as many bytes as one bit of codes.
         beside: other parts of the same softmax, with their log-sum-exps.
+        dtype: of the values that are returned.
         config: instead of the one chosen.
 
     Returns:
@@ -426,7 +429,7 @@ def attend_tiles(
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
-    from gsrq_jax.kernels import mosaic_gpu_finish  # which has its shapes from here
+    from gsrq_jax.kernels import mosaic_gpu_finish, mosaic_gpu_prepare  # with shapes from here
 
     problem = check_supported(
         query,
@@ -442,15 +445,16 @@ def attend_tiles(
     )
     if not problem.blocks:
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
-        return with_beside(nothing, beside)
+        return with_beside(nothing, beside, dtype)
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
-    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
+    arrays, by = (query, mean, inv_freq, key_codewords), mosaic_gpu_prepare
+    inputs = score_inputs(problem, *arrays, first, right=by.waves, left=by.prepare)
     histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
     by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
-    return end(problem, query, blocks, histogram, scale, value_codewords, beside)
+    return end(problem, query, blocks, histogram, scale, value_codewords, beside, dtype)
 
 
 def finish(
@@ -461,6 +465,7 @@ def finish(
     scale: Int[Array, "pairs parts 4"],
     value_codewords: Float[Array, "H 1 S 16 d"],
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """What `attend_tiles` returns, from what its kernel does; `mosaic_gpu_finish` is the kernel of
     this.
@@ -473,11 +478,83 @@ def finish(
         scale: likewise.
         value_codewords: of this layer.
         beside: other parts of the same softmax, with their log-sum-exps.
+        dtype: of the values that are returned.
     """
     out, lse = put_together(problem, histogram, scale, value_codewords)
     usable = (jnp.abs(query) < MOST_QUERY).all(axis=-1) | (blocks <= 0)[:, None, None, None]
     out, lse = jnp.where(usable[..., None], out, jnp.nan), jnp.where(usable, lse, jnp.nan)
-    return with_beside((out, lse), beside)
+    return with_beside((out, lse), beside, dtype)
+
+
+def waves(
+    problem: Problem, inv_freq: Float[Array, " d/2"], first: int | Int[Array, ""]
+) -> tuple[Float[Array, "N d/2"], Float[Array, "N d/2"], Float[Array, "share_length 3 d"] | None]:
+    """What of both products depends on positions alone; `mosaic_gpu_prepare` has its kernel.
+
+    Args:
+        problem: the shapes.
+        inv_freq: rotary frequencies.
+        first: position of the first token of block 0.
+
+    Returns:
+        Cosines and sines of the angles at the start of each block; and if there is a mean key those
+        at the knots of all blocks, the right operand of its product in float16, as `_right_pieces`.
+        Angles there are those of the start and those from there to the knot, added up here as the
+        frames of keys have them.
+    """
+    p, knots = problem, problem.block_knots or 1
+    starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
+    starts = first + p.stride * p.block * starts
+    at = jnp.concatenate([starts, p.every * jnp.arange(p.block_knots)])
+    cos, sin = rotary.turns(at, inv_freq)
+    own = cos[: p.blocks], sin[: p.blocks]
+    if not p.every:
+        return *own, None
+    (cos, cos_on), (sin, sin_on) = ((x[: len(starts), None], x[len(starts) :]) for x in (cos, sin))
+    both = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
+    return *own, _right_pieces(both.reshape(-1, p.dim)[: p.share_length])
+
+
+def prepare(
+    problem: Problem,
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    cos: Float[Array, "N d/2"],
+    sin: Float[Array, "N d/2"],
+) -> tuple[Float[Array, "H rows/4 N 4 d"], Float[Array, "H*rows 3 d"] | None]:
+    """The left operands of both products in float16; `mosaic_gpu_prepare` is the kernel of this.
+
+    The mean key's share ``⟨row, R_t mean⟩``: a pair of channels (a, b) gives ``(q_a k_a + q_b k_b)
+    cos θt + (q_b k_a - q_a k_b) sin θt``. What is in front depends on the row alone, the cosines
+    and sines on the position alone. So it is one product of all rows, heads together, with all
+    knots.
+
+    Args:
+        problem: the shapes.
+        query: scaled queries, rotated at their own positions.
+        mean: mean key before RoPE, if there is one.
+        inv_freq: rotary frequencies.
+        cos: cosines of the angles at the start of each block, and
+        sin: sines.
+
+    Returns:
+        The rows of each KV head in the frame of each block, four together, in powers of 2; and if
+        there is a mean key the amplitudes as `_left_pieces`.
+    """
+    p = problem
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
+    spare = p.row_groups * ROWS - p.tokens * p.group
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
+    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
+    if mean is None:
+        return framed, None
+    a, b = jnp.split(rows, 2, axis=-1)
+    k_a, k_b = jnp.split(rotary.slow(mean, inv_freq, p.every)[:, None, None], 2, axis=-1)
+    amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
+    return framed, _left_pieces(amplitudes.reshape(-1, p.dim))
 
 
 def score_inputs(
@@ -487,12 +564,26 @@ def score_inputs(
     inv_freq: Float[Array, " d/2"],
     key_codewords: Float[Array, "H 1 R K d"],
     first: int | Int[Array, ""],
+    *,
+    right: Callable[..., tuple[Array, Array, Array | None]] = waves,
+    left: Callable[..., tuple[Array, Array | None]] = prepare,
 ) -> tuple[Array, Array, Array]:
     """What the scores are made of: products of queries with codewords and with the mean key.
 
     Rows are query heads (and tokens), four of a KV head together, zeros where there are not so
     many, for scores in powers of 2. For each row and block one GEMM writes R·K numbers; its left
-    operand, the rows rotated back to the start of each block, is written once in float16.
+    operand, the rows rotated back to the start of each block, is written once in float16. Another
+    one writes the mean key's share at the knots of all blocks.
+
+    Args:
+        problem: the shapes.
+        query: scaled queries, rotated at their own positions.
+        mean: mean key before RoPE, if there is one.
+        inv_freq: rotary frequencies.
+        key_codewords: of this layer.
+        first: position of the first token of block 0.
+        right: makes what depends on positions, as `waves`.
+        left: makes the left operands, as `prepare`.
 
     Returns:
         ``[pairs, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
@@ -500,23 +591,11 @@ def score_inputs(
         codewords ``[pairs, N, 8]`` steps and offsets of the tables.
     """
     p, key = problem, problem.key
-    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
-    spare = p.row_groups * ROWS - p.tokens * p.group
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
     share, facts = jnp.zeros((1,)), jnp.zeros((1,))
-    # Where blocks start, and where the knots of one are from there.
-    knots = p.block_knots or 1
-    starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
-    starts = first + p.stride * p.block * starts
-    at = jnp.concatenate([starts, (p.every or p.block) * jnp.arange(knots)])
-    start, ahead = zip(
-        *(jnp.split(x, [len(starts)]) for x in rotary.turns(at, inv_freq)), strict=True
-    )
-    if mean is not None:
-        share = mean_shares(p, rows, mean, inv_freq, start, ahead)
-    cos, sin = (x[: p.blocks, None] for x in start)
-    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
-    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
+    cos, sin, columns = right(p, inv_freq, first)
+    framed, amplitudes = left(p, query, mean, inv_freq, cos, sin)
+    if amplitudes is not None and columns is not None:
+        share = _exact_product(amplitudes, columns).reshape(p.pairs, ROWS, -1)
     products = jnp.einsum(
         "hpnrd,hcd->hpnrc",
         framed,
@@ -530,45 +609,21 @@ def score_inputs(
     return table, share, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
 
 
-def mean_shares(
-    problem: Problem,
-    rows: Float[Array, "H B rows d"],
-    mean: Float[Array, "H d"],
-    inv_freq: Float[Array, " d/2"],
-    start: tuple[Float[Array, "n d/2"], Float[Array, "n d/2"]],
-    ahead: tuple[Float[Array, "knots d/2"], Float[Array, "knots d/2"]],
-) -> Float[Array, "pairs 4 share_length"]:
-    """The mean key's share of the scores at the knots of all blocks: ``⟨row, R_t mean⟩``.
-
-    A pair of channels (a, b) gives ``(q_a k_a + q_b k_b) cos θt + (q_b k_a - q_a k_b) sin θt``:
-    what is in front depends on the row alone, the cosines and sines on the position alone. So it is
-    one product of all rows, heads together, with all knots.
-
-    Args:
-        problem: the shapes.
-        rows: queries, rotated at their own positions.
-        mean: mean key before RoPE.
-        inv_freq: rotary frequencies.
-        start: cosines and sines of the angles at the start of each block, and
-        ahead: of those from there to each knot, added up here as the frames of keys have them.
-    """
-    p = problem
-    k = rotary.slow(mean, inv_freq, p.every)[:, None, None]
-    a, b = jnp.split(rows, 2, axis=-1)
-    k_a, k_b = jnp.split(k, 2, axis=-1)
-    amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
-    (cos, sin), (cos_on, sin_on) = ([x[:, None] for x in start], ahead)
-    waves = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
-    waves = waves.reshape(-1, p.dim)[: p.share_length]
-    return _exact_product(amplitudes.reshape(-1, p.dim), waves).reshape(p.pairs, ROWS, -1)
-
-
-def _exact_product(rows: Float[Array, "n d"], columns: Float[Array, "m d"]) -> Float[Array, "n m"]:
+def _exact_product(
+    left: Float[Array, "n 3 d"], right: Float[Array, "m 3 d"]
+) -> Float[Array, "n m"]:
     """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
-    high, low = in_pieces(rows, 2, jnp.float16)
-    upper, lower = in_pieces(columns, 2, jnp.float16)
-    left, right = _beside(high, low, high), _beside(upper, upper, lower)
     return jnp.einsum("npd,mpd->nm", left, right, preferred_element_type=jnp.float32)
+
+
+def _left_pieces(rows: Float[Array, "n d"]) -> Float[Array, "n 3 d"]:
+    high, low = in_pieces(rows, 2, jnp.float16)
+    return _beside(high, low, high)
+
+
+def _right_pieces(columns: Float[Array, "m d"]) -> Float[Array, "m 3 d"]:
+    upper, lower = in_pieces(columns, 2, jnp.float16)
+    return _beside(upper, upper, lower)
 
 
 def _beside(*parts: Float[Array, "*n d"]) -> Float[Array, "*n parts d"]:

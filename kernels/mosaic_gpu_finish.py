@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gsrq_jax.kernels import mosaic_gpu, pieces
@@ -38,6 +39,7 @@ class Problem:
     of: mosaic_gpu.Problem
     parts: int  # of the histogram
     beside: int  # other parts of the softmax
+    short: bool = False  # whether the output is in bfloat16
 
     @property
     def together(self) -> int:
@@ -80,14 +82,17 @@ def finish(
     scale: Int[Array, "pairs parts 4"],
     value_codewords: Float[Array, "H 1 S 16 d"],
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.mosaic_gpu.finish`, for value codewords in bfloat16."""
-    p = Problem(problem, histogram.shape[1], 0 if beside is None else len(beside[0]))
-    others = [jnp.zeros((1,))] * 2
+    others = 0 if beside is None else len(beside[0])
+    p = Problem(problem, histogram.shape[1], others, dtype == jnp.bfloat16)
+    parts = [jnp.zeros((1,))] * 2
     if beside is not None:
-        others = [jnp.moveaxis(x, (0, 3), (2, 1)) for x in beside]  # [B, H, P, T, q, …]
-    arrays = query, blocks.astype(jnp.int32), histogram, scale, value_codewords, *others
-    return finish_kernel(p)(*arrays)
+        parts = [jnp.moveaxis(x, (0, 3), (2, 1)) for x in beside]  # [B, H, P, T, q, …]
+    arrays = query, blocks.astype(jnp.int32), histogram, scale, value_codewords, *parts
+    out, lse = finish_kernel(p)(*arrays)
+    return out.astype(dtype), lse
 
 
 def finish_kernel(problem: Problem) -> Any:
@@ -103,7 +108,7 @@ def finish_kernel(problem: Problem) -> Any:
     return warp_kernel(
         run,
         outputs=[
-            jax.ShapeDtypeStruct((*rows, p.dim), jnp.float32),
+            jax.ShapeDtypeStruct((*rows, p.dim), jnp.bfloat16 if problem.short else jnp.float32),
             jax.ShapeDtypeStruct(rows, jnp.float32),
         ],
         nbytes=problem.nbytes,
@@ -331,7 +336,12 @@ class FinishKernel:
         usable, nan = warp.equal(large, 0), warp.from_bits(warp.integer(0x7FC00000))
         at = self._place(row)
         value = warp.select(usable, out, nan)
-        warp.store_global(self.at.out + at * (dim * 4) + warp.wide(channel * 4), [value])
+        if p.short:  # two channels of two lanes a word
+            word = warp.to_bfloat16s(value, warp.from_lane_xor(value, 1))
+            place = self.at.out + at * (dim * 2) + warp.wide(channel * 2)
+            warp.store_global(place, [word], where=warp.equal(channel & 1, 0))
+        else:
+            warp.store_global(self.at.out + at * (dim * 4) + warp.wide(channel * 4), [value])
         lse = warp.select(usable, log * LN2, nan)
         warp.store_global(self.at.lse + at * 4, [lse], where=warp.equal(channel, 0))
 

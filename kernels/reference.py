@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
 from gsrq_jax.kernels import rotary, tiles, words
@@ -235,9 +236,11 @@ def merge(
 def with_beside(
     part: tuple[Float[Array, "*s d"], Float[Array, "*s"]],
     beside: tuple[Float[Array, "P *s d"], Float[Array, "P *s"]] | None,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "*s d"], Float[Array, "*s"]]:
-    """`merge` of a part and others, stacked, if there are any."""
-    return part if beside is None else merge([part, *zip(*beside, strict=True)])
+    """`merge` of a part and others, stacked, if there are any; the output in ``dtype``."""
+    out, lse = part if beside is None else merge([part, *zip(*beside, strict=True)])
+    return out.astype(dtype), lse
 
 
 def merge_over(

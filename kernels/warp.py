@@ -183,9 +183,17 @@ class Warp:
         )
         return low, high
 
+    def to_halves(self, low: Value, high: Value) -> Value:
+        """Two float32 as float16 in a word, rounded to the nearest; infinite where too large."""
+        return self._ptx("cvt.rn.f16x2.f32 $0, $1, $2;", "r", high, low)
+
     def bfloat16s(self, word: Value) -> tuple[Value, Value]:
         """Two bfloat16 in a word, lower bits first, as float32."""
         return self.from_bits(word << 16), self.from_bits(word & 0xFFFF0000)
+
+    def to_bfloat16s(self, low: Value, high: Value) -> Value:
+        """Two float32 as bfloat16 in a word, rounded to the nearest."""
+        return self._ptx("cvt.rn.bf16x2.f32 $0, $1, $2;", "r", high, low)
 
     def half_min(self, a: Value, b: Value) -> Value:
         """The smaller of two float16, pair by pair."""

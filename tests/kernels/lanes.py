@@ -9,6 +9,7 @@ import random
 import threading
 import time
 
+import ml_dtypes
 import numpy as np
 
 LANES = np.arange(32)
@@ -97,10 +98,16 @@ class Lanes:
         both = word.view(np.float16).reshape(32, 2).astype(np.float32)
         return both[:, 0], both[:, 1]
 
+    def to_halves(self, low, high):
+        return np.stack([low, high], axis=1).astype(np.float16).view(np.uint32)[:, 0]
+
     def bfloat16s(self, word):
         return tuple(
             (x.astype(np.uint32)).view(np.float32) for x in (word << 16, word & 0xFFFF0000)
         )
+
+    def to_bfloat16s(self, low, high):
+        return np.stack([low, high], axis=1).astype(ml_dtypes.bfloat16).view(np.uint32)[:, 0]
 
     def half_min(self, a, b):
         return np.fmin(a.view(np.float16), b.view(np.float16)).view(np.uint32)

@@ -4,6 +4,7 @@ import functools
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lowering import shapes
@@ -33,6 +34,19 @@ def test_without_a_gpu_the_reference_is_taken_and_said_once():
     for a, b, c in zip(got, again, asked, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         np.testing.assert_allclose(a, c, atol=1e-5)
+
+
+def test_values_come_in_the_dtype_that_is_asked_for():
+    shape = Shape(B=2, N=2, b=128, R=4, S=4, blocks=(1, 0))
+    x = make(shape)
+    attend = functools.partial(decode.attend_tiles, **options(shape), implementation="reference")
+    out, lse = attend(**x)
+    beside = out[None] + 1, lse[None]
+    for given in (None, beside):
+        want, _ = attend(**x, beside=given)
+        short, lse = attend(**x, beside=given, dtype=jnp.bfloat16)
+        assert (want.dtype, short.dtype, lse.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+        np.testing.assert_array_equal(short, want.astype(jnp.bfloat16))
 
 
 def test_the_kernel_is_taken_where_it_is_supported(monkeypatch):

@@ -12,7 +12,7 @@ from lanes import Lanes, Memory, run_block
 from lowering import mosaic_module, on_abstract, shapes, supported
 from test_reference import check, decode, expected
 
-from gsrq_jax.kernels import mosaic_gpu, pieces, reference, tiles
+from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_prepare, pieces, reference, tiles
 from gsrq_jax.kernels.errors import InputError
 
 
@@ -211,7 +211,7 @@ def test_nothing_of_the_invalid_is_read():
 
 
 def test_a_query_that_is_not_finite_shows(monkeypatch):
-    """Also without the kernel, whose result for it means nothing."""
+    """Also without the kernels, whose results for it mean nothing."""
     shape = Shape(B=3, q=2, N=1, R=4, S=4, blocks=(1, 1, 0))
     x = make(shape)
     for row, bad in enumerate((np.nan, 1e6, np.inf)):
@@ -219,6 +219,8 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
     histogram, scale = np.zeros((3, 1, 4, 4, 16), np.float32), np.zeros((3, 1, 4), np.int32)
     histogram[:2, ..., 0] = 1e-9  # the third sequence has nothing coded
+    for name in ("prepare", "waves"):
+        monkeypatch.setattr(mosaic_gpu_prepare, name, getattr(mosaic_gpu, name))
     monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
     out, lse = mosaic_gpu.attend_tiles(**jax.tree.map(jnp.asarray, x))
     fine = [True, False, True, False, True, True]
@@ -266,7 +268,8 @@ def test_products_are_right_to_20_bits():
     rows = (rng.normal(size=(20, 128)) * 30).astype(np.float32)
     columns = rng.normal(size=(48, 128)).astype(np.float32)
     size = np.linalg.norm(rows, axis=-1)[:, None] * np.linalg.norm(columns, axis=-1)
-    got = mosaic_gpu._exact_product(jnp.asarray(rows), jnp.asarray(columns))
+    left, right = mosaic_gpu._left_pieces(rows), mosaic_gpu._right_pieces(columns)
+    got = mosaic_gpu._exact_product(left, right)
     assert (np.abs(got - np.float64(rows) @ np.float64(columns).T) / size).max() < 1e-6
 
 
@@ -465,17 +468,29 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
     "sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}, {"b": 512, "every": 16}]
 )
 def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
-    """XLA keeps the lower parts of float16 operands, copies nothing large, and writes queries in
-    blocks' frames in float16 alone."""
+    """XLA copies nothing large and, but for finished tables, has nothing to do beside the products;
+    what is made of the query is written by one kernel, in float16 alone."""
     hlo = without_a_gpu("compile", sizes)
     entry = hlo[hlo.index("\nENTRY") :]
     assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
     assert " copy(" not in entry
     assert " transpose(" not in entry
-    assert re.search(r"= f16\[\S*,16,4,128\]\S* fusion\(", entry)
+    left = r"= \(f16\[\S*,16,4,128\]\S*, f16\[\d+,3,128\]\S*\) custom-call\("
+    assert re.search(left + r"\S*query", entry)
+    assert not re.search(r" fusion\([^)]*query", entry)
     assert not re.search(r"= f32\[\S*,16,4,128\]", entry)
+    if sizes.get("K", 16) == 16:
+        assert entry.count('custom_call_target="mosaic_gpu') == 4
+        others = re.findall(r"kind=k(?:Loop|Input).*", entry)
+        assert all("dot_general" in other for other in others)  # of products cut into parts
+
+
+@supported
+def test_lower_pieces_stay_without_a_gpu(without_a_gpu):
+    """XLA keeps the lower parts of float16 operands."""
+    hlo = without_a_gpu("pieces", {})
     split = re.findall(r"= f32\S* subtract\(%(\S+), %(\S+)\)", hlo)
-    assert split
+    assert split, hlo[-2000:]
     assert all(a != b for a, b in split)
 
 

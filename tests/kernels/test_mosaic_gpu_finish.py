@@ -24,6 +24,7 @@ class Shape:
     S: int = 8
     parts: int = 3
     beside: int = 0
+    short: bool = False
 
     @property
     def problem(self):
@@ -39,7 +40,7 @@ class Shape:
             value_stages=self.S,
             every=0,
         )
-        return Problem(of, self.parts, self.beside)
+        return Problem(of, self.parts, self.beside, self.short)
 
 
 def some(shape, empty=(), seed=0):
@@ -78,7 +79,8 @@ def run(shape, query, blocks, histogram, scale, words, beside):
     others = [np.zeros(1, np.float32)] * 2
     if beside is not None:
         others = [np.ascontiguousarray(np.moveaxis(x, (0, 3), (2, 1))) for x in beside]
-    out, lse = np.full(query.shape, 7, np.float32), np.full(query.shape[:-1], 7, np.float32)
+    out = np.full(query.shape, 7, ml_dtypes.bfloat16 if shape.short else np.float32)
+    lse = np.full(query.shape[:-1], 7, np.float32)
     arrays = query, blocks, histogram, scale, words, *others, out, lse
     places = [memory.put(x) for x in arrays]
 
@@ -115,6 +117,19 @@ def test_is_the_reference(case):
         assert (out[list(empty)] == 0).all()
 
 
+@pytest.mark.parametrize("case", ["one is empty", "four rows together"])
+def test_output_in_bfloat16(case):
+    shape, empty = CASES[case]
+    given = some(shape, empty)
+    out, lse = run(shape, *given)
+    short, same = run(dataclasses.replace(shape, short=True), *given)
+    assert short.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(short, out.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(same, lse)
+    want, _ = mosaic_gpu.finish(shape.problem.of, *given, jnp.bfloat16)
+    assert want.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -mosaic_gpu.MOST_QUERY])
 def test_what_float16_does_not_hold_is_nan(value):
     shape = Shape(H=2, beside=1)
@@ -132,7 +147,8 @@ def test_what_float16_does_not_hold_is_nan(value):
 @supported
 @pytest.mark.parametrize("batch", [1, 64])
 def test_lowers(batch):
-    assert "attend_finish" in str(finish_module(B=batch))
+    for short in range(2):
+        assert "attend_finish" in str(finish_module(B=batch, short=short))
 
 
 def test_together():
