@@ -1,16 +1,13 @@
 """On a Hopper GPU: what the products before attention over codes take, against float64.
 
-    python tests/gpu/check_prepare.py [--time]
+    python tests/gpu/check_prepare.py
 
 Prints for each case the largest error of rows in blocks' frames, amplitudes and waves, each in
-parts of its bound (`exact`); exits with 1 if one is above 1. With ``--time``, then the microseconds
-of a call among others in one program, by the kernels and by XLA.
+parts of its bound (`exact`); exits with 1 if one is above 1.
 """
 
 import dataclasses
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -140,40 +137,9 @@ def check(case: Case, seed: int) -> float:
     return max(worst)
 
 
-def microseconds(case: Case, calls: int = 32, repeats: int = 9) -> dict[str, float]:
-    """Of a call of each, from programs of several; the median."""
-    p, (query, mean, inv_freq) = case.problem, arguments(case, 0)
-    queries = [jnp.asarray(query + i) for i in range(calls)]
-    firsts = [jnp.int32(4 + i) for i in range(calls)]
-    angles = mosaic_gpu.waves(p, inv_freq, 4)[:2]
-    found = {}
-    for name, by in (("kernel", mosaic_gpu_prepare), ("XLA", mosaic_gpu)):
-        programs = {
-            "waves": (lambda firsts, by=by: [by.waves(p, inv_freq, f) for f in firsts], firsts),
-            "prepare": (
-                lambda xs, by=by: [by.prepare(p, x, mean, inv_freq, *angles) for x in xs],
-                queries,
-            ),
-        }
-        for what, (program, given) in programs.items():
-            run, times = jax.jit(program), []
-            jax.block_until_ready(run(given))
-            for _ in range(repeats):
-                start = time.perf_counter()
-                jax.block_until_ready(run(given))
-                times.append((time.perf_counter() - start) / calls)
-            found[f"{what}, {name}"] = 1e6 * statistics.median(times)
-    print(case, "|", *(f"{name}: {t:.1f} µs" for name, t in found.items()), flush=True)
-    return found
-
-
-def main(arguments: list[str]) -> int:
-    code = exit_code(CASES, lambda case, seed: [] if check(case, seed) <= 1 else ["error"])
-    if "--time" in arguments:
-        microseconds(Case(B=1, N=128, b=1024))
-        microseconds(Case(B=155, N=64), calls=4)
-    return code
+def main() -> int:
+    return exit_code(CASES, lambda case, seed: [] if check(case, seed) <= 1 else ["error"])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -37,18 +37,10 @@ def test_errors_show(monkeypatch, capsys):
     def no_nan(problem, query, *others):
         return mosaic_gpu.prepare(problem, jnp.nan_to_num(query), *others)
 
-    assert check_prepare.main([]) == 0
+    assert check_prepare.main() == 0
     monkeypatch.setattr(mosaic_gpu_prepare, "waves", one_later)
-    assert check_prepare.main([]) == 1
+    assert check_prepare.main() == 1
     monkeypatch.setattr(mosaic_gpu_prepare, "waves", mosaic_gpu.waves)
     monkeypatch.setattr(mosaic_gpu_prepare, "prepare", no_nan)
-    assert check_prepare.main([]) == 1
+    assert check_prepare.main() == 1
     assert capsys.readouterr().out.count("TOO LARGE: error") == 2
-
-
-@pytest.mark.usefixtures("plain")
-def test_times():
-    case = check_prepare.Case(B=1, H=1, N=2, b=128)
-    found = check_prepare.microseconds(case, calls=2, repeats=1)
-    assert len(found) == 4
-    assert min(found.values()) > 0
