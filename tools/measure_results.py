@@ -175,6 +175,7 @@ ABLATIONS = {
     "frames": ("gsrq@1+pre", "gsrq@1+post", "gsrq@1+uncentred"),
     "short-blocks": ("gsrq@1+block32", "gsrq@1+block64"),
     "long-blocks": ("gsrq@1+block256", "gsrq@1+block512", "gsrq@1+block512+uncentred"),
+    "uncentred-blocks": tuple(f"gsrq@1+block{b}+uncentred" for b in (32, 64, 256)),
     "codewords-16": ("gsrq@0.75+k16", "gsrq@0.75+k16+beam8", "gsrq@0.75+k16+refits2+beam8"),
     "codewords-64": ("gsrq@0.75+k64", "gsrq@0.75+k64+beam8", "gsrq@0.75+k64+refits2+beam8"),
     "codewords-256": ("gsrq@0.75+beam8", "gsrq@0.75+refits2+beam8"),
@@ -189,7 +190,7 @@ def ablations(inputs: Inputs) -> Iterator[Job]:
     """The recipe with one part changed, and frames at the longer length, too."""
     for tag, names in ABLATIONS.items():
         for length in SEQUENCES:
-            if length == 2048 or tag in ("frames", "short-blocks", "long-blocks"):
+            if length == 2048 or tag == "frames" or tag.endswith("-blocks"):
                 name = f"ablation-{length}-{tag}"
                 flags = ("--work", f"work-{name}", "--window", *WINDOWS)
                 yield _fidelity(
@@ -205,6 +206,14 @@ TRAINED: dict[str, tuple[str, ...]] = {
     **{
         f"gsrq-sampled-{x:g}": ("--preset", "best", "--bits", f"{x:g}", "--distill.text", "sampled")
         for x in (1, 0.75, 0.5)
+    },
+    # Codewords of a stage, distilled: at this rate all have whole stages.
+    **{
+        f"gsrq-k{k}-0.75": (
+            *("--preset", "balanced", "--bits", "0.75", "--allocate", "uniform"),
+            *("--codewords", f"{k}"),
+        )
+        for k in (16, 64, 256)
     },
     # What the fused kernel for GPUs takes.
     "gsrq-kernel-1": (
