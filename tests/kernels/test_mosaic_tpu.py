@@ -168,9 +168,15 @@ def test_which_is_taken(monkeypatch):
         decode.attend_words(**x, **options, implementation="fused")
     taken = []
     monkeypatch.setattr(mosaic_tpu, "check_device", lambda: None)
-    monkeypatch.setattr(mosaic_tpu, "attend_words", lambda *_, **how: taken.append(how))
-    decode.attend_words(**x, **options)
+
+    def attend_words(*_, **how):
+        taken.append(how)
+        return want
+
+    monkeypatch.setattr(mosaic_tpu, "attend_words", attend_words)
+    got = decode.attend_words(**x, **options)
     assert taken == [options]
+    np.testing.assert_array_equal(got[0], want[0])
     with pytest.warns(UserWarning, match="1 to 8 as query rows of a KV head, got 9"):
         decode.attend_words(**laid_out(q=9)[0], **options)
 
