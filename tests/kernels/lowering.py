@@ -333,9 +333,10 @@ if __name__ == "__main__":
         else:
             print(compiled(*int8_step(), library, ON_GPU))
     else:
-        from gsrq_jax.residual import encode
+        from gsrq_jax.residual import _encode
 
         s = jax.ShapeDtypeStruct
         points, words = s((2, 4096, 128), jnp.float32), s((2, 1, 32, 16, 128), jnp.bfloat16)
         with mock.patch.object(jax, "default_backend", return_value="gpu"):
-            print(compiled(lambda x, w: encode(x, w), (points, words), library))
+            plain = functools.partial(_encode, beam=1, chunk=None)
+            print(compiled(plain, (points, words), library))
