@@ -442,9 +442,13 @@ def chained(way: Way, config: Config, batch: int) -> Any:
         return jax.lax.fori_loop(0, rounds, again, query)
 
     query = jax.ShapeDtypeStruct((batch, 1, c.heads, c.head_dim), way.dtype)
+    return jax.jit(run).lower(query, layers_of(way, config), jnp.int32(1)).compile()
+
+
+def layers_of(way: Way, config: Config) -> list[tuple[Any, ...]]:
+    """The shapes of the layers that are made for it."""
     layer = jax.eval_shape(way.layer, jax.random.key(0))
-    layers = [layer] * distinct(_bytes(layer), config)
-    return jax.jit(run).lower(query, layers, jnp.int32(1)).compile()
+    return [layer] * distinct(_bytes(layer), config)
 
 
 def _bytes(arrays: Any) -> int:
@@ -454,8 +458,8 @@ def _bytes(arrays: Any) -> int:
 def measure_attention(way: Way, program: Any, config: Config, batch: int) -> dict[str, Any]:
     """Of a program that `chained` made."""
     c, make = config.sizes, jax.jit(way.layer)
-    count = distinct(_bytes(jax.eval_shape(way.layer, jax.random.key(0))), config)
-    layers = [make(key) for key in jax.random.split(jax.random.key(0), count)]
+    keys = jax.random.split(jax.random.key(0), len(layers_of(way, config)))
+    layers = list(map(make, keys))
     query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
     run = functools.partial(program, query, layers)
     once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
@@ -821,7 +825,7 @@ def cache_bytes(config: Config, what: str, batch: int, context: int) -> int:
 def weight_bytes(config: Config, weights: str) -> int:
     """Of a model's parameters, without making them."""
     _, shapes = llama.abstract(config.sizes, jnp.bfloat16, int8=weights == "int8")
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    return _bytes(shapes)
 
 
 def fits(config: Config, what: str, memory: float, context: int | None) -> tuple[int, int]:

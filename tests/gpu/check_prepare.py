@@ -8,6 +8,7 @@ parts of its bound (`exact`); exits with 1 if one is above 1.
 
 import dataclasses
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +73,35 @@ def arguments(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray | None, np.
     return query, mean, 500_000.0 ** -np.linspace(0, 1, c.d // 2, dtype=np.float32)
 
 
+def left(
+    case: Any, query: np.ndarray, mean: np.ndarray | None, inv_freq: np.ndarray, *angles: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows in blocks' frames and amplitudes in float64, and of each the sizes of its two terms.
+
+    ``angles`` are cosines and sines at the starts of blocks.
+    """
+    c = case
+    rows = np.moveaxis(np.float64(query) / np.log(2), 2, 0).reshape(c.H, c.B, -1, c.d)
+    rows = np.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 4), (0, 0)))
+    a, b = np.split(rows.reshape(c.H, -1, 1, 4, c.d), 2, axis=-1)
+    cos, sin = (np.float64(x)[:, None] for x in angles)
+    framed = np.concatenate([a * cos + b * sin, b * cos - a * sin], -1)
+    found = [(framed, np.tile(np.abs(a) + np.abs(b), 2))]
+    if mean is None:
+        return found
+    kept = np.where(np.tile(inv_freq * c.every > np.pi, 2) & (c.every > 1), 0, np.float64(mean))
+    k_a, k_b = np.split(kept[:, None, None], 2, axis=-1)
+    a, b = np.split(rows, 2, axis=-1)
+    amplitudes = np.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], -1)
+    size = [np.abs(x) + np.abs(y) for x, y in ((a * k_a, b * k_b), (b * k_a, a * k_b))]
+    found.append((amplitudes, np.concatenate(size, -1)))
+    return found
+
+
 def exact(
     case: Case, query: np.ndarray, mean: np.ndarray | None, inv_freq: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows in blocks' frames, amplitudes and waves in float64, and a bound of the error of each.
+    """`left` and waves in float64, and a bound of the error of each.
 
     Rows are rounded to float16 once, which holds numbers from 2⁻²⁴ on, after products with cosines
     that are right to 2⁻²²; the other two are in two pieces.
@@ -86,21 +112,12 @@ def exact(
         angles = np.float64(np.float32(positions)[:, None] * inv_freq)  # as models have them
         return np.cos(angles), np.sin(angles)
 
-    rows = np.moveaxis(np.float64(query) / np.log(2), 2, 0).reshape(c.H, c.B, -1, c.d)
-    rows = np.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 4), (0, 0)))
-    a, b = np.split(rows.reshape(c.H, -1, 1, 4, c.d), 2, axis=-1)
-    cos, sin = (x[:, None] for x in turns(c.first + c.stride * c.b * np.arange(c.N)))
-    framed = np.concatenate([a * cos + b * sin, b * cos - a * sin], -1)
-    size = np.tile(np.abs(a) + np.abs(b), 2)
+    starts = turns(c.first + c.stride * c.b * np.arange(c.N))
+    (framed, size), *amplitudes = left(case, query, mean, inv_freq, *starts)
     found = [(framed, 2.0**-11 * np.abs(framed) + 2.0**-21 * size + 2.0**-25)]
     if mean is None:
         return found
-    kept = np.where(np.tile(inv_freq * c.every > np.pi, 2) & (c.every > 1), 0, np.float64(mean))
-    k_a, k_b = np.split(kept[:, None, None], 2, axis=-1)
-    a, b = np.split(rows, 2, axis=-1)
-    amplitudes = np.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], -1)
-    size = [np.abs(x) + np.abs(y) for x, y in ((a * k_a, b * k_b), (b * k_a, a * k_b))]
-    found.append((amplitudes, 2.0**-21 * np.concatenate(size, -1) + 2.0**-25))
+    found += [(x, 2.0**-21 * size + 2.0**-25) for x, size in amplitudes]
     block, knot = np.divmod(np.arange(p.share_length), p.block_knots)
     cos, sin = turns(c.first + c.stride * c.b * block)
     cos_on, sin_on = turns(knot * c.every)

@@ -398,6 +398,35 @@ class Copies:
         self.thread.join()
 
 
+def run_kernel(program, blocks, warps, nbytes, arrays, outputs):
+    """What a kernel makes of ``outputs``, by all its thread blocks, which is all that it writes.
+
+    Args:
+        program: of a warp, the places of arrays and outputs and that of shared memory.
+        blocks: thread blocks.
+        warps: of each.
+        nbytes: of its shared memory.
+        arrays: that it reads.
+        outputs: as they are before.
+    """
+    memory, start = Memory(), 1024 + 8
+    places = [memory.put(np.asarray(x)) for x in (*arrays, *outputs)]
+    memory.put(np.full(1024, np.nan, np.float32))
+    before, results = memory.octets.copy(), []
+
+    def run(warp):
+        program(warp, *places, warp.integer(start))
+
+    for block in range(blocks):
+        run_block(memory, warps, block, start, nbytes, run)
+    for place, x in zip(places[len(arrays) :], outputs, strict=True):
+        results.append(memory.get(place, x.shape, x.dtype).copy())
+        first = int(place[0])
+        memory.octets[first : first + x.nbytes] = before[first : first + x.nbytes]
+    np.testing.assert_array_equal(memory.octets, before)
+    return results
+
+
 def run_block(memory, warps, block, shared_start, shared_bytes, program):
     """``program(warp)`` by each warp of a thread block whose shared memory starts there."""
     gate = Gate(warps)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lanes import Lanes, Memory, run_block
+from lanes import Lanes, run_kernel
 from lowering import mosaic_module, on_abstract, shapes, supported
 from test_reference import check, decode, expected
 
@@ -107,25 +107,19 @@ def on_lanes(x, config=None, first=4, every=1, stride=1):
         return mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, first)
 
     inputs = before(x["query"], x["mean"], x["inv_freq"], x["key_codewords"])
-    memory = Memory()
     parts = problem.pairs, config.splits * config.teams(problem.value_stages)
     histogram = np.full((*parts, 4, problem.value_stages, 16), np.nan, np.float32)
     scale = np.full((*parts, 4), 2**30, np.int32)
-    arrays = [x["key_tiles"], x["value_tiles"], *inputs, x["blocks"], histogram, scale]
-    places = [memory.put(np.asarray(a)) for a in arrays]
     layout = mosaic_gpu.Memory.of(problem, config)
     assert layout.nbytes <= mosaic_gpu.SHARED_BYTES
-    start = 1024
 
-    def program(warp):
-        at = mosaic_gpu.Addresses(*places, shared=warp.integer(start))
-        mosaic_gpu.FusedKernel(problem, config, warp, at).run()
+    def program(warp, *places):
+        mosaic_gpu.FusedKernel(problem, config, warp, mosaic_gpu.Addresses(*places)).run()
 
-    for block in range(problem.pairs * config.splits):
-        warps = mosaic_gpu.COUNTERS + config.scorers
-        run_block(memory, warps, block, start, layout.nbytes, program)
-    histogram = memory.get(places[-2], histogram.shape, np.float32)
-    scale = memory.get(places[-1], scale.shape, np.int32)
+    blocks, warps = problem.pairs * config.splits, mosaic_gpu.COUNTERS + config.scorers
+    arrays = x["key_tiles"], x["value_tiles"], *inputs, x["blocks"]
+    outputs = histogram, scale
+    histogram, scale = run_kernel(program, blocks, warps, layout.nbytes, arrays, outputs)
     after = jax.jit(functools.partial(mosaic_gpu.put_together, problem))
     return after(histogram, scale, x["value_codewords"])
 

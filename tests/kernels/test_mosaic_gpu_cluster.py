@@ -14,7 +14,7 @@ import pytest
 from interpreter import products_from_registers
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from lanes import Memory, run_block
+from lanes import run_kernel
 from lowering import on_abstract, supported
 
 from gsrq_jax import kmeans
@@ -120,20 +120,17 @@ def run_sums(problem, points, code, factors, numbers, **given):
     mosaic_gpu_cluster.check_sums(p, kinds, config)
     layout = mosaic_gpu_cluster.SumsMemory.of(p, kinds, config)
     warps = mosaic_gpu_cluster.warps_of(kinds, config)
-    memory, start = Memory(), 1024 + 8
     sums = np.full((p.problems, config.splits, kinds, p.codewords, p.channels), np.nan, np.float32)
     counted = np.full((p.problems, config.splits, p.codewords, 2), np.nan, np.float32)
     inputs = mosaic_gpu_cluster.sums_inputs(config, code, factors, numbers)
-    places = [memory.put(np.asarray(x)) for x in (points, *inputs, sums, counted)]
 
-    def program(warp):
-        at = mosaic_gpu_cluster.SumsAddresses(*places, shared=warp.integer(start))
+    def program(warp, *places):
+        at = mosaic_gpu_cluster.SumsAddresses(*places)
         mosaic_gpu_cluster.SumsKernel(p, kinds, config, warp, at).run()
 
-    for block in range(p.problems * config.splits * p.channels // config.width):
-        run_block(memory, warps, block, start, layout.nbytes, program)
-    sums = memory.get(places[-2], sums.shape, np.float32).sum(axis=1)
-    counted = memory.get(places[-1], counted.shape, np.float32).sum(axis=1)
+    parts = p.problems * config.splits * p.channels // config.width
+    made = run_kernel(program, parts, warps, layout.nbytes, (points, *inputs), (sums, counted))
+    sums, counted = (x.sum(axis=1) for x in made)
     return sums, np.swapaxes(counted, 1, 2)
 
 

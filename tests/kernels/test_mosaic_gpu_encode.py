@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from lanes import Lanes, Memory, run_block
+from lanes import Lanes, run_kernel
 from lowering import encode_module, on_abstract, supported
 from scripts import script
 
@@ -39,21 +39,13 @@ def some(p, seed=0):
 def run(p, config, x, codewords):
     """Codes by numpy lanes; what lies around the arrays is NaN."""
     words, halves = map(np.asarray, mosaic_gpu_encode._prepared(p, codewords))
-    memory, start = Memory(), 1024 + 8
     codes = np.full((p.problems, p.points, p.groups, p.code_bytes), 255, np.uint8)
-    places = [memory.put(a) for a in (x, words, halves, codes)]
-    memory.put(np.zeros(1))  # poison after the codes
 
-    def program(warp):
-        EncodeKernel(p, config, warp, Addresses(*places, shared=warp.integer(start))).run()
+    def program(warp, *places):
+        EncodeKernel(p, config, warp, Addresses(*places)).run()
 
-    before = memory.octets.copy()
-    for block in range(p.problems * p.groups * config.parts):
-        run_block(memory, config.warps, block, start, config.nbytes(p), program)
-    codes = memory.get(places[-1], codes.shape, np.uint8)
-    at = int(places[-1][0])
-    changed = np.flatnonzero(before != memory.octets)
-    assert ((at <= changed) & (changed < at + codes.size)).all()
+    parts, arrays = p.problems * p.groups * config.parts, (x, words, halves)
+    (codes,) = run_kernel(program, parts, config.warps, config.nbytes(p), arrays, [codes])
     return codes[..., : p.stages]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from lanes import Memory, run_block
+from lanes import run_kernel
 from lowering import finish_module, supported
 
 from gsrq_jax.kernels import mosaic_gpu, pieces
@@ -75,21 +75,19 @@ def some(shape, empty=(), seed=0):
 
 def run(shape, query, blocks, histogram, scale, words, beside):
     """The kernel by numpy lanes."""
-    p, memory, start = shape.problem, Memory(), 1024 + 8
+    p = shape.problem
     others = [np.zeros(1, np.float32)] * 2
     if beside is not None:
         others = [np.ascontiguousarray(np.moveaxis(x, (0, 3), (2, 1))) for x in beside]
     out = np.full(query.shape, 7, ml_dtypes.bfloat16 if shape.short else np.float32)
     lse = np.full(query.shape[:-1], 7, np.float32)
-    arrays = query, blocks, histogram, scale, words, *others, out, lse
-    places = [memory.put(x) for x in arrays]
 
-    def program(warp):
-        FinishKernel(p, warp, Addresses(*places, shared=warp.integer(start))).run()
+    def program(warp, *places):
+        FinishKernel(p, warp, Addresses(*places)).run()
 
-    for block in range(p.of.pairs * 4 // p.together):
-        run_block(memory, WARPS, block, start, p.nbytes, program)
-    return (memory.get(at, x.shape, x.dtype) for at, x in zip(places[-2:], (out, lse), strict=True))
+    arrays = query, blocks, histogram, scale, words, *others
+    parts = p.of.pairs * 4 // p.together
+    return run_kernel(program, parts, WARPS, p.nbytes, arrays, (out, lse))
 
 
 CASES = {

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lanes import Memory, run_block
+from lanes import run_kernel
 from lowering import prepare_module, supported, waves_module
+from scripts import script
 
 from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_prepare, rotary
 from gsrq_jax.kernels.mosaic_gpu import LN2
@@ -20,6 +21,8 @@ from gsrq_jax.kernels.mosaic_gpu_prepare import (
     Problem,
     WavesKernel,
 )
+
+check = script("tests/gpu", "check_prepare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,77 +64,33 @@ def some(shape, seed=0):
     return query, mean, inv_freq, np.asarray(cos), np.asarray(sin)
 
 
-def on_lanes(program, blocks, arrays, outputs):
-    """What a kernel writes by numpy lanes, which is its outputs and nothing else.
-
-    Args:
-        program: of a warp and the places of arrays and outputs.
-        blocks: thread blocks.
-        arrays: that it reads.
-        outputs: shapes and dtypes.
-    """
-    memory = Memory()
-    outputs = [np.full(shape, 7, dtype) for shape, dtype in outputs]
-    places = [memory.put(x) for x in (*arrays, *outputs)]
-    memory.put(np.full(1024, np.nan, np.float32))
-    before, results = memory.octets.copy(), []
-    for block in range(blocks):
-        run_block(memory, WARPS, block, 0, 16, lambda warp: program(warp, *places))
-    for place, x in zip(places[len(arrays) :], outputs, strict=True):
-        results.append(memory.get(place, x.shape, x.dtype).copy())
-        first = int(place[0])
-        memory.octets[first : first + x.nbytes] = before[first : first + x.nbytes]
-    np.testing.assert_array_equal(memory.octets, before)
-    return results
-
-
 def run(shape, query, mean, inv_freq, cos, sin):
     """The kernel of queries."""
     p = Problem(shape.problem)
     of_mean = [mean, inv_freq] if shape.every else []
     outputs = [
-        ((shape.H, p.of.pairs // shape.H, shape.N, 4, shape.d), np.float16),
-        ((p.of.pairs * 4, 3, shape.d), np.float16),
+        np.full((shape.H, p.of.pairs // shape.H, shape.N, 4, shape.d), 7, np.float16),
+        np.full((p.of.pairs * 4, 3, shape.d), 7, np.float16),
     ][: 1 + bool(shape.every)]
 
     def program(warp, *places):
-        PrepareKernel(p, warp, Addresses.of(p.of, *places)).run()
+        PrepareKernel(p, warp, Addresses.of(p.of, *places[:-1])).run()
 
-    framed, *amplitudes = on_lanes(program, p.parts, [query, cos, sin, *of_mean], outputs)
+    arrays = [query, cos, sin, *of_mean]
+    framed, *amplitudes = run_kernel(program, p.parts, WARPS, 16, arrays, outputs)
     return framed, amplitudes[0] if amplitudes else None
 
 
 def run_waves(shape, inv_freq, first):
     """The kernel of positions."""
     p, start = Problem(shape.problem), np.array([first], np.int32)
-    angles = ((shape.N, shape.d // 2), np.float32)
-    outputs = [angles, angles, ((p.of.share_length, 3, shape.d), np.float16)]
+    angles = np.full((shape.N, shape.d // 2), 7, np.float32)
+    outputs = [angles, angles, np.full((p.of.share_length, 3, shape.d), 7, np.float16)]
 
     def program(warp, *places):
-        WavesKernel(p, warp, *places).run()
+        WavesKernel(p, warp, *places[:-1]).run()
 
-    return on_lanes(program, p.waving, [inv_freq, start], outputs)
-
-
-def in_float64(shape, query, mean, inv_freq, cos, sin):
-    """Rows in the frames of blocks, amplitudes, and the bound of each product of them."""
-    x, p = shape, shape.problem
-    rows = np.moveaxis(np.float64(query) / np.log(2), 2, 0).reshape(x.H, x.B, x.T * x.q, x.d)
-    rows = np.pad(rows, ((0, 0), (0, 0), (0, -x.T * x.q % 4), (0, 0)))
-    a, b = np.split(rows.reshape(x.H, -1, 1, 4, x.d), 2, axis=-1)
-    c, s = (np.float64(y[:, None]) for y in (cos, sin))
-    framed = np.concatenate([a * c + b * s, b * c - a * s], axis=-1)
-    if mean is None:
-        return framed, None, None
-    kept = np.float64(mean)
-    if x.every > 1:
-        kept = np.where(np.tile(inv_freq * x.every > np.pi, 2), 0, kept)
-    k_a, k_b = np.split(kept[:, None, None], 2, axis=-1)
-    a, b = np.split(rows, 2, axis=-1)
-    amplitudes = np.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
-    bound = np.abs(a * k_a) + np.abs(b * k_b), np.abs(b * k_a) + np.abs(a * k_b)
-    assert len(amplitudes.reshape(-1, x.d)) == p.pairs * 4
-    return framed, amplitudes.reshape(-1, x.d), np.concatenate(bound, -1).reshape(-1, x.d)
+    return run_kernel(program, p.waving, WARPS, 16, [inv_freq, start], outputs)
 
 
 CASES = {
@@ -151,13 +110,13 @@ CASES = {
 
 
 @pytest.mark.parametrize(("shape", "warps"), CASES.values(), ids=CASES.keys())
-def test_is_the_reference(monkeypatch, shape, warps):
+def test_is_the_reference(monkeypatch, shape, warps, check):
     if warps:  # on the GPU
         monkeypatch.setattr(mosaic_gpu_prepare, "RESIDENT", warps)
         monkeypatch.setattr(mosaic_gpu_prepare, "PROCESSORS", 1)
     given = some(shape)
     framed, amplitudes = run(shape, *given)
-    want, want_amplitudes, bound = in_float64(shape, *given)
+    (want, _), *of_mean = check.left(shape, *given)
     # One rounding to float16 after some to float32.
     np.testing.assert_allclose(framed, want, rtol=2**-11 + 2**-20, atol=2**-19)
     plain, plain_amplitudes = mosaic_gpu.prepare(shape.problem, *given)
@@ -166,8 +125,10 @@ def test_is_the_reference(monkeypatch, shape, warps):
     assert (amplitudes is None) == (plain_amplitudes is None) == (shape.every == 0)
     if shape.every:
         np.testing.assert_array_equal(amplitudes[:, 0], amplitudes[:, 2])
+        want, bound = (x.reshape(-1, shape.d) for x in of_mean[0])
+        assert len(want) == shape.problem.pairs * 4
         for x in amplitudes, np.asarray(plain_amplitudes):
-            error = np.abs(np.float64(x)[:, :2].sum(axis=1) - want_amplitudes)
+            error = np.abs(np.float64(x)[:, :2].sum(axis=1) - want)
             assert (error <= 2**-21 * bound + 2**-25).all()
         assert amplitudes.shape == plain_amplitudes.shape
     spare = shape.problem.row_groups * 4 - shape.T * shape.q

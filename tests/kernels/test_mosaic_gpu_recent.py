@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from lanes import Memory, run_block
+from lanes import run_kernel
 from lowering import on_abstract, recent_module, supported
 
 from gsrq_jax.kernels import decode, mosaic_gpu_recent, reference
@@ -40,19 +40,16 @@ def some(p, sinks, first, held, new, seed=0):
 def run(p, query, *others):
     """The kernel's parts, by numpy lanes, merged."""
     *arrays, sinks, first, held, new = others
-    memory, start = Memory(), 1024 + 8
     out = np.full((p.batch, p.heads, p.parts, p.group, p.dim), np.nan, np.float32)
     lse = np.full(out.shape[:-1], np.nan, np.float32)
     counts = np.stack([sinks, new, first, held], axis=1)
-    places = [memory.put(x) for x in (query, *arrays, counts, out, lse)]
 
-    def program(warp):
-        RecentKernel(p, warp, Addresses(*places, shared=warp.integer(start))).run()
+    def program(warp, *places):
+        RecentKernel(p, warp, Addresses(*places)).run()
 
-    for block in range(p.batch * p.heads * p.parts):
-        run_block(memory, WARPS, block, start, p.nbytes, program)
-    out = memory.get(places[-2], out.shape, np.float32)
-    lse = memory.get(places[-1], lse.shape, np.float32)
+    parts = p.batch * p.heads * p.parts
+    arrays = query, *arrays, counts
+    out, lse = run_kernel(program, parts, WARPS, p.nbytes, arrays, (out, lse))
     return reference.merge([(out[:, None, :, i], lse[:, None, :, i]) for i in range(p.parts)])
 
 
