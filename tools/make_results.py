@@ -442,7 +442,7 @@ def page() -> str:
             f"{POINT:g}, the needles' is full precision.",
             aims(short, second, of_tasks, asked),
             "### How they were trained",
-            "Commands of 2026-11-27 ran beside one another on four GPUs.",
+            "On H200 up to six of them ran at the same time, on four GPUs.",
             commands(trained),
         ]
     ablated = files("ablation/*/*-w*.json")
