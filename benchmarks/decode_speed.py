@@ -191,6 +191,11 @@ def on_gpu() -> bool:
     return jax.devices()[0].platform == "gpu"
 
 
+def card() -> str:
+    """The device's name in a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+
+
 def _made(make: Callable[..., Any], *arguments: Any) -> Any:
     """Arrays from one compiled program, finished."""
     return jax.block_until_ready(jax.jit(make)(*arguments))
@@ -1161,8 +1166,7 @@ def main(config: Config) -> None:
             repeat=min(3, config.operations),
             times=min(5, config.times),
         )
-    card = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
-    file = config.render or config.out / "results" / "decode-speed" / f"{card}.json"
+    file = config.render or config.out / "results" / "decode-speed" / f"{card()}.json"
     if config.render is None:
         fields = dataclasses.asdict(config)
         for name in ("out", "render", "seconds", "jobs"):

@@ -15,7 +15,9 @@ heads, q query heads each, N blocks of b tokens. A *pair* is (KV head, sequence,
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +38,6 @@ SHARED_BYTES = 227 * 1024 - 2048
 """Shared memory of a thread block on sm_90, less what Mosaic takes."""
 PROCESSORS = 132
 """Multiprocessors to be filled."""
-TABLE_TIME, START_TIME = 0.3, 1.5
-"""Estimates, in chunks that all scorers take at once: of a table, and of starting and ending."""
 MOST_STAGES = 64
 KNOTS = (1, 4, 8, 16, 32, 64)
 """Tokens between knots of the mean key's share."""
@@ -57,8 +57,7 @@ class Config:
         depth: slots of the ring for each of them.
         splits: thread blocks that share the blocks of a sequence.
         span: chunks of one block that a scorer takes one after the other, with one table.
-        buffers: chunks of keys that are on their way to each of them, 1 or 2; `choose_config` takes
-            1, with which times were measured.
+        buffers: chunks of keys that are on their way to each of them, 1 or 2.
     """
 
     scorers: int
@@ -210,34 +209,104 @@ class Memory:
         )
 
 
-def choose_config(problem: Problem) -> Config:
-    """The quickest split, by estimate, in the first layout that fits shared memory.
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What a layout is chosen by: as estimated here, or as measured on a device (`tuned`).
 
-    Time is counted in chunks that all scorers take at once: a round of spans takes their chunks and
-    `TABLE_TIME`, a thread block `START_TIME`, and thread blocks run in waves of `PROCESSORS`.
+    Attributes:
+        scorers, depth, buffers: of the layout that is tried first.
+        table_time: of a table, in chunks that all scorers take at once.
+        start_time: of starting and ending a thread block, likewise.
+    """
+
+    scorers: int = 8
+    depth: int = 2
+    buffers: int = 1
+    table_time: float = 0.3
+    start_time: float = 1.5
+
+    def time(self, work: tuple[int, int, int]) -> float:
+        """Of `work`, in chunks."""
+        chunks, tables, starts = work
+        return chunks + self.table_time * tables + self.start_time * starts
+
+
+TUNED = "tuned.json"
+"""File beside this one, made by ``benchmarks/tune_decode.py --save``: by the device's name, what it
+was made with, and for each rate the fields of `Tuning`."""
+
+
+def rate_of(problem: Problem) -> dict[str, int]:
+    """The numbers of a problem that tuning is kept for."""
+    p = problem
+    return {
+        "dim": p.dim,
+        "key_stages": p.key.stages,
+        "key_codewords": p.key.codewords,
+        "value_stages": p.value_stages,
+    }
+
+
+def tuned(problem: Problem) -> Tuning:
+    """What was measured for its rate on the device that programs are for, or the estimates."""
+    rates = _tuned().get(devices.device().device_kind, {}).get("rates", [])
+    rate = rate_of(problem)
+    for row in rates:
+        if all(row[name] == x for name, x in rate.items()):
+            return Tuning(**{f.name: row[f.name] for f in dataclasses.fields(Tuning)})
+    return Tuning()
+
+
+@functools.cache
+def _tuned() -> dict[str, Any]:
+    return json.loads((pathlib.Path(__file__).parent / TUNED).read_text(encoding="utf-8"))
+
+
+def work(problem: Problem, config: Config) -> tuple[int, int, int]:
+    """What the busiest multiprocessor does one after the other: chunks that all scorers take at
+    once, tables likewise, and thread blocks."""
+    p = problem
+    spans = p.blocks * p.chunks_of_block // (p.blocks_of_chunk * config.span)
+    rounds = math.ceil(math.ceil(spans / config.splits) / config.scorers)
+    waves = math.ceil(p.pairs * config.splits / PROCESSORS)
+    return waves * rounds * config.span, waves * rounds, waves
+
+
+def choose_config(problem: Problem, tuning: Tuning | None = None) -> Config:
+    """The quickest split by estimate, in the first layout that fits shared memory.
+
     Registers need no choice: 16 warps may have 128 each, which is what the compiler takes.
+
+    Args:
+        problem: the shapes.
+        tuning: what layout is tried first, and how long its work takes; `tuned` by default.
 
     Raises:
         InputError: if no layout fits.
     """
-
-    def time(scorers: int, splits: int, span: int) -> float:
-        spans = problem.blocks * problem.chunks_of_block // (problem.blocks_of_chunk * span)
-        rounds = math.ceil(math.ceil(spans / splits) / scorers)
-        waves = math.ceil(problem.pairs * splits / PROCESSORS)
-        return waves * (rounds * (span + TABLE_TIME) + START_TIME)
-
-    spans = [1 << i for i in range(6) if problem.chunks_of_block % (1 << i) == 0]
-    for scorers, depth in itertools.product((8, 4), (2, 1)):
-        choices = [(n, span) for n in range(1, PROCESSORS + 1) for span in spans]
-        splits, span = min(choices, key=lambda c: time(scorers, *c))
-        config = Config(scorers, depth, splits, span)
+    by = tuning or tuned(problem)
+    for scorers, depth, buffers in (
+        (by.scorers, by.depth, by.buffers),
+        *itertools.product((8, 4), (2, 1), (1,)),
+    ):
+        choices = splittings(problem, scorers, depth, buffers)
+        config = min(choices, key=lambda config: by.time(work(problem, config)))
         if Memory.of(problem, config).nbytes <= SHARED_BYTES:
             return config
     raise InputError(
         f"{problem.key.stages} stages of {problem.key.codewords} codewords for keys and "
         f"{problem.value_stages} for values take more shared memory than there is; use fewer stages"
     )
+
+
+def splittings(problem: Problem, scorers: int, depth: int, buffers: int) -> list[Config]:
+    """Every way to split the work of a layout, those of fewer thread blocks first."""
+    spans = [1 << i for i in range(6) if problem.chunks_of_block % (1 << i) == 0]
+    return [
+        Config(scorers, depth, splits, span, buffers)
+        for splits in range(1, PROCESSORS + 1)
+        for span in spans
+    ]
 
 
 def check_config(problem: Problem, config: Config) -> None:

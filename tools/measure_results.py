@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import fnmatch
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -207,6 +208,14 @@ TRAINED: dict[str, tuple[str, ...]] = {
         f"gsrq-sampled-{x:g}": ("--preset", "best", "--bits", f"{x:g}", "--distill.text", "sampled")
         for x in (1, 0.75, 0.5)
     },
+    # So much of it that no step reads anything twice.
+    **{
+        f"gsrq-epoch-{x:g}": (
+            *("--preset", "best", "--bits", f"{x:g}", "--distill.text", "sampled"),
+            *("--distill.tokens", "1720320"),
+        )
+        for x in (1, 0.75, 0.5)
+    },
     # Codewords of a stage, distilled: at this rate all have whole stages.
     **{
         f"gsrq-k{k}-0.75": (
@@ -229,12 +238,16 @@ TRAINED: dict[str, tuple[str, ...]] = {
 
 def trained(inputs: Inputs) -> Iterator[Job]:
     """Codebooks of the presets, all that is measured of them, and the recipe's second domain."""
-    second = functools.partial(_fidelity, out="second-domain", text="python-source")
-    yield second(
-        *(inputs, "second-domain-gsrq", tuple(f"gsrq@{x:g}" for x in RATES)),
-        *("--work", "work-gsrq", "--window", "128"),
-        needs=("work-gsrq/gsrq@2.npz",),
-    )
+    elsewhere = {
+        out: functools.partial(_fidelity, out=out, text=text)
+        for out, text in (("second-domain", "python-source"), ("dialogues", DIALOGUES))
+    }
+    for out, of_text in elsewhere.items():
+        yield of_text(
+            *(inputs, f"{out}-gsrq", tuple(f"gsrq@{x:g}" for x in RATES)),
+            *("--work", "work-gsrq", "--window", "128"),
+            needs=("work-gsrq/gsrq@2.npz",),
+        )
     for name, flags in TRAINED.items():
         books = f"{name}/codebooks"
         texts = ("--text", inputs.calibrate, "--eval-text", inputs.test, "--eval-sequences", "2")
@@ -257,7 +270,8 @@ def trained(inputs: Inputs) -> Iterator[Job]:
             text=inputs.test,
             needs=needs,
         )
-        yield second(inputs, f"second-domain-{name}", both, *here, needs=needs)
+        for out, of_text in elsewhere.items():
+            yield of_text(inputs, f"{out}-{name}", both, *here, needs=needs)
         yield _longbench(inputs, name, beam, *here, needs=needs)
         yield _needle(inputs, name, beam, *here, needs=needs)
 
@@ -351,6 +365,19 @@ def _finish(one: Running, work: pathlib.Path, results: pathlib.Path) -> bool:
     return code == 0
 
 
+DIALOGUES = "dialogues.txt"
+
+
+def dialogues(longbench: pathlib.Path) -> str:
+    """Text of a domain that no job learns from: meetings and chats, contexts of LongBench tasks."""
+    rows = [
+        json.loads(line)
+        for task in ("qmsum", "samsum")
+        for line in (longbench / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return "\n\n".join(row["context"] for row in rows)
+
+
 def prepare(work: pathlib.Path, **paths: str) -> Inputs:
     """The folder that jobs run in, with what they read and where their results go."""
     work.mkdir(parents=True, exist_ok=True)
@@ -363,6 +390,8 @@ def prepare(work: pathlib.Path, **paths: str) -> Inputs:
             raise SystemExit(f"error: there is no {target}")
         (work / name).unlink(missing_ok=True)
         (work / name).symlink_to(target)
+    text = dialogues(pathlib.Path(paths["longbench"]))
+    (work / DIALOGUES).write_text(text, encoding="utf-8")
     return Inputs(**{field: pathlib.Path(path).name for field, path in paths.items()})
 
 

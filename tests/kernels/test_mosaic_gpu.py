@@ -313,6 +313,54 @@ def test_the_layout_fits_and_nothing_overlaps(sizes):
     assert m.facts % 16 == m.scales % 16 == m.arrived % 8 == 0
 
 
+# --- which layout is chosen -----------------------------------------------------------------------
+
+
+def tuning_of(problem, **changes):
+    row = mosaic_gpu.rate_of(problem) | dataclasses.asdict(mosaic_gpu.Tuning()) | changes
+    return {"NVIDIA H100 80GB HBM3": {"rates": [row]}}
+
+
+def test_what_was_tuned_is_taken_on_that_device_alone(monkeypatch):
+    problem = mosaic_gpu.problem_of(**shapes(b=1024), every=16)
+    other = mosaic_gpu.problem_of(**shapes(b=1024, R=16, S=16), every=16)
+    data = tuning_of(problem, depth=1, buffers=2, table_time=0.0, start_time=1e6)
+    monkeypatch.setattr(mosaic_gpu, "_tuned", lambda: data)
+    estimated = mosaic_gpu.choose_config(problem)
+    assert estimated == mosaic_gpu.choose_config(problem, mosaic_gpu.Tuning())
+    with on_abstract():
+        chosen = mosaic_gpu.choose_config(problem)
+        assert (chosen.scorers, chosen.depth, chosen.buffers) == (8, 1, 2)
+        assert mosaic_gpu.work(problem, chosen)[2] == 1  # starting is what takes time
+        assert mosaic_gpu.tuned(other) == mosaic_gpu.Tuning()
+    with on_abstract("NVIDIA H200"):
+        assert mosaic_gpu.choose_config(problem) == estimated
+
+
+def test_a_tuned_layout_that_does_not_fit_is_not_taken(monkeypatch):
+    problem = mosaic_gpu.problem_of(**shapes(R=64, S=64))
+    monkeypatch.setattr(mosaic_gpu, "_tuned", lambda: tuning_of(problem, depth=9))
+    with on_abstract():
+        config = mosaic_gpu.choose_config(problem)
+    assert mosaic_gpu.Memory.of(problem, config).nbytes <= mosaic_gpu.SHARED_BYTES
+    assert config == mosaic_gpu.choose_config(problem)
+
+
+def test_what_is_kept_can_be_had():
+    """Each row of the file that is installed names a rate and a layout that the kernel has."""
+    for device, made in mosaic_gpu._tuned().items():
+        assert made["rates"], device
+        for row in made["rates"]:
+            sizes = {"d": row["dim"], "R": row["key_stages"], "K": row["key_codewords"]}
+            problem = mosaic_gpu.problem_of(**shapes(**sizes, S=row["value_stages"], b=1024))
+            with on_abstract(device):
+                tuning, config = mosaic_gpu.tuned(problem), mosaic_gpu.choose_config(problem)
+            assert dataclasses.asdict(tuning).items() <= row.items()
+            assert min(tuning.table_time, tuning.start_time) >= 0
+            assert config.depth == tuning.depth
+            mosaic_gpu.check_config(problem, config)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 BAD = {
