@@ -147,13 +147,14 @@ class Call:
         return sizes | dataclasses.asdict(layout) | took
 
     def found(self, program: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The histogram of the last layer, its parts together, over its total; log2 of that."""
-        histogram, scale = program(self.codes, self.beside, jnp.int32(1))
+        """Of the last layer, all parts together: the share of each code in the probability, and
+        the logarithm to base 2 of that."""
+        given = program(self.codes, self.beside, jnp.int32(1))
+        histogram, scale = (np.asarray(x, np.float64) for x in given)
         top = scale.max(axis=1, keepdims=True)
-        weight = jnp.exp2((scale - top).astype(jnp.float32))
-        mass = jnp.einsum("psrvk,psr->prvk", histogram, weight, precision="highest")
-        total = mass[:, :, :1].sum(axis=-1, keepdims=True)
-        return np.asarray(mass / total), np.asarray(jnp.log2(total[..., 0, 0]) + top[:, 0])
+        mass = (histogram * np.exp2(scale - top)[..., None, None]).sum(axis=1)
+        total = mass[:, :, 0].sum(axis=-1)
+        return mass / total[..., None, None], np.log2(total) + top[:, 0]
 
 
 _CACHE = 2**28  # bytes, more than any GPU's second-level cache

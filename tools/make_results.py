@@ -3,6 +3,7 @@
 With ``--check`` nothing is written; the exit code says whether the page is that of the files.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ RIVALS = ("vqllm", "cq", "kmeans", "commvq")
 BARS = {1: 0.008, 0.75: 0.014, 0.5: 0.025, 0.375: 0.04, 0.25: 0.06}  # of the rise at W = 128
 BARS_1 = {32: 0.02, 0: 0.10}  # of the rise at 1 bit, by the window
 ELSEWHERE = 1.5  # so many times the rise in `BARS` is the most in another domain
+ELSEWHERES = {"Python source": "second-domain", "dialogues": "dialogues"}  # text, its results
 POINT = 1.0  # of LongBench's average that may be lost
 Row = dict[str, Any]
 
@@ -197,31 +199,29 @@ def is_refined(row: Row) -> bool:
     return "/codebooks" in row["method"]
 
 
-def refined_table(rows: list[Row], elsewhere: list[Row]) -> str:
-    """Rises of trained codebooks beside the paper's recipe at the same bits."""
-    cells = {(r["method"], r["window"]): r for r in rows}
-    second = {(r["method"], r["window"]): r for r in elsewhere}
-    windows = sorted({r["window"] for r in rows}, reverse=True)
+def refined_table(rows: list[Row], elsewhere: dict[str, list[Row]]) -> str:
+    """Rises of trained codebooks beside the paper's recipe at the same bits, by text."""
+    texts = {"": rows, **elsewhere}
+    found = {t: {(r["method"], r["window"]): r["rise"] for r in x} for t, x in texts.items()}
+    columns = [("", w) for w in sorted({r["window"] for r in rows}, reverse=True)]
+    columns += [(text, 128) for text in elsewhere]
+    titles = [f"{text + ', ' if text else ''}W = {window}" for text, window in columns]
     lines = [
-        "| bits | codebooks, encoder | "
-        + " | ".join(f"W = {w}" for w in windows)
-        + " | GSRQ alone, W = 128 | Python source, W = 128 | GSRQ alone there |",
-        "| --- " * (5 + len(windows)) + "|",
+        f"| bits | codebooks, encoder | {' | '.join(titles)} |",
+        "| --- " * (2 + len(columns)) + "|",
     ]
-    for method, row in {r["method"]: r for r in rows if is_refined(r)}.items():
-        own = [_rise(cells[method, w]["rise"]) if (method, w) in cells else "–" for w in windows]
-        recipe = f"gsrq@{row['bits']:g}", 128
-        plain, other = cells.get(recipe), second.get((method, 128))
-        elsewhere_plain = second.get(recipe)
-        beam = method.partition("+beam")[2]
-        lines.append(
-            f"| {row['bits']:g} | {row['title'].partition(',')[0]}, "
-            f"{f'beam {beam}' if beam else 'greedy'} | "
-            + " | ".join(own)
-            + f" | {_rise(plain['rise']) if plain else '–'}"
-            + f" | {_rise(other['rise']) if other else '–'}"
-            + f" | {_rise(elsewhere_plain['rise']) if elsewhere_plain else '–'} |"
-        )
+    refined = {r["method"]: r for r in rows if is_refined(r)}
+    rates = {f"{row['bits']:g}" for row in refined.values()}
+    for bits in sorted(rates, key=float, reverse=True):
+        of_rate = {m: r for m, r in refined.items() if f"{r['bits']:g}" == bits}
+        for method in (f"gsrq@{bits}", *of_rate):
+            title, beam = "the paper's recipe", method.partition("+beam")[2]
+            if method in of_rate:
+                title = of_rate[method]["title"].partition(",")[0]
+            rises = (found[text].get((method, window)) for text, window in columns)
+            cells = ["–" if rise is None else _rise(rise) for rise in rises]
+            encoder = f"beam {beam}" if beam else "greedy"
+            lines.append(f"| {bits} | {title}, {encoder} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -249,16 +249,21 @@ class Aim(NamedTuple):
     least: bool = False
 
 
-def aims(rows: list[Row], elsewhere: list[Row], scores: list[Row], needles: list[Row]) -> str:
+def aims(
+    rows: list[Row], elsewhere: dict[str, list[Row]], scores: list[Row], needles: list[Row]
+) -> str:
     """Whether trained codebooks keep each of the limits that the project set itself."""
-    here, there = ({(r["method"], r["window"]): r["rise"] for r in x} for x in (rows, elsewhere))
+    here, *there = (
+        {(r["method"], r["window"]): r["rise"] for r in x} for x in (rows, *elsewhere.values())
+    )
     averages = {(r["method"], r["window"]): r["value"] for r in scores if r["dataset"] == "average"}
     right = {key: both["needle"] for key, both in _needles(needles).items()}
     wanted = [
         *(Aim(f"{bits:g} bit, W = 128", bits, 128, here, most) for bits, most in BARS.items()),
         *(Aim(f"1 bit, W = {window}", 1, window, here, most) for window, most in BARS_1.items()),
         *(
-            Aim(f"{bits:g} bit, W = 128, Python source", bits, 128, there, ELSEWHERE * most)
+            Aim(f"{bits:g} bit, W = 128, {text}", bits, 128, of_text, ELSEWHERE * most)
+            for text, of_text in zip(elsewhere, there, strict=True)
             for bits, most in BARS.items()
         ),
         Aim(
@@ -422,9 +427,11 @@ def page() -> str:
     of_tasks = [row for content in scores for row in content["rows"]]
     needles = [content for content in files("needle/*.json") if "rows" in content]
     asked = [row for content in needles for row in content["rows"]]
-    trained, elsewhere = files("training/*.json"), files("second-domain/*/*-w*.json")
+    trained, repeated = files("training/*.json"), files("repeats/*/*.json")
+    elsewhere = {text: files(f"{folder}/*/*-w*.json") for text, folder in ELSEWHERES.items()}
     if trained:
-        short, second = [r for r in rows if r["length"] == 2048], fidelity_rows(elsewhere)
+        short = [r for r in rows if r["length"] == 2048]
+        second = {text: fidelity_rows(x) for text, x in elsewhere.items()}
         parts += [
             "## Beyond the paper",
             "Codebooks of `train_codebooks.py`: gsrq-windows-1 is what `--preset balanced` does "
@@ -432,9 +439,9 @@ def page() -> str:
             "out. The README says what that is; the others differ by the flags of their "
             "commands: gsrq-sampled is distilled on what the model writes alone, gsrq-kernel has "
             "the 16 codewords that the fused kernel takes. Rise of perplexity on the sequences of "
-            "2048 tokens above, the paper's recipe at as many bits, and the rise on text of "
-            "another domain that was not learned from. The encoder's beam is of the cache; "
-            "training was greedy.",
+            "2048 tokens above, and on text of other domains that was not learned from: modules of "
+            "Python's standard library, and meetings and chats. The encoder's beam is of the "
+            "cache; training was greedy.",
             refined_table(short, second),
             "### The aims that the project set itself",
             "With a beam of 8 in the cache; a limit of another domain is "
@@ -471,7 +478,7 @@ def page() -> str:
     ]
     parts += [
         "## Commands",
-        commands([*data, *files("repeats/*/*.json"), *elsewhere, *ablated, *scores, *needles]),
+        commands(itertools.chain(data, repeated, *elsewhere.values(), ablated, scores, needles)),
     ]
     return "\n\n".join(parts) + "\n"
 
