@@ -236,12 +236,33 @@ TRAINED: dict[str, tuple[str, ...]] = {
 }
 
 
+def _elsewhere() -> dict[str, Callable[..., Job]]:
+    """Perplexity on text of other domains, by the folder of the results."""
+    texts = {"second-domain": "python-source", "dialogues": DIALOGUES}
+    return {out: functools.partial(_fidelity, out=out, text=x) for out, x in texts.items()}
+
+
+def outliers(inputs: Inputs) -> Iterator[Job]:
+    """Tokens whose codes err most kept exact, in all domains, by the recipe and by codebooks."""
+    texts = {"fidelity": functools.partial(_fidelity, out="fidelity", text=inputs.test)}
+    texts |= _elsewhere()
+    recipe = ("gsrq@1", ("--work", "work-gsrq"), "work-gsrq/gsrq@2.npz")
+    books = [
+        (f"{name}/codebooks+beam8", (), f"{name}/report.json")
+        for name in TRAINED
+        if name.startswith("gsrq-epoch")
+    ]
+    for method, flags, need in (recipe, *books):
+        names = tuple(f"{method}+outliers{n}" for n in (16, 64))
+        for out, of_text in texts.items():
+            if (out, method) != ("fidelity", "gsrq@1"):  # an ablation has that
+                name = f"outliers-{out}-{method.partition('/')[0]}"
+                yield of_text(inputs, name, names, *flags, "--window", "128", needs=(need,))
+
+
 def trained(inputs: Inputs) -> Iterator[Job]:
     """Codebooks of the presets, all that is measured of them, and the recipe's second domain."""
-    elsewhere = {
-        out: functools.partial(_fidelity, out=out, text=text)
-        for out, text in (("second-domain", "python-source"), ("dialogues", DIALOGUES))
-    }
+    elsewhere = _elsewhere()
     for out, of_text in elsewhere.items():
         yield of_text(
             *(inputs, f"{out}-gsrq", tuple(f"gsrq@{x:g}" for x in RATES)),
@@ -407,6 +428,7 @@ def selected(jobs: list[Job], patterns: list[str]) -> list[Job]:
 SETS: dict[str, Callable[[Inputs], Iterator[Job]]] = {
     "peers": peers,
     "trained": trained,
+    "outliers": outliers,
     "ablations": ablations,
 }
 
