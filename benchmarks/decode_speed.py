@@ -646,7 +646,7 @@ def coded_loop(config: Config, bits: float, batch: int, context: int, weights: s
     c, spec = config.sizes, config.spec(bits, context)
     graphdef, shapes = llama.abstract(c, jnp.bfloat16, int8=weights == "int8")
     if config.unroll:
-        shapes = jax.eval_shape(llama.unrolled, shapes)
+        shapes = jax.eval_shape(functools.partial(llama.unrolled, graphdef), shapes)
     room = 2 * config.steps + 2
 
     def state(key: jax.Array) -> generation.DecodeState:
@@ -700,12 +700,10 @@ def exact_loop(config: Config, batch: int, context: int, weights: str) -> Loop:
     """
     c = config.sizes
     one = dataclasses.replace(c, layers=1)
-    graphdef, shapes = llama.abstract(one, jnp.bfloat16, int8=weights == "int8")
-    blocks, _ = nnx.split(nnx.merge(graphdef, shapes).layers)
-    of_layer = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-        nnx.state(nnx.merge(graphdef, shapes).layers),
-    )
+    stacked = llama.abstract(one, jnp.bfloat16, int8=weights == "int8")
+    apart = jax.eval_shape(functools.partial(llama.unrolled, stacked[0]), stacked[1])
+    graphdef, shapes = apart.graphdef, apart.first
+    blocks, of_layer = nnx.split(nnx.merge(graphdef, shapes).layers)
     of_cache = functools.partial(exact_layer, config=config, batch=batch, context=context)
     start = jnp.int32(context - 2 * config.steps - 2), jnp.zeros(batch, jnp.int32)
 

@@ -236,7 +236,7 @@ def _generate(config: GenerateConfig) -> None:
     if config.unroll:
         if mesh_for(model.config) is not None:
             raise InputError("--unroll is for one device; leave out --mesh")
-        params = llama.unrolled(model.params)
+        params = llama.unrolled(model.graphdef, model.params)
         model = dataclasses.replace(model, params=nnx.State({}))  # not twice on the device
     for books in ways:
         print(f"--- {'full precision' if books is None else books.spec}", flush=True)

@@ -49,11 +49,22 @@ class SelfAttention(nnx.Module):
             self.q_norm = _norm(config, config.head_dim, rngs, dtype)
             self.k_norm = _norm(config, config.head_dim, rngs, dtype)
 
+    def join(self) -> None:
+        """Make the projections one product, `qkv_proj`, of which decoding has less to wait for."""
+        self.qkv_proj = _joined(self.q_proj, self.k_proj, self.v_proj)
+        del self.q_proj, self.k_proj, self.v_proj
+
+    def _projected(self, h):
+        c = self.config
+        if not hasattr(self, "qkv_proj"):
+            parts = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+            return (x.reshape(*h.shape[:-1], -1, c.head_dim) for x in parts)
+        heads = self.qkv_proj(h).reshape(*h.shape[:-1], -1, c.head_dim)
+        return jnp.split(heads, (c.heads, c.heads + c.kv_heads), axis=-2)
+
     def __call__(self, h, turn, attention: Attention, x_layer):
         c = self.config
-        q = self.q_proj(h).reshape(*h.shape[:-1], c.heads, c.head_dim)
-        k = self.k_proj(h).reshape(*h.shape[:-1], c.kv_heads, c.head_dim)
-        v = self.v_proj(h).reshape(*h.shape[:-1], c.kv_heads, c.head_dim)
+        q, k, v = self._projected(h)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (turned(x, *turn) for x in (q, k))
@@ -71,8 +82,17 @@ class MLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
+    def join(self) -> None:
+        """Make the first two products one, `gate_up_proj`."""
+        self.gate_up_proj = _joined(self.gate_proj, self.up_proj)
+        del self.gate_proj, self.up_proj
+
     def __call__(self, h):
-        return self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+        if hasattr(self, "gate_up_proj"):
+            gate, up = jnp.split(self.gate_up_proj(h), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(h), self.up_proj(h)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -83,6 +103,11 @@ class DecoderLayer(nnx.Module):
         self.self_attn = SelfAttention(config, rngs=rngs, dtype=dtype, int8=int8)
         self.post_attention_layernorm = _norm(config, config.hidden_size, rngs, dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype, int8=int8)
+
+    def join(self) -> None:
+        """Make products of the same input one each."""
+        self.self_attn.join()
+        self.mlp.join()
 
     def __call__(self, h, turn, attention: Attention, x_layer):
         out, y_layer = self.self_attn(self.input_layernorm(h), turn, attention, x_layer)
@@ -200,6 +225,19 @@ def _linear(
     return nnx.Linear(n_in, n_out, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
+def _joined(*layers: nnx.Linear | Int8Linear) -> nnx.Linear | Int8Linear:
+    """One layer whose outputs are those of all, one after the other."""
+    graphdef, first = nnx.split(layers[0])
+    states = [nnx.state(layer) for layer in layers]
+
+    def joined(name: str) -> Array:
+        axis = -2 if name == "weight" else -1  # `Int8Linear` has the transpose
+        return jnp.concatenate([state[name].get_value() for state in states], axis=axis)
+
+    found = {name: leaf.replace(joined(name)) for name, leaf in first.items()}
+    return nnx.merge(graphdef, nnx.State(found))
+
+
 def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.RMSNorm:
     return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
@@ -208,16 +246,18 @@ def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs, dtype: DTypeLike) -> n
 @dataclasses.dataclass(frozen=True)
 class Unrolled:
     """Parameters of a model, each layer's in arrays of their own: its layers follow one another in
-    the program instead of being a loop's.
+    the program instead of being a loop's, and products of the same input are one.
 
     A program then takes longer to compile, and less time on GPUs: XLA tunes products with weights
     that are not cut out of a stack, and finds once what is the same in all layers.
 
     Attributes:
-        first: all parameters, but of the layers only the first one's, without a leading axis.
+        graphdef: of a module whose only layer is the first.
+        first: its parameters.
         others: of each of the other layers.
     """
 
+    graphdef: nnx.GraphDef[Llama] = dataclasses.field(metadata={"static": True})
     first: nnx.State
     others: tuple[nnx.State, ...]
 
@@ -225,17 +265,25 @@ class Unrolled:
 Params = nnx.State | Unrolled
 
 
-def unrolled(params: nnx.State) -> Unrolled:
+def unrolled(graphdef: nnx.GraphDef[Llama], params: nnx.State) -> Unrolled:
     """A copy of stacked parameters, layer by layer."""
-    stacked = params["layers"]
-    count = len(jax.tree.leaves(stacked)[0])
-    first, *others = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
-    return Unrolled(nnx.State({**params, "layers": first}), tuple(others))
+    model = nnx.merge(graphdef, params)
+    of_layer, stacked = nnx.split(model.layers)
+
+    def layer(i: int) -> DecoderLayer:
+        one = nnx.merge(of_layer, jax.tree.map(lambda x: x[i], stacked))
+        one.join()
+        return one
+
+    model.layers, *others = map(layer, range(model.config.layers))
+    return Unrolled(*nnx.split(model), tuple(map(nnx.state, others)))
 
 
 def model_of(graphdef: nnx.GraphDef[Llama], params: Params) -> Llama:
     """The module; of unrolled parameters, one whose only layer is the first."""
-    return nnx.merge(graphdef, params.first if isinstance(params, Unrolled) else params)
+    if isinstance(params, Unrolled):
+        return nnx.merge(params.graphdef, params.first)
+    return nnx.merge(graphdef, params)
 
 
 def apply(

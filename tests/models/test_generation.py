@@ -117,7 +117,7 @@ def test_coded_loop_is_what_the_cache_says_at_every_step(cache):
 @pytest.mark.parametrize("cache", ["coded", "together", "exact"])
 def test_unrolled_layers_write_the_same_tokens(cache):
     stacked = generator(cache)
-    apart = dataclasses.replace(stacked, params=llama.unrolled(stacked.params))
+    apart = dataclasses.replace(stacked, params=llama.unrolled(stacked.graphdef, stacked.params))
     assert len(apart.params.others) == CONFIG.layers - 1
     np.testing.assert_array_equal(generate(apart).tokens, whole(cache)[0])
 
@@ -495,7 +495,7 @@ def test_unusable_prompts(prompts, options, message):
 
 def test_unrolled_layers_on_a_mesh():
     mesh = sharding.make_mesh(CONFIG.kv_heads, (2, 1))
-    params = llama.unrolled(model()[1])
+    params = llama.unrolled(*model())
     with pytest.raises(InputError, match="unrolled parameters are for one device"):
         generate(dataclasses.replace(generator(), params=params, mesh=mesh))
 

@@ -12,6 +12,7 @@ from flax import nnx
 from gsrq_jax.errors import InputError
 from gsrq_jax.models import llama
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig, RopeScaling, inverse_frequencies
+from gsrq_jax.models.int8 import from_dense
 from gsrq_jax.rope import turns
 
 TINY = LlamaConfig(
@@ -140,6 +141,26 @@ def test_per_layer_goes_in_by_layer_and_y_comes_out_stacked(tokens):
     changed, y2 = run(params, {"scale": scale, "v": extra.at[:2].set(0)})
     assert np.abs(changed - plain).max() > 1e-2
     np.testing.assert_allclose(y2["v"], y["v"], atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_unrolled_layers_have_one_product_of_an_input_and_say_the_same(tokens, int8):
+    """With biases and head norms, too, which checkpoints of other families have."""
+    biases = {"attention_bias": True, "mlp_bias": True, "qk_norm": True}
+    graphdef, params = tiny(**biases)
+    if int8:
+        params = from_dense(nnx.to_flat_state(params))
+        graphdef, _ = llama.abstract(dataclasses.replace(TINY, **biases), jnp.float32, int8=True)
+    apart = jax.jit(llama.unrolled, static_argnums=0)(graphdef, params)
+    names = {path[-2] for path, _ in nnx.to_flat_state(apart.others[0])}
+    assert names >= {"qkv_proj", "gate_up_proj", "o_proj", "down_proj"}
+    assert not names & {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert len(apart.others) == TINY.layers - 1
+    assert llama.count(apart) == llama.count(params)
+    got, expected = (forward(graphdef, p, tokens, positions_of(tokens))[0] for p in (apart, params))
+    assert np.abs(expected).max() > 0.1
+    # Sums in another order flip roundings of int8's inputs, each 1.5e-5 of a row's largest.
+    np.testing.assert_allclose(got, expected, atol=3e-4 if int8 else 1e-5)
 
 
 def test_scan_equals_layers_one_by_one(tokens):
