@@ -113,7 +113,8 @@ class Call:
 
         nbytes = keys.size * 4 + values.size * 4
         count = max(2, _CACHE // nbytes + 1)
-        codes = [jax.jit(lambda key: make(key)[1:3])(k) for k in jax.random.split(at, count)]
+        coded = jax.jit(lambda key: make(key)[1:3])
+        codes = list(map(coded, jax.random.split(at, count)))
         return cls(bits, batch, context, problem, jax.jit(beside)(at), codes)
 
     def compiled(self, layout: Layout) -> Any:

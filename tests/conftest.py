@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import tempfile
 
 _flags = [
     os.environ.get("XLA_FLAGS", ""),
@@ -22,6 +23,14 @@ if old and importlib.util.find_spec("libtpu") is None:
 os.environ["XLA_FLAGS"] = " ".join(_flags)
 # Where libtpu is: its compiler, in several workers at once and without a TPU host to ask.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one worker, one test or one process of a test has compiled the others load.
+    _compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # until the first process ends
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 # Tracing makes many objects and little garbage in cycles: look for it seldom.
 gc.set_threshold(100_000, 20, 50)
 

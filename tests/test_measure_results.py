@@ -64,12 +64,34 @@ def test_jobs_of_the_tables(tool):
     assert len({job.name for job in every}) == len(every)
     made = {job.keep[0] for job in every if job.keep is not None}
     assert all(set(job.needs) <= made for job in tool.trained(inputs) if job.name[-4:] != "gsrq")
+    fits = {"work-gsrq/gsrq@2.npz"}
+    assert all(set(job.needs) <= made | fits for job in tool.outliers(inputs))
     jobs = list(tool.peers(inputs))
     makers = {job.command[job.command.index("--work") + 1] for job in jobs if not job.needs}
     for job in jobs:
         work = job.command[job.command.index("--work") + 1]
         assert work in makers
         assert all(need.startswith(f"{work}/") for need in job.needs)
+
+
+def test_the_folder_of_the_jobs(tool, tmp_path):
+    """What they read is there by name, with the text of dialogues made of LongBench's rows."""
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    for task, contexts in {"qmsum": ["A: one", "B: two"], "samsum": ["C: three"]}.items():
+        rows = [json.dumps({"context": x, "input": "not this"}) for x in contexts]
+        (bench / f"{task}.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "m.gguf").write_text("m")
+    given = {"model": "m.gguf", "calibrate": "m.gguf", "test": "m.gguf", "longbench": "bench"}
+    work = tmp_path / "work"
+    for _ in range(2):  # once more changes nothing
+        inputs = tool.prepare(work, **{name: str(tmp_path / x) for name, x in given.items()})
+        assert inputs == tool.Inputs(**given)
+        assert (work / "dialogues.txt").read_text() == "A: one\n\nB: two\n\nC: three"
+        assert (work / "m.gguf").read_text() == "m"
+        assert (work / "train_codebooks.py").is_file()
+    with pytest.raises(SystemExit, match="there is no"):
+        tool.prepare(tmp_path / "other", **{name: str(tmp_path / "none") for name in given})
 
 
 def asked(flags):

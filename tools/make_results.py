@@ -384,8 +384,9 @@ def draw(rows: list[Row]) -> Figure:
             )
             if line:
                 thick = 2.5 if title == "GSRQ" else 1.2
-                colour = matplotlib.colormaps["tab20"](index)
-                axis.plot(*zip(*line, strict=True), "o-", c=colour, label=title, lw=thick, ms=4)
+                colour = matplotlib.colormaps["tab10"](index % 10)
+                style = ("o-", "s--", "^:")[index // 10]
+                axis.plot(*zip(*line, strict=True), style, c=colour, label=title, lw=thick, ms=4)
         axis.set(
             xscale="log", yscale="log", title=f"window {window}", xlabel="stored bits a number"
         )

@@ -160,6 +160,10 @@ RUNS = {
         Shape(b=512, N=11, R=4, S=4, blocks=(11,), every=16),
         Config(4, 2, 1, 2, buffers=2),
     ),
+    "ring of three, two buffers, two chunks a table, two parts": (
+        Shape(b=512, N=15, R=4, S=4, blocks=(15,), every=16),
+        Config(4, 3, 2, 2, buffers=2),
+    ),
     "parts, some empty": (Shape(N=5, R=4, S=4, blocks=(5,)), Config(4, 1, 4, 1)),
     "heads and sequences": (Shape(B=2, H=2, q=3, b=128, N=3, R=4, S=4, blocks=(3, 1)), None),
     "one query head": (Shape(H=2, q=1, N=1, R=4, S=4, blocks=(1,)), None),
