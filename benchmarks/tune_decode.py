@@ -6,7 +6,7 @@ The kernel is timed alone, at LLaMA-3-8B's shapes with random codes: first in th
 tried first without tuning, its work split in several ways, to which the times of
 `gsrq_jax.kernels.mosaic_gpu.Tuning` are fitted; then in other layouts, split in the way that was
 quickest. Of each rate the layout is kept that is quickest over all shapes, and timed as it is split
-by what was fitted. All must give what the first gives.
+by what was fitted. What does not give what the first gives is not taken.
 
 Writes ``results/decode-speed/layouts-<device>.json``; with ``--save``, what is quicker than the
 estimates to ``kernels/tuned.json``.
@@ -21,6 +21,7 @@ import math
 import os
 import pathlib
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ import decode_speed
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
 from gsrq_jax.kernels import devices, mosaic_gpu
 from gsrq_jax.kernels.mosaic_gpu import Config as Layout
@@ -138,14 +140,18 @@ class Call:
         return jax.jit(run).lower(self.codes, self.beside, jnp.int32(1)).compile()
 
     def measure(self, program: Any, layout: Layout, config: Config) -> dict[str, Any]:
-        """Its row, and the masses that every layout must find."""
+        """Its row."""
         run = functools.partial(program, self.codes, self.beside)
         once = decode_speed.microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
         rounds = math.ceil(config.at_least * 1e6 / once)
         count = rounds * len(self.codes)
         took = decode_speed.microseconds(lambda: run(jnp.int32(rounds)), count, config.times)
-        sizes = {"bits": self.bits, "batch": self.batch, "context": self.context}
-        return sizes | dataclasses.asdict(layout) | took
+        return self.sizes | dataclasses.asdict(layout) | took
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Of its rows."""
+        return {"bits": self.bits, "batch": self.batch, "context": self.context}
 
     def found(self, program: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of the last layer, all parts together: the share of each code in the probability, and
@@ -178,17 +184,13 @@ def fits(problem: Problem, layout: Layout) -> bool:
 
 
 def fitted(work: Sequence[tuple[int, int, int]], took: Sequence[float]) -> tuple[float, float]:
-    """Times of a table and of a start, in those of a chunk, to which relative errors are least.
-
-    None of them is below 0: what would be is left out.
-    """
-    x, kept = np.asarray(work, float) / np.asarray(took)[:, None], [0, 1, 2]
-    while True:
-        found = np.zeros(3)
-        found[kept] = np.linalg.lstsq(x[:, kept], np.ones(len(x)), rcond=None)[0]
-        if (found >= 0).all():
-            return float(found[1] / found[0]), float(found[2] / found[0])
-        kept = [i for i in kept if found[i] > 0]
+    """Times of a table and of a start, in those of a chunk and not below 0, to which relative
+    errors are least; those of `Tuning` if a chunk would take none."""
+    x = np.asarray(work, float) / np.asarray(took)[:, None]
+    (chunk, table, start), _ = scipy.optimize.nnls(x, np.ones(len(x)))
+    if not chunk:
+        return Tuning.table_time, Tuning.start_time
+    return table / chunk, start / chunk
 
 
 class Rate:
@@ -214,7 +216,7 @@ class Rate:
         begin, problems = Tuning(), [call.problem for call in self.calls]
         first = begin.scorers, begin.depth, begin.buffers
         estimated = [(i, mosaic_gpu.choose_config(p, begin)) for i, p in enumerate(problems)]
-        yield from self._measure(estimated, "estimate")
+        yield from self._measure(estimated, "estimate", math.inf)
         split = [
             (i, layout)
             for i, p in enumerate(problems)
@@ -245,8 +247,7 @@ class Rate:
         )
         tuning = Tuning(*kind, *(round(x, 3) for x in times))
         tuned = [(i, mosaic_gpu.choose_config(p, tuning)) for i, p in enumerate(problems)]
-        self.end = math.inf
-        yield from self._measure(tuned, "tuned")
+        yield from self._measure(tuned, "tuned", math.inf)
         gain = self.mean(estimated) / self.mean(tuned)
         least = self.mean([(i, self.quickest(i)) for i in range(len(best))])
         took = min(self.mean(tuned), self.mean(estimated))
@@ -270,33 +271,42 @@ class Rate:
     def _has(kind: tuple[int, ...], rows: Iterable[Layout]) -> bool:
         return any(kind_of(x) == kind for x in rows)
 
-    def _measure(self, wanted: list[tuple[int, Layout]], why: str) -> Iterator[dict[str, Any]]:
-        """Rows of calls and layouts that have none and fit; as long as there is time."""
+    def _measure(
+        self, wanted: list[tuple[int, Layout]], why: str, end: float | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of calls and layouts that have none and fit; nothing is begun after the end."""
+        end, some = end or self.end, 2 * self.config.jobs
         here = [(self.calls[i].problem, i, x) for i, x in dict.fromkeys(wanted)]
         new = [(i, x) for p, i, x in here if x not in self.rows[i] and fits(p, x)]
-        some = 2 * self.config.jobs
         with concurrent.futures.ThreadPoolExecutor(self.config.jobs) as pool:
             for start in range(0, len(new), some):
-                if time.monotonic() > self.end:
+                if time.monotonic() > end:
                     return
                 now = new[start : start + some]
                 made = [pool.submit(self.calls[i].compiled, x) for i, x in now]
                 concurrent.futures.wait(made)
                 for (i, layout), program in zip(now, made, strict=True):
-                    self._check(i, layout, program.result())
-                    row = self.calls[i].measure(program.result(), layout, self.config)
-                    self.rows[i][layout] = row
-                    yield row | {"why": why}
+                    yield self._row(i, layout, program) | {"why": why}
 
-    def _check(self, i: int, layout: Layout, program: Any) -> None:
-        """Refuse what does not find the first one's probabilities and their sum."""
-        found = self.calls[i].found(program)
+    def _row(self, i: int, layout: Layout, made: concurrent.futures.Future[Any]) -> dict[str, Any]:
+        """What is measured, or why it cannot be taken."""
+        call = self.calls[i]
+        try:
+            program = made.result()
+            found = call.found(program)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            return call.sizes | dataclasses.asdict(layout) | {"error": reason}
         first = self._expected.setdefault(i, found)
+        # Shares in the probability, and powers of 2 that parts were added up at.
         for got, expected, most in zip(found, first, (1e-5, 1e-4), strict=True):
-            error = float(np.abs(got - expected).max())
-            if not error <= most:
-                problem = self.calls[i].problem
-                raise SystemExit(f"error: {layout} is {error:.1e} off the first, {problem}")
+            apart = float(np.abs(got - expected).max())
+            if not apart <= most:
+                reason = f"{apart:.1e} off the first"
+                return call.sizes | dataclasses.asdict(layout) | {"error": reason}
+        self.rows[i][layout] = call.measure(program, layout, self.config)
+        return self.rows[i][layout]
 
 
 def kind_of(layout: Layout) -> tuple[int, int, int]:
@@ -321,12 +331,15 @@ def main(config: Config) -> None:
         rates.append(rate.kept)
         print(rate.kept, flush=True)
         write_result(file, rows, command=command_line(), rates=rates)
+    wrong = [row for row in rows if "error" in row]
     if config.save:
         path = pathlib.Path(mosaic_gpu.__file__).parent / mosaic_gpu.TUNED
         devices_known = json.loads(path.read_text(encoding="utf-8"))
         made = {"command": command_line(), "versions": versions(), "commit": commit()}
         devices_known[devices.device().device_kind] = made | {"rates": rates}
         path.write_text(json.dumps(devices_known, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        raise SystemExit(f"error: {len(wrong)} layouts could not be taken; {file} says why")
 
 
 if __name__ == "__main__":

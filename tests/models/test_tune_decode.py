@@ -48,8 +48,7 @@ def on_fake_gpu(tune, monkeypatch, tmp_path):
 
         def measure(self, program, layout, config):
             took = {"microseconds": time_of(self.problem, layout), "spread": 0.0}
-            sizes = {"bits": self.bits, "batch": self.batch, "context": self.context}
-            return sizes | dataclasses.asdict(layout) | took
+            return self.sizes | dataclasses.asdict(layout) | took
 
         monkeypatch.setattr(tune.Call, "measure", measure)
         kept = tmp_path / "tuned.json"
@@ -84,11 +83,26 @@ def test_finds_the_layout_and_the_times_that_are_so(tune, on_fake_gpu, tmp_path)
     assert {row["why"] for row in rows} >= {"estimate", "split", "layout"}
 
 
-def test_a_layout_that_gives_something_else_ends_it(tune, on_fake_gpu, tmp_path):
-    kept = on_fake_gpu(lambda problem, layout: fake_kernel(problem, layout, skew=0.01))
-    with pytest.raises(SystemExit, match="off the first"):
+def test_layouts_that_cannot_be_taken_are_said_and_not_kept(tune, on_fake_gpu, tmp_path):
+    """One that gives something else, though it is the quickest, and one that does not compile."""
+
+    def kernel(problem, layout):
+        kind = layout.scorers, layout.depth, layout.buffers
+        if kind == (8, 4, 1):
+            raise ValueError("too many registers")
+        return fake_kernel(problem, layout, skew=0.01 * (kind == (8, 3, 1)))
+
+    kept = on_fake_gpu(kernel)
+    with pytest.raises(SystemExit, match="4 layouts could not be taken"):
         tune.main(config(tune, tmp_path))
-    assert json.loads(kept.read_text()) == {}
+    ((rate,),) = (made["rates"] for made in json.loads(kept.read_text()).values())
+    assert [rate[name] for name in ("scorers", "depth", "buffers")] == [8, 2, 1]
+    (file,) = (tmp_path / "results" / "decode-speed").glob("layouts-*.json")
+    errors = {
+        (r["depth"], r["error"]) for r in json.loads(file.read_text())["rows"] if "error" in r
+    }
+    assert (4, "ValueError: too many registers") in errors
+    assert any(depth == 3 and "off the first" in error for depth, error in errors)
 
 
 def test_the_fit_leaves_out_what_would_be_below_zero(tune):
