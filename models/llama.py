@@ -227,15 +227,14 @@ def _linear(
 
 def _joined(*layers: nnx.Linear | Int8Linear) -> nnx.Linear | Int8Linear:
     """One layer whose outputs are those of all, one after the other."""
-    graphdef, first = nnx.split(layers[0])
-    states = [nnx.state(layer) for layer in layers]
+    graphdef, _ = nnx.split(layers[0])
 
-    def joined(name: str) -> Array:
-        axis = -2 if name == "weight" else -1  # `Int8Linear` has the transpose
-        return jnp.concatenate([state[name].get_value() for state in states], axis=axis)
+    def joined(path: tuple[Any, ...], *arrays: Array) -> Array:
+        axis = -2 if path[0].key == "weight" else -1  # `Int8Linear` has the transpose
+        return jnp.concatenate(arrays, axis=axis)
 
-    found = {name: leaf.replace(joined(name)) for name, leaf in first.items()}
-    return nnx.merge(graphdef, nnx.State(found))
+    states = map(nnx.state, layers)
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(joined, *states))
 
 
 def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.RMSNorm:
