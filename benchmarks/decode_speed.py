@@ -88,7 +88,8 @@ class Config:
             too, at the first four.
         bits: rates of the codes.
         peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
-        block: tokens of a block; by default 1024 for contexts from 64k tokens on, else 512.
+        block: tokens of a rotary frame; by default 1024 for contexts from 64k tokens on, else 512.
+        unit: tokens that are encoded together, of which a frame has several; 0 for all of one.
         mean_every: tokens between knots of the mean key.
         repeat: layers of a program of attention; 0 for the model's. Their keys and values are those
             of as many as fill 2 GiB, at least two, time and again.
@@ -122,6 +123,7 @@ class Config:
     bits: tuple[float, ...] = (1.0, 0.5)
     peers: tuple[Literal["int8", "kivi2"], ...] = ("int8", "kivi2")
     block: int | None = None
+    unit: int = 256
     mean_every: int = 16
     repeat: int = 0
     at_least: float = 0.03
@@ -151,11 +153,14 @@ class Config:
 
     def spec(self, bits: float, context: int) -> QuantSpec:
         """Of a cache at this rate for so many tokens."""
+        frame = self.block or (1024 if context >= 65536 else 512)
+        block = min(self.unit or frame, frame)
         return QuantSpec.from_bits(
             bits,
             self.sizes.head_dim,
             codewords=16,
-            block=self.block or (1024 if context >= 65536 else 512),
+            block=block,
+            frame_blocks=frame // block,
             mean_every=self.mean_every,
             layout="tiles",
         )
@@ -229,9 +234,10 @@ def coded_layer(
 ) -> tuple[Any, ...]:
     """What `gsrq_jax.kernels.decode.attend_tiles` takes, but query and frequencies; random."""
     c, spec = config.sizes, config.spec(bits, context)
-    blocks, at = context // spec.block, jax.random.split(key, 5)
+    frames, at = context // spec.frame_tokens, jax.random.split(key, 5)
+    lead = batch, c.kv_heads, frames
     keys, values = (
-        jax.random.bits(k, (batch, c.kv_heads, blocks, *s.shape), s.dtype)
+        jax.random.bits(k, (*lead, spec.frame_blocks * s.shape[0], s.shape[1]), s.dtype)
         for k, s in zip(at, spec.code_shapes(), strict=False)
     )
     words, value_words = (
@@ -240,7 +246,7 @@ def coded_layer(
     )
     mean = jax.random.normal(at[4], (c.kv_heads, c.head_dim))
     words *= jnp.bfloat16(spec.key.stages**-0.5)
-    full = jnp.full((batch,), blocks, jnp.int32)
+    full = jnp.full((batch,), frames * spec.frame_blocks, jnp.int32)
     return mean, keys, values, words, value_words, full
 
 
@@ -401,11 +407,11 @@ def ways(config: Config, batch: int, context: int) -> list[Way]:
         of_heads = query.reshape(batch, c.kv_heads, group, c.head_dim) * scale
         return uniform_attention.attend(of_heads, key, value, spec).reshape(query.shape)
 
-    def coded(query: jax.Array, mean: jax.Array, *layer: Any) -> jax.Array:
+    def coded(query: jax.Array, mean: jax.Array, *layer: Any, fills: int) -> jax.Array:
         framed = query.reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
         inv_freq = jnp.asarray(c.inv_freq)  # as in a model, the same in all layers
         out, _ = decode.attend_tiles(
-            framed, mean, inv_freq, *layer, first=4, every=config.mean_every
+            framed, mean, inv_freq, *layer, first=4, every=config.mean_every, fills=fills
         )
         return out.reshape(query.shape)
 
@@ -420,7 +426,8 @@ def ways(config: Config, batch: int, context: int) -> list[Way]:
         found.append(Way(f"{name}, XLA", spec.stored_bits, jnp.float32, attend, layer))
     for bits in config.bits:
         layer = functools.partial(coded_layer, config=config, bits=bits, **size)
-        found.append(Way(f"{bits:g} bit", bits, jnp.float32, coded, layer))
+        attend = functools.partial(coded, fills=config.spec(bits, context).frame_blocks)
+        found.append(Way(f"{bits:g} bit", bits, jnp.float32, attend, layer))
     return found
 
 

@@ -105,7 +105,9 @@ class Call:
         query = jax.ShapeDtypeStruct(sizes, jnp.float32)
         inv_freq = jnp.asarray(c.inv_freq)
         problem = mosaic_gpu.problem_of(
-            query, mean, inv_freq, keys, values, words, value_words, blocks, every=every
+            *(query, mean, inv_freq, keys, values, words, value_words, blocks),
+            every=every,
+            fills=how.spec(bits, context).frame_blocks,
         )
 
         def beside(key: jax.Array) -> tuple[jax.Array, ...]:

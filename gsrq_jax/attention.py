@@ -4,6 +4,7 @@ All of it takes rotated queries and keys. Shapes: B sequences, T new tokens, Q q
 heads (Q = H·q), d head_dim.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gsrq_jax.cache import (
     KVCache,
@@ -173,13 +174,15 @@ def _attend_laid_out(
         "fused": "fused",
         "codes": "reference",
     }
-    attend = decode.attend_tiles if spec.layout == "tiles" else decode.attend_words
+    attend, codes = decode.attend_words, (cache.key_codes, cache.value_codes)
+    if spec.layout == "tiles":
+        attend = functools.partial(decode.attend_tiles, fills=spec.frame_blocks)
+        codes = jax.tree.map(functools.partial(_by_frames, blocks=spec.frame_blocks), codes)
     return attend(
         query,
         codebooks.key_mean,
         codebooks.inv_freq,
-        cache.key_codes,
-        cache.value_codes,
+        *codes,
         codebooks.key,
         codebooks.value,
         turn.filled(blocks_after(spec, cache.length)),
@@ -190,6 +193,13 @@ def _attend_laid_out(
         dtype=dtype,
         implementation=kernels.get(implementation),
     )
+
+
+def _by_frames(
+    codes: UInt32[Array, "B H N tiles words"], *, blocks: int
+) -> UInt32[Array, "B H N/blocks blocks*tiles words"]:
+    """Tiles of the blocks of a frame together."""
+    return codes.reshape(*codes.shape[:2], -1, blocks * codes.shape[3], codes.shape[4])
 
 
 def _by_blocks(
@@ -238,7 +248,8 @@ def _attend_codes(
     position = block_positions(spec, turn.blocks(cache.blocks))
     start = origin(spec, position[:, 0])
     framed = rotate(query[..., None, :], -start, codebooks.inv_freq)  # [B, T, H, q, N, d]
-    ahead = (position - start[:, None])[: 1 if spec.frame == "block" else None]
+    alike = spec.frame == "block" and spec.frame_blocks == 1  # one row of offsets for all blocks
+    ahead = (position - start[:, None])[: 1 if alike else None]
     mean = codebooks.key_mean[:, None, None]
     shift = rotary.shift(mean, ahead, codebooks.inv_freq, spec.mean_every)
     skip = None

@@ -185,7 +185,13 @@ def init_cache(
     else:
         sinks, ring = spec.sinks, spec.ring
         blocks = max(0, max_length - spec.sinks - spec.window) // spec.block
-        blocks = -(-blocks // Turn.of(axis_name).step)
+        step, together = Turn.of(axis_name).step, _of_a_frame(spec)
+        if step > 1 and together > 1:
+            raise InputError(
+                f"in layout 'tiles' the {together} blocks of a frame cannot be spread over "
+                "devices; use layout 'packed' or codebooks with one block to a frame"
+            )
+        blocks = -(-blocks // (step * together)) * together
         shapes = spec.code_shapes()
     if layers is not None and _by_layer(spec):
         key_codes, value_codes = (
@@ -217,6 +223,11 @@ def init_cache(
         outliers=outliers,
         spec=spec,
     )
+
+
+def _of_a_frame(spec: CacheSpec | None) -> int:
+    """Blocks that lie together because a kernel reads them in one frame."""
+    return spec.frame_blocks if isinstance(spec, QuantSpec) and spec.layout == "tiles" else 1
 
 
 def outliers_kept(spec: CacheSpec | None) -> int:

@@ -326,7 +326,7 @@ def _metrics(
             return jnp.eye(spec.head_dim, dtype=jnp.float32) * jnp.tile(moments.query, 2)[..., None]
         match spec.frame:  # how far a key is turned in its frame, every case of it once
             case "block":
-                turned = jnp.arange(spec.block)
+                turned = jnp.arange(spec.frame_tokens)
             case "pre":
                 turned = jnp.zeros(1, jnp.int32)
             case "post":

@@ -11,7 +11,7 @@ def origin(spec: QuantSpec, positions: Int[Array, "..."]) -> Int[Array, "..."]:
     """Position up to which a key's rotation is undone before it is quantised."""
     match spec.frame:
         case "block":
-            return positions - (positions - spec.sinks) % spec.block
+            return positions - (positions - spec.sinks) % spec.frame_tokens
         case "pre":
             return positions
         case "post":

@@ -209,7 +209,10 @@ class QuantSpec(CacheSpec):
             its block (ours); ``pre``: before RoPE; ``post``: after RoPE, for comparison.
         beam: partial sums that the encoder keeps from stage to stage, 1 to 32; 1 is greedy.
             Codebooks are also trained with it, and serve any other.
-        mean_every: tokens between those, counted in a block, at which the mean key of a head is
+        frame_blocks: blocks, one after the other, whose keys are rotated by their offset from the
+            start of the first. A kernel has work to do for every frame, and tokens wait for their
+            block to fill: several small blocks to a large frame are quick and leave few exact.
+        mean_every: tokens between those, counted in a frame, at which the mean key of a head is
             rotated; what keys are centred with is interpolated between them, and rotary pairs that
             make more than half a turn meanwhile are not centred. 1 rotates it at every token. More
             is for the fused GPU kernel, which has so many times fewer products with it to read.
@@ -232,6 +235,7 @@ class QuantSpec(CacheSpec):
     value: ResidualSpec
     frame: Frame = "block"
     beam: int = 1
+    frame_blocks: int = 1
     mean_every: int = 1
     outliers: int = 0
     key_stages: tuple[int, ...] | None = None
@@ -240,7 +244,7 @@ class QuantSpec(CacheSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        _make_whole(self, "beam", "mean_every", "outliers")
+        _make_whole(self, "beam", "frame_blocks", "mean_every", "outliers")
         check_beam(self.beam)
         at_least(0, outliers=self.outliers)
         if self.key.dim != self.value.dim:
@@ -250,16 +254,18 @@ class QuantSpec(CacheSpec):
             )
         if self.frame not in FRAMES:
             raise InputError(f"unknown frame {self.frame!r}; choose one of {', '.join(FRAMES)}")
+        at_least(1, frame_blocks=self.frame_blocks)
         if self.mean_every < 1 or self.block % self.mean_every:
             raise InputError(
                 f"mean_every must be at least 1 and divide the block of {self.block} tokens, got "
                 f"{self.mean_every}"
             )
-        if self.mean_every > 1 and self.frame != "block":
-            raise InputError(
-                f"mean_every is for frame 'block'; in frame {self.frame!r} it must be 1, got "
-                f"{self.mean_every}"
-            )
+        for name in ("mean_every", "frame_blocks"):
+            if getattr(self, name) > 1 and self.frame != "block":
+                raise InputError(
+                    f"{name} is for frame 'block'; in frame {self.frame!r} it must be 1, got "
+                    f"{getattr(self, name)}"
+                )
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
         if self.layout != "packed":
@@ -296,6 +302,11 @@ class QuantSpec(CacheSpec):
                 ("codewords of a stage of keys", self.key.codewords, (16, 256)),
                 ("codewords of a stage of values", self.value.codewords, (16,)),
                 (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
+                (
+                    f"block modulo {2 * tiles.TILE} tokens where several have one frame",
+                    self.block % (2 * tiles.TILE) * (self.frame_blocks > 1),
+                    (0,),
+                ),
             )
         else:
             some = (2, 4, 8, words.CODEWORDS)
@@ -303,6 +314,7 @@ class QuantSpec(CacheSpec):
                 ("codewords of a stage of keys", self.key.codewords, some),
                 ("codewords of a stage of values", self.value.codewords, some),
                 (f"block modulo {words.LANES} tokens", self.block % words.LANES, (0,)),
+                ("blocks to a frame", self.frame_blocks, (1,)),
             )
         for what, given, wanted in (
             ("frame", self.frame, ("block",)),
@@ -363,6 +375,11 @@ class QuantSpec(CacheSpec):
         return 8 * stored / (2 * self.head_dim)
 
     @property
+    def frame_tokens(self) -> int:
+        """Tokens from the start of one rotary frame to that of the next, in frame ``block``."""
+        return self.block * self.frame_blocks
+
+    @property
     def code_heads(self) -> tuple[int, int]:
         """See `CacheSpec.code_heads`."""
         return self.key.heads, self.value.heads
@@ -416,6 +433,7 @@ class QuantSpec(CacheSpec):
         return (
             f"{self.bits:g} bit, {both}, head {self.head_dim}, frame {self.frame}, "
             f"blocks of {self.block}, window {self.window}, sinks {self.sinks}"
+            + (f", {self.frame_blocks} blocks to a frame" if self.frame_blocks > 1 else "")
             + (f", mean key at every {self.mean_every} tokens" if self.mean_every > 1 else "")
             + (f", beam {self.beam}" if self.beam > 1 else "")
             + (f", {self.outliers} outliers exact" if self.outliers else "")

@@ -31,6 +31,7 @@ def attend_tiles(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
+    fills: int = 1,
     beside: Parts | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
@@ -49,6 +50,7 @@ def attend_tiles(
         first: position of the first token of block 0.
         stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
+        fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
         beside: other parts of the same softmax; what is returned is all of it.
         dtype: of the values that are returned.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
@@ -61,10 +63,12 @@ def attend_tiles(
     arrays = (query, mean, inv_freq, key_tiles, value_tiles, key_codewords, value_codewords, blocks)
     return _by(
         implementation,
-        functools.partial(mosaic_gpu.check_supported, *arrays, stride=stride, every=every),
+        functools.partial(
+            mosaic_gpu.check_supported, *arrays, stride=stride, every=every, fills=fills
+        ),
         functools.partial(mosaic_gpu.attend_tiles, *arrays, beside=beside, dtype=dtype),
         _with(beside, dtype, functools.partial(reference.attend_tiles, *arrays)),
-        {"first": first, "stride": stride, "every": every},
+        {"first": first, "stride": stride, "every": every, "fills": fills},
     )
 
 

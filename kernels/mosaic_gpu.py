@@ -86,6 +86,7 @@ class Problem:
     value_stages: int
     every: int  # tokens between knots of the mean key's share, 0 if there is no mean key
     stride: int = 1  # blocks of the sequence from one of these to the next
+    fills: int = 1  # equal parts of a block that are valid one by one
 
     @property
     def row_groups(self) -> int:
@@ -370,6 +371,7 @@ def problem_of(
     *,
     every: int = 1,
     stride: int = 1,
+    fills: int = 1,
 ) -> Problem:
     """The shapes of a call, checked.
 
@@ -391,6 +393,8 @@ def problem_of(
         refuse("query heads per KV head", group, "1 to 8")
     if block != TILE and block % CHUNK:
         refuse("tokens of a block", block, f"{TILE} or a multiple of {CHUNK}")
+    if fills < 1 or block % fills or (fills > 1 and block // fills % CHUNK):
+        refuse("parts of a block", fills, f"parts of a multiple of {CHUNK} tokens")
     if mean is not None and mean.shape != (heads, dim):
         refuse("mean key", mean.shape, f"({heads}, {dim})")
     if every not in KNOTS:
@@ -431,19 +435,21 @@ def problem_of(
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
     every = 0 if mean is None else every
-    problem = Problem(batch, tokens, heads, group, n, block, dim, key, value_stages, every, stride)
+    problem = Problem(
+        *(batch, tokens, heads, group, n, block, dim, key, value_stages, every, stride, fills)
+    )
     if n:
         choose_config(problem)
     return problem
 
 
-def check_supported(*arrays: Any, every: int = 1, stride: int = 1) -> Problem:
+def check_supported(*arrays: Any, every: int = 1, stride: int = 1, fills: int = 1) -> Problem:
     """The shapes of a call that can be made here.
 
     Raises:
         InputError: naming what was given and what is supported.
     """
-    problem = problem_of(*arrays, every=every, stride=stride)
+    problem = problem_of(*arrays, every=every, stride=stride, fills=fills)
     check_device()
     return problem
 
@@ -464,6 +470,7 @@ def attend_tiles(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
+    fills: int = 1,
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
     dtype: DTypeLike = jnp.float32,
     config: Config | None = None,
@@ -487,6 +494,7 @@ def attend_tiles(
             stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
             knot at every token the mean key's share is as many bytes as one bit of codes.
+        fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
         beside: other parts of the same softmax, with their log-sum-exps.
         dtype: of the values that are returned.
         config: instead of the one chosen.
@@ -511,6 +519,7 @@ def attend_tiles(
         blocks,
         every=every,
         stride=stride,
+        fills=fills,
     )
     if not problem.blocks:
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
@@ -826,15 +835,25 @@ class FusedKernel:
         self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
         self.table_block = warp.wide(self.pair) * p.blocks
         (valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
-        self.valid = warp.unsigned_min(warp.signed_max(valid, warp.integer(0)), p.blocks)
+        valid = warp.unsigned_min(warp.signed_max(valid, warp.integer(0)), p.blocks * p.fills)
+        self.valid = valid  # blocks, or parts of them
         self.product_bytes = ROWS * p.key.stages * p.key.codewords * 2
         # A span is what a scorer takes at a time: chunks of one block, or one chunk of two blocks.
         self.spans_of_block = p.chunks_of_block // config.span
-        spans = (self.valid + (p.blocks_of_chunk - 1)) // p.blocks_of_chunk * self.spans_of_block
+        chunks = valid * (p.chunks_of_block // p.fills)
+        if p.blocks_of_chunk > 1:
+            chunks = (valid + (p.blocks_of_chunk - 1)) // p.blocks_of_chunk
+        spans = (chunks + (config.span - 1)) // config.span
         each = (spans + (config.splits - 1)) // config.splits
         self.first = (warp.block % config.splits) * each
         end = warp.select(warp.less(self.first + each, spans), self.first + each, spans)
         self.spans = warp.select(warp.less(self.first, end), end - self.first, 0)
+        # Chunks that the last of all spans lacks, where a block may be valid in part: that of the
+        # last scorer in its last round, in the part that has it.
+        self.missing: Any = 0
+        if p.fills > 1:
+            has_last = warp.equal(end, spans) & warp.less(self.first, end)
+            self.missing = warp.select(has_last, spans * config.span - chunks, warp.integer(0))
 
     def run(self) -> None:
         """Barriers, then the two kinds of warps."""
@@ -872,6 +891,9 @@ class FusedKernel:
         scorers = self.config.scorers
         scorer = warp.index - COUNTERS
         rounds = (self.spans + (scorers - 1) - scorer) // scorers * self.config.span
+        if p.fills > 1:
+            last = warp.equal((self.spans + (scorers - 1)) % scorers, scorer)
+            rounds = rounds - warp.select(last, self.missing, warp.integer(0))
         buffers = self.config.buffers
         knots = self.base + memory.knots + scorer * memory.knot_bytes
         facts = self.base + memory.facts + scorer * (2 * ROWS * 4)
@@ -1054,16 +1076,39 @@ class FusedKernel:
 
     # Counting warps.
 
+    def _slots_of_team(self, team: Any, teams: int) -> tuple[Any, Callable[[Any], Any]]:
+        """How many slots a team goes through, and how many scorers are there in a round."""
+        warp, scorers, span = self.warp, self.config.scorers, self.config.span
+        whole = self.spans // scorers * span  # rounds in which all scorers are there
+        rest = self.spans % scorers
+
+        def of_team(scorers: Any) -> Any:
+            return (scorers + (teams - 1) - team) // teams
+
+        own = whole * (scorers // teams) + of_team(rest) * span
+        if self.problem.fills == 1:
+            return own, lambda round_: warp.select(
+                warp.less(round_, whole), warp.integer(scorers), rest
+            )
+        # In the last rounds the last of the scorers that began them is not there any more.
+        all_there = warp.equal(rest, 0)
+        began = warp.select(all_there, warp.integer(scorers), rest)
+        end = warp.select(all_there, whole, whole + span) - self.missing
+        own = own - self.missing * (of_team(began) - of_team(began - 1))
+
+        def present(round_: Any) -> Any:
+            there = warp.select(warp.less(round_, whole), warp.integer(scorers), rest)
+            return warp.select(warp.less(round_, end), there, began - 1)
+
+        return own, present
+
     def count(self) -> None:
         """Slot after slot of a team's scorers: counts, added to a histogram, written at the end."""
         warp, p, memory = self.warp, self.problem, self.memory
-        scorers, octets = self.config.scorers, pieces.octets_of(p.value_stages)
+        octets = pieces.octets_of(p.value_stages)
         teams = self.config.teams(p.value_stages)
         team, octet = warp.index // octets, warp.index % octets
-        whole = self.spans // scorers * self.config.span  # rounds in which all scorers are there
-        rest = self.spans % scorers
-        own = whole * (scorers // teams)
-        own = own + (rest + (teams - 1) - team) // teams * self.config.span
+        own, present = self._slots_of_team(team, teams)
         row = warp.lane & 3
 
         def slot(_: Any, carry: list) -> list:
@@ -1083,9 +1128,8 @@ class FusedKernel:
             mass, scale = pieces.add_chunk(warp, mass, chunk, scale, of_chunk)
             # The next slot that is filled: of the team's next scorer, or of its first in the next
             # round.
-            limit = warp.select(warp.less(round_, whole), warp.integer(scorers), rest)
             following = scorer + teams
-            there = warp.less(following, limit)
+            there = warp.less(following, present(round_))
             return [
                 warp.select(there, round_, round_ + 1),
                 warp.select(there, following, team),

@@ -100,6 +100,7 @@ def attend_tiles(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
+    fills: int = 1,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` on codes in the GPU kernel's layout (see `gsrq_jax.kernels.tiles`).
 
@@ -118,12 +119,20 @@ def attend_tiles(
         stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
             stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
+        fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
     """
     key_stages, codewords = key_codewords.shape[2:4]
     keys = tiles.keys_from_tiles(key_tiles, key_stages, codewords)[..., None, :]
     values = tiles.values_from_tiles(value_tiles, value_codewords.shape[2])[..., None, :]
     books = key_codewords, value_codewords
-    return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, first, stride, every)
+    skip = None
+    if fills > 1:
+        n, b = keys.shape[2:4]
+        skip = jnp.arange(n * b).reshape(n, b) >= (blocks * (b // fills))[:, None, None, None]
+        blocks = -(-blocks // fills)
+    return _attend_blocks(
+        query, mean, inv_freq, keys, values, *books, blocks, first, stride, every, skip
+    )
 
 
 def attend_words(
@@ -164,6 +173,7 @@ def _attend_blocks(
     first: int | Int[Array, ""],
     stride: int,
     every: int,
+    skip: Bool[Array, "B 1 N b"] | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`attend_codes` of queries that are rotated at their own positions."""
     heads, n, b = keys.shape[1:4]
@@ -177,6 +187,7 @@ def _attend_blocks(
         key_codewords,
         value_codewords,
         blocks,
+        skip,
     )
 
 

@@ -12,6 +12,7 @@ Residual codes take options after their name, each with a ``+``, as in ``gsrq@1+
 - ``k16`` has that many codewords a stage, ``vk16`` those of values alone;
 - ``heads3`` codes so many adjacent KV heads together;
 - ``pre``, ``post`` or ``block512`` is another rotary frame, ``uncentred`` keeps the mean key in;
+- ``frame4`` shares a rotary frame between so many blocks, one after the other;
 - ``every16`` rotates the mean key at every 16th token (see `gsrq_jax.spec.QuantSpec`);
 - ``kgradient``, ``kqueries``, ``vgradient``, ``voutput`` are metrics of keys and values, and
   ``power0.7`` the power of their moments.
@@ -120,6 +121,7 @@ _OPTIONS: dict[str, tuple[Literal["encoder", "spec", "fit"], str, Any]] = {
     "heads": ("spec", "heads", int),
     "block": ("spec", "block", int),
     "every": ("spec", "mean_every", int),
+    "frame": ("spec", "frame_blocks", int),
     "pre": ("spec", "frame", "pre"),
     "post": ("spec", "frame", "post"),
     "uncentred": ("fit", "center", False),

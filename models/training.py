@@ -86,6 +86,7 @@ class TrainConfig:
             The layouts of the fused kernels take 1.
         frame: rotary frame of the keys: ``block``, ``pre`` (before RoPE) or ``post``.
         block: tokens that are encoded together.
+        frame_blocks: blocks that share a rotary frame, see `QuantSpec`.
         window: recent tokens that stay exact.
         sinks: first tokens that stay exact.
         mean_every: tokens from one to the next at which the mean key is rotated, see `QuantSpec`.
@@ -127,6 +128,7 @@ class TrainConfig:
     heads: int | Literal["auto"] = 1
     frame: Frame = "block"
     block: int = 128
+    frame_blocks: int = 1
     window: int = 128
     sinks: int = 4
     mean_every: int = 1
@@ -185,6 +187,7 @@ class TrainConfig:
             value=code,
             frame=self.frame,
             block=self.block,
+            frame_blocks=self.frame_blocks,
             window=self.window,
             sinks=self.sinks,
             mean_every=self.mean_every,

@@ -300,7 +300,7 @@ def aims(
 DISTILLED = "Codewords of a stage"  # the part of which there are distilled codebooks, too
 GROUPS = {  # options of a method's name, by what they change
     DISTILLED: ("k", "vk"),
-    "Rotary frame of keys": ("pre", "post", "block", "uncentred", "every"),
+    "Rotary frame of keys": ("pre", "post", "block", "frame", "uncentred", "every"),
     "Metric by which codes are chosen": ("kgradient", "kqueries", "vgradient", "voutput", "power"),
     "KV heads that share codes": ("heads",),
     "Tokens kept exact": ("outliers",),

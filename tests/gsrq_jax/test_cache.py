@@ -25,6 +25,9 @@ LAYOUTS = {
     "whole head": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, sinks=4),
     "byte codes": QuantSpec.from_bits(1, DIM, codewords=256, block=8, window=5, sinks=2),
     "knots": QuantSpec.from_bits(1, DIM, codewords=16, block=8, window=8, mean_every=4),
+    "three blocks to a frame": QuantSpec.from_bits(
+        1, DIM, codewords=16, block=8, frame_blocks=3, window=5, sinks=2, mean_every=4
+    ),
     "groups": QuantSpec.from_bits(2, DIM, codewords=16, group=4, block=8, window=8, sinks=1),
     "odd bits": QuantSpec(
         key=ResidualSpec(DIM, DIM, 3, 32),
@@ -468,11 +471,15 @@ def test_one_bit_saves_what_it_should(context, least, dim):
     assert full.nbytes / coded.nbytes >= least
 
 
-@pytest.mark.parametrize(("codewords", "every"), [(16, 16), (256, 1)])
-def test_tiles_hold_the_same_codes(codewords, every):
+@pytest.mark.parametrize(
+    ("codewords", "every", "block", "frame_blocks"),
+    [(16, 16, 128, 1), (256, 1, 128, 1), (16, 16, 256, 2)],
+)
+def test_tiles_hold_the_same_codes(codewords, every, block, frame_blocks):
     """Filled in one go or token by token, read decoded or as codes."""
     code = ResidualSpec(DIM, DIM, 3, codewords), ResidualSpec(DIM, DIM, 4, 16)
-    spec = QuantSpec(*code, block=128, window=5, sinks=3, mean_every=every)
+    blocks = {"block": block, "frame_blocks": frame_blocks, "mean_every": every}
+    spec = QuantSpec(*code, window=5, sinks=3, **blocks)
     rng = np.random.default_rng(13)
     packed = make_codebooks(spec, rng)
     tiled = respec(packed, layout="tiles")
@@ -489,10 +496,12 @@ def test_tiles_hold_the_same_codes(codewords, every):
             jnp.stack([x[row, n - 10 : n, None] for row, n in enumerate(count)], 1) for x in (k, v)
         ]
         caches.append(jax.jit(lambda c, t, step=step: jax.lax.scan(step, c, t)[0])(cache, rest))
+    assert caches[1].capacity >= caches[0].capacity  # there are whole frames
     for x, y in zip(materialize(caches[0], packed), materialize(caches[1], tiled), strict=True):
-        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, y[:, : x.shape[1]])
     assert caches[1].key_codes.dtype == jnp.uint32
-    assert blocks_after(spec, caches[1].length).tolist() == [3, 1]
+    assert blocks_after(spec, caches[1].length).tolist() == [392 // block, 255 // block]
+    assert caches[1].blocks == -(-(412 // block) // frame_blocks) * frame_blocks
     for tokens in (1, 3):
         new = make_tokens(rng, 2, tokens)
         want = attend(*new, caches[0], packed, implementation="decoded")

@@ -207,6 +207,9 @@ def test_what_cannot_be_spread():
     sizes = {"batch": 1, "head_dim": DIM, "max_length": 64}
     with pytest.raises(InputError, match="6 KV heads cannot be shared evenly by 4 devices"):
         sharded.init_cache(mesh, SPEC, kv_heads=6, **sizes)
+    tiled = dataclasses.replace(SPEC, block=256, frame_blocks=2, layout="tiles")
+    with pytest.raises(InputError, match="the 2 blocks of a frame cannot be spread over devices"):
+        sharded.init_cache(mesh, tiled, kv_heads=8, **sizes)
     codec = decoded(codebooks(SPEC))
     with pytest.raises(InputError, match="a cache of Decoded cannot be spread over devices"):
         sharded.codec_axes(codec, stacked=False)

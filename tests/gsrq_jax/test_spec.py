@@ -161,7 +161,7 @@ def test_json_with_an_unusable_number():
 
 def test_json_from_before_there_was_a_beam_or_a_layout():
     data = QuantSpec(CODE, CODE, beam=8).to_json()
-    for name in ("beam", "mean_every", "layout"):
+    for name in ("beam", "mean_every", "frame_blocks", "layout"):
         del data[name]
     for side in ("key", "value"):
         del data[side]["heads"]
@@ -175,6 +175,9 @@ def test_from_bits_passes_fields_on_and_prints():
     assert str(spec) == text
     assert str(dataclasses.replace(spec, beam=8)) == f"{text}, beam 8"
     assert str(dataclasses.replace(spec, outliers=3)) == f"{text}, 3 outliers exact"
+    framed = dataclasses.replace(spec, frame="block", frame_blocks=4)
+    assert str(framed).endswith("sinks 4, 4 blocks to a frame")
+    assert framed.frame_tokens == 512
     together = QuantSpec.from_bits(1, 64, heads=3)
     assert (together.key.stages, together.bits, together.stored_bits) == (24, 1, 1)
     assert together.code_heads == (3, 3)
@@ -189,9 +192,11 @@ def test_from_bits_passes_fields_on_and_prints():
         ({"mean_every": 0}, "at least 1 and divide the block of 128 tokens, got 0"),
         ({"mean_every": 48}, "at least 1 and divide the block of 128 tokens, got 48"),
         ({"mean_every": 16, "frame": "post"}, "for frame 'block'; in frame 'post' it must be 1"),
+        ({"frame_blocks": 0}, "frame_blocks must be at least 1, got 0"),
+        ({"frame_blocks": 2, "frame": "pre"}, "for frame 'block'; in frame 'pre' it must be 1"),
     ],
 )
-def test_knots_that_cannot_be(fields, says):
+def test_frames_and_knots_that_cannot_be(fields, says):
     with pytest.raises(InputError, match=says):
         QuantSpec(CODE, CODE, **fields)
 
@@ -219,6 +224,10 @@ def test_tiles():
         ({"layout": "columns"}, "unknown layout 'columns'; choose one of packed, tiles, words"),
         ({"frame": "pre", "mean_every": 1}, "takes block as frame, got pre"),
         ({"block": 192}, "takes 0 as block modulo 128 tokens, got 64"),
+        (
+            {"block": 128, "frame_blocks": 2},
+            "takes 0 as block modulo 256 tokens where several have one frame, got 128",
+        ),
         ({"outliers": 2}, "takes 0 as outliers, got 2"),
         ({"key_stages": (3, 1), "value_stages": (3, 3)}, "takes None as stages by layer"),
         ({"key": ResidualSpec(64, 64, 3, 64)}, "16 or 256 as codewords of a stage of keys, got 64"),
@@ -247,6 +256,7 @@ def test_words():
     [
         ({"frame": "post", "mean_every": 1}, "takes block as frame, got post"),
         ({"block": 64}, "takes 0 as block modulo 128 tokens, got 64"),
+        ({"frame_blocks": 2}, "takes 1 as blocks to a frame, got 2"),
         ({"key": ResidualSpec(64, 64, 3, 32)}, "2 or 4 or 8 or 16 as codewords of a stage of keys"),
         ({"value": ResidualSpec(64, 64, 3, 16, 2)}, "takes 1 as heads of a code of values, got 2"),
     ],

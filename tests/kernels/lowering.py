@@ -38,6 +38,10 @@ supported = pytest.mark.skipif(
 )
 
 
+HOW = "every", "fills"
+"""Arguments of attend_tiles that are not arrays."""
+
+
 def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
     """Arguments of attend_tiles, without numbers."""
     s = jax.ShapeDtypeStruct
@@ -62,9 +66,9 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def mosaic_module(arguments, every=1):
+def mosaic_module(arguments, **how):
     """Module of the kernel of attention; `prepare_module` and `finish_module` have the others."""
-    attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
+    attend = functools.partial(mosaic_gpu.attend_tiles, **how)
     return max(modules(lambda x: attend(**x), arguments), key=len)
 
 
@@ -311,14 +315,14 @@ if __name__ == "__main__":
         }[what]
         assemble(make(**numbers), library)
         sys.exit()
-    every = numbers.pop("every", 1)
+    how = {name: numbers.pop(name) for name in HOW if name in numbers}
     if what == "assemble":
-        assemble(mosaic_module(shapes(**numbers), every), library)
+        assemble(mosaic_module(shapes(**numbers), **how), library)
     elif what == "cluster":
         assemble(nearest_module(), library)
         assemble(sums_module(kinds=2), library)
     elif what == "compile":
-        attend = functools.partial(mosaic_gpu.attend_tiles, every=every)
+        attend = functools.partial(mosaic_gpu.attend_tiles, **how)
         print(compiled(lambda x: attend(**x), (shapes(**numbers),), library))
     elif what == "pieces":
         from gsrq_jax.kernels.precision import in_pieces

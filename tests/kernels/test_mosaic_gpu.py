@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import Lanes, run_kernel
-from lowering import mosaic_module, on_abstract, shapes, supported
+from lowering import HOW, mosaic_module, on_abstract, shapes, supported
 from test_reference import check, decode, expected
 
 from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_prepare, pieces, reference, tiles
@@ -34,6 +34,7 @@ class Shape:
     every: int | None = 1  # tokens between knots; None: no mean key
     first: int = 4
     stride: int = 1
+    fills: int = 1  # parts of a block, which `blocks` then counts
 
 
 to_key_tiles = jax.jit(tiles.keys_to_tiles, static_argnums=1)
@@ -65,7 +66,8 @@ def make(shape, seed=0, scale=1.0):
 
 
 def options(shape):
-    return {"first": shape.first, "every": shape.every or 1, "stride": shape.stride}
+    where = {"first": shape.first, "every": shape.every or 1, "stride": shape.stride}
+    return where | {"fills": shape.fills}
 
 
 def turned(x, positions, inv_freq):
@@ -93,13 +95,15 @@ def in_float64(shape, x):
     if s.every is not None:
         keys += shifts(x["mean"], s.b, x["inv_freq"], s.every)
     start = s.first + s.stride * s.b * np.arange(s.N)
-    query = turned(x["query"][..., None, :], -start, x["inv_freq"])
-    return expected(query, keys, decode(np.asarray(values), x["value_codewords"]), x["blocks"])
+    query = np.repeat(turned(x["query"][..., None, :], -start, x["inv_freq"]), s.fills, axis=-2)
+    values = decode(np.asarray(values), x["value_codewords"])
+    of_parts = s.B, s.H, s.N * s.fills, s.b // s.fills, s.d
+    return expected(query, keys.reshape(of_parts), values.reshape(of_parts), x["blocks"])
 
 
-def on_lanes(x, config=None, first=4, every=1, stride=1):
+def on_lanes(x, config=None, first=4, every=1, stride=1, fills=1):
     """`attend_tiles` with the kernel run by numpy."""
-    problem = mosaic_gpu.problem_of(**x, every=every, stride=stride)
+    problem = mosaic_gpu.problem_of(**x, every=every, stride=stride, fills=fills)
     config = config or mosaic_gpu.choose_config(problem)
 
     @jax.jit
@@ -164,6 +168,22 @@ RUNS = {
         Shape(b=512, N=15, R=4, S=4, blocks=(15,), every=16),
         Config(4, 3, 2, 2, buffers=2),
     ),
+    "half a block is valid": (
+        Shape(b=512, N=6, R=4, S=4, blocks=(9,), every=16, fills=2),
+        Config(4, 1, 1, 2),
+    ),
+    "half a block is valid, of a full round": (
+        Shape(b=512, N=8, R=4, S=4, blocks=(15,), fills=2),
+        Config(4, 2, 1, 2),
+    ),
+    "a quarter of a block is valid, two parts": (
+        Shape(b=1024, N=6, R=4, S=4, blocks=(21,), every=16, fills=4),
+        Config(4, 2, 2, 4, buffers=2),
+    ),
+    "some of a block is valid, parts of several sequences": (
+        Shape(B=4, b=1024, N=2, R=4, S=4, blocks=(0, 1, 6, 8), fills=4),
+        Config(8, 1, 3, 2),
+    ),
     "parts, some empty": (Shape(N=5, R=4, S=4, blocks=(5,)), Config(4, 1, 4, 1)),
     "heads and sequences": (Shape(B=2, H=2, q=3, b=128, N=3, R=4, S=4, blocks=(3, 1)), None),
     "one query head": (Shape(H=2, q=1, N=1, R=4, S=4, blocks=(1,)), None),
@@ -196,15 +216,23 @@ def test_error_by_the_spread_of_scores(spread):
     check((lse,), (want_lse,), atol=1e-3)
 
 
-def test_nothing_of_the_invalid_is_read():
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=2, b=128, N=3, R=4, S=4, blocks=(1, 2)),
+        Shape(B=2, b=512, N=3, R=4, S=4, blocks=(1, 4), fills=2),
+    ],
+)
+def test_nothing_of_the_invalid_is_read(shape):
     """Codes with all bits set change no bit of the result."""
-    shape = Shape(B=2, b=128, N=3, R=4, S=4, blocks=(1, 2))
     x = make(shape)
     y = {name: np.copy(a) for name, a in x.items()}
     for row, n in enumerate(shape.blocks):
         for name in ("key_tiles", "value_tiles"):
-            y[name][row, :, n:] = 0xFFFFFFFF
-    for a, b in zip(on_lanes(x), on_lanes(y), strict=True):
+            of_tiles = y[name].reshape(*y[name].shape[:2], -1, y[name].shape[-1])  # a view
+            of_tiles[row, :, n * shape.b // shape.fills // tiles.TILE :] = 0xFFFFFFFF
+    how = options(shape)
+    for a, b in zip(on_lanes(x, **how), on_lanes(y, **how), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -230,9 +258,17 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
 
 
 def test_the_reference_reads_the_same_layout():
-    for every, stride in ((1, 1), (16, 2), (None, 1)):
+    for every, stride, fills in ((1, 1, 1), (16, 2, 1), (None, 1, 1), (16, 1, 2)):
+        b, blocks = 128 * fills, (3 + fills, 0)
         shape = Shape(
-            2, 1, 2, 3, 3, 128, K=256, R=4, S=12, blocks=(3, 0), every=every, stride=stride
+            *(2, 1, 2, 3, 4, b),
+            K=256,
+            R=4,
+            S=12,
+            blocks=blocks,
+            every=every,
+            stride=stride,
+            fills=fills,
         )
         x = make(shape)
         attend = functools.partial(reference.attend_tiles, **options(shape))
@@ -305,9 +341,7 @@ def test_put_together_weighs_parts_by_their_scales():
     ],
 )
 def test_the_layout_fits_and_nothing_overlaps(sizes):
-    every = sizes.get("every", 1)
-    sizes = {name: size for name, size in sizes.items() if name != "every"}
-    problem = mosaic_gpu.problem_of(**shapes(**sizes), every=every)
+    problem = problem_of(sizes)
     config = mosaic_gpu.choose_config(problem)
     m = mosaic_gpu.Memory.of(problem, config)
     assert m.nbytes <= mosaic_gpu.SHARED_BYTES
@@ -372,13 +406,15 @@ BAD = {
     "group": ({"q": 9}, "1 to 8 as query heads per KV head, got 9"),
     "block": ({"b": 384}, "128 or a multiple of 256 as tokens of a block, got 384"),
     "stages": ({"R": 65}, "1 to 64 as stages of keys, got 65"),
+    "parts": ({"fills": 2}, "parts of a multiple of 256 tokens as parts of a block, got 2"),
 }
 
 
 @pytest.mark.parametrize(("sizes", "message"), BAD.values(), ids=BAD.keys())
 def test_sizes_that_are_not_supported(sizes, message):
+    sizes, how = parted(sizes)
     with pytest.raises(InputError, match=message):
-        mosaic_gpu.attend_tiles(**shapes(**sizes))
+        mosaic_gpu.attend_tiles(**shapes(**sizes), **how)
 
 
 S = jax.ShapeDtypeStruct
@@ -475,15 +511,26 @@ FORMS = {
     "2 bits": {"R": 64, "S": 64},
     "256 codewords": {"R": 16, "K": 256},
     "knots": {"b": 512, "every": 16},
+    "half of a block valid": {"b": 512, "every": 16, "fills": 2},
 }
+
+
+def parted(sizes):
+    """Those of `shapes`, and how."""
+    how = {name: x for name, x in sizes.items() if name in HOW}
+    return {name: x for name, x in sizes.items() if name not in HOW}, how
+
+
+def problem_of(sizes):
+    sizes, how = parted(sizes)
+    return mosaic_gpu.problem_of(**shapes(**sizes), **how)
 
 
 @supported
 @pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
 def test_lowers_without_a_gpu(sizes):
-    every = sizes.get("every", 1)
-    sizes = {name: size for name, size in sizes.items() if name != "every"}
-    assert len(mosaic_module(shapes(**sizes), every)) > 10_000
+    sizes, how = parted(sizes)
+    assert len(mosaic_module(shapes(**sizes), **how)) > 10_000
 
 
 @supported
@@ -502,9 +549,7 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
     assert "Compiling entry function" in said, said[-2000:]
     assert "for 'sm_90a'" in said
     (registers,) = set(re.findall(r"Used (\d+) registers", said))
-    every = sizes.get("every", 1)
-    sizes = {name: size for name, size in sizes.items() if name != "every"}
-    config = mosaic_gpu.choose_config(mosaic_gpu.problem_of(**shapes(**sizes), every=every))
+    config = mosaic_gpu.choose_config(problem_of(sizes))
     assert int(registers) * 32 * (mosaic_gpu.COUNTERS + config.scorers) <= 65536
     assert max(map(int, re.findall(r"(\d+) bytes spill stores", said))) <= 32
 

@@ -123,9 +123,11 @@ def test_unrolled_layers_write_the_same_tokens(cache):
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel")
-def test_tiles_write_the_same_text():
+@pytest.mark.parametrize(("block", "frame_blocks"), [(128, 1), (256, 2)])
+def test_tiles_write_the_same_text(block, frame_blocks):
     """In the fused kernel's layout, by its reference: the same tokens, and as likely."""
-    packed = codebooks(dataclasses.replace(SPEC, block=128, mean_every=16))
+    spec = dataclasses.replace(SPEC, block=block, frame_blocks=frame_blocks, mean_every=16)
+    packed = codebooks(spec)
     prompts = [
         np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (140, 275)
     ]
