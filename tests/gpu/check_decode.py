@@ -50,6 +50,12 @@ class Case:
     lengths: tuple[int, ...] = ()
     bf16: bool = True
     every: int | None = 1  # tokens between the knots of the mean key; None: there is none
+    fills: int = 1  # parts of a block, each of which is coded once it has filled
+
+    @property
+    def part(self) -> int:
+        """Tokens that are coded together."""
+        return self.b // self.fills
 
     def __str__(self) -> str:
         bits = (self.R * (4 if self.K == 16 else 8) + self.S * 4) / 2 / self.d
@@ -58,6 +64,7 @@ class Case:
             f"b={self.b:<3} N={self.N:<4} B={self.B:<2} T={self.T} H={self.H} q={self.q}"
             + ("" if self.every else " no mean key")
             + (f" knots {self.every}" if self.every and self.every > 1 else "")
+            + (f" parts {self.fills}" if self.fills > 1 else "")
         )
 
 
@@ -105,6 +112,9 @@ CASES = [
     Case(every=32, b=128, N=33, lengths=ragged(128, 33), B=14),
     Case(every=64, R=16, K=256, B=2, lengths=ragged(256, 16)),
     Case(B=32, H=8, N=4, bf16=False),
+    Case(every=16, b=512, N=8, fills=2, lengths=ragged(256, 16), B=14),
+    Case(every=16, b=1024, N=4, fills=4, lengths=ragged(256, 16), B=14),
+    Case(every=16, b=1024, N=4, fills=4, kind="one", lengths=(4096, 3583, 256)),
 ]
 
 
@@ -136,7 +146,7 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of attend_tiles, and those of attend_exact."""
     c, rng = case, np.random.default_rng(seed)
     lengths = np.resize(np.array(c.lengths or (c.N * c.b,)), c.B)
-    blocks = lengths // c.b
+    blocks = lengths // c.part
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
@@ -149,7 +159,7 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     key_codes = rng.integers(0, c.K, (c.B, c.H, c.N, c.b, c.R)).astype(np.uint8)
     value_codes = rng.integers(0, 16, (c.B, c.H, c.N, c.b, c.S)).astype(np.uint8)
-    exact_keys, exact_values = normal(2, c.B, c.H, SINKS + c.b, c.d)
+    exact_keys, exact_values = normal(2, c.B, c.H, SINKS + c.part, c.d)
     if c.kind == "flat":
         query = np.zeros_like(query)
     if c.kind == "mean":
@@ -160,16 +170,17 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         keys[:, 0, 0, 0] = direction * 12
         key_codes[..., 0] = np.maximum(key_codes[..., 0], 1)
         for row, n in enumerate(blocks):
-            start = SINKS + n // 2 * c.b
+            block, within = divmod(n // 2, c.fills)
+            start = SINKS + block * c.b
             toward = np.asarray(turned(jnp.asarray(direction), start, inv_freq))
             query[row] = toward[:, None] * (3 * c.d**-0.5)
             if n:
-                key_codes[row, :, n // 2, c.b // 3, 0] = 0
+                key_codes[row, :, block, within * c.part + c.part // 3, 0] = 0
     if c.kind == "sink":  # e**40 times anything else
         exact_keys[:, :, 1] = 0
         toward = query[:, 0, :, 0]
         exact_keys[:, :, 1] = toward * (40 / (toward**2).sum(-1, keepdims=True))
-    there = np.arange(SINKS + c.b) < (SINKS + lengths % c.b)[:, None]
+    there = np.arange(SINKS + c.part) < (SINKS + lengths % c.part)[:, None]
     for x in (exact_keys, exact_values):
         x[np.broadcast_to(~there[:, None], x.shape[:-1])] = np.nan
     kind = jnp.bfloat16 if c.bf16 else jnp.float32
@@ -187,21 +198,24 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "query": jnp.asarray(query),
         "keys": jnp.asarray(exact_keys),
         "values": jnp.asarray(exact_values),
-        "mask": jnp.asarray(np.broadcast_to(there[:, None], (c.B, c.T, SINKS + c.b))),
+        "mask": jnp.asarray(np.broadcast_to(there[:, None], (c.B, c.T, SINKS + c.part))),
     }
     return coded, exact
 
 
-@functools.partial(jax.jit, static_argnames=("every", "dtype"))
+@functools.partial(jax.jit, static_argnames=("every", "fills", "dtype"))
 def fused(
-    coded: dict[str, Any], exact: dict[str, Any], every: int = 1, dtype: Any = jnp.float32
+    coded: dict[str, Any], exact: dict[str, Any], *, every: int, fills: int, dtype: Any
 ) -> tuple[Any, Any]:
     """The operation under test: the kernel, what is exact beside it."""
+    how = {"first": SINKS, "every": every, "fills": fills, "dtype": dtype}
     beside = tuple(x[None] for x in reference.attend_exact(**exact))
-    return mosaic_gpu.attend_tiles(**coded, first=SINKS, every=every, beside=beside, dtype=dtype)
+    return mosaic_gpu.attend_tiles(**coded, **how, beside=beside)
 
 
-def in_float64(coded: dict[str, Any], exact: dict[str, Any], every: int = 1) -> tuple[Any, Any]:
+def in_float64(
+    coded: dict[str, Any], exact: dict[str, Any], *, every: int, fills: int
+) -> tuple[Any, Any]:
     """Softmax attention over decoded keys and values, all of it in float64."""
 
     def written_out(codes: Any, codewords: Any) -> Any:  # [B H N b R], [H 1 R K d]
@@ -225,12 +239,12 @@ def in_float64(coded: dict[str, Any], exact: dict[str, Any], every: int = 1) -> 
             mean = coded["mean"].astype(jnp.float64)
             keys += shifts(mean, b, coded["inv_freq"], every)
         values = written_out(values, value_words)
-        there = jnp.arange(n) < coded["blocks"][:, None]
+        there = jnp.arange(n * b).reshape(n, b) < (coded["blocks"] * (b // fills))[:, None, None]
         start = SINKS + b * jnp.arange(n)
         query = coded["query"].astype(jnp.float64)[..., None, :]
         query = turned(query, -start, coded["inv_freq"])
         old = jnp.einsum("BTHqNd,BHNbd->BTHqNb", query, keys)
-        old = jnp.where(there[:, None, None, None, :, None], old, -jnp.inf)
+        old = jnp.where(there[:, None, None, None], old, -jnp.inf)
         seen = exact["mask"][:, :1, :, None]
         new_keys, new_values = (
             jnp.where(seen, exact[name], 0).astype(jnp.float64) for name in ("keys", "values")
@@ -252,13 +266,14 @@ def in_float64(coded: dict[str, Any], exact: dict[str, Any], every: int = 1) -> 
 def check(case: Case, seed: int) -> float:
     """The largest relative error of an output vector (or absolute one of the log-sum-exp)."""
     coded, exact = make(case, seed)
-    every = case.every or 1
-    out, lse = jax.tree.map(np.asarray, fused(coded, exact, every))
-    want, want_lse = in_float64(coded, exact, every)
+    how: Any = {"every": case.every or 1, "fills": case.fills}
+    run = functools.partial(fused, coded, exact, **how)
+    out, lse = jax.tree.map(np.asarray, run(dtype=jnp.float32))
+    want, want_lse = in_float64(coded, exact, **how)
     error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
     worst = float(error.max())
-    again = np.asarray(fused(coded, exact, every)[0])
-    short = np.asarray(fused(coded, exact, every, jnp.bfloat16)[0])
+    again = np.asarray(run(dtype=jnp.float32)[0])
+    short = np.asarray(run(dtype=jnp.bfloat16)[0])
     same = "same bits again" if np.array_equal(out, again) else "DIFFERS AGAIN"
     if not np.array_equal(out.astype(jnp.bfloat16), short, equal_nan=True):
         same = "DIFFERS IN BFLOAT16"

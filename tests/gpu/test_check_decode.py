@@ -35,3 +35,6 @@ def test_the_reference_against_float64(monkeypatch, kind):
     assert check_decode.check(case, 0) < 1e-5
     for every in (None, 16):
         assert check_decode.check(dataclasses.replace(case, every=every, B=2), 1) < 1e-5
+    lengths = check_decode.ragged(64, 6)
+    parts = dataclasses.replace(case, every=16, fills=2, B=len(lengths), lengths=lengths)
+    assert check_decode.check(parts, 2) < 1e-5
