@@ -224,6 +224,13 @@ TRAINED: dict[str, tuple[str, ...]] = {
         )
         for k in (16, 64, 256)
     },
+    # Stages by measured sensitivity, without distillation.
+    "gsrq-fast-0.5": ("--preset", "fast", "--bits", "0.5"),
+    **{
+        f"gsrq-{kind}-{x:g}": ("--preset", "fast", "--bits", f"{x:g}", "--allocate", kind)
+        for kind in ("sides", "layers")
+        for x in (1, 0.5)
+    },
     # What the fused kernel for GPUs takes.
     "gsrq-kernel-1": (
         *("--preset", "balanced", "--bits", "1", "--allocate", "uniform"),
