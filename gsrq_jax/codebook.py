@@ -36,8 +36,8 @@ from gsrq_jax.spec import QuantSpec, ResidualSpec
 
 FORMAT = "gsrq-jax codebooks"
 # 1 had neither metrics nor stages by layer; 2 neither layouts, mean keys at knots nor codes that
-# heads share.
-VERSION = 3
+# heads share; 3 no frames of several blocks.
+VERSION = 4
 
 
 @jax.tree_util.register_dataclass

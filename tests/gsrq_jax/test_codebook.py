@@ -225,9 +225,9 @@ def test_other_head_size(tmp_path):
 
 def test_newer_format(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(codebook, "VERSION", 4)
+        m.setattr(codebook, "VERSION", codebook.VERSION + 1)
         save(tmp_path / "books", make(), model=MODEL)
-    with pytest.raises(InputError, match=r"format 4, newer than format 3.*upgrade") as error:
+    with pytest.raises(InputError, match=r"format 5, newer than format 4.*upgrade") as error:
         load(tmp_path / "books")
     one_line(error)
 
