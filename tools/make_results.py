@@ -354,26 +354,6 @@ def ablations(changed: list[Row], rows: list[Row]) -> list[str]:
     return parts
 
 
-def allocations(data: list[dict[str, Any]]) -> str:
-    """What stages by measured sensitivity change, without distillation, by text."""
-    lines: list[str] = []
-    for content in data:
-        perplexity, kl = (
-            {r["dataset"]: r for r in content["rows"] if r["metric"] == metric}
-            for metric in ("perplexity", "kl")
-        )
-        if not lines:
-            titles = " | ".join(f"{name}: rise, KL" for name in perplexity)
-            lines = [f"| stages by | {titles} |", "| --- " * (1 + len(perplexity)) + "|"]
-        cells = (
-            f"{_rise(row['value'] / row['full_precision'] - 1)}, {kl[name]['value']:.4f}"
-            for name, row in perplexity.items()
-        )
-        by = {"uniform": "– (the recipe)"}.get(kind := content["config"]["allocate"], kind)
-        lines.append(f"| {by} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def commands(data: Iterable[dict[str, Any]]) -> str:
     """Every file's command, card, versions and date; ``W`` is the window of a measurement."""
 
@@ -502,15 +482,6 @@ def page() -> str:
             "and window. Without distillation, but for gsrq-k16, gsrq-k64 and gsrq-k256, which are "
             "codebooks of `--preset balanced` with as many stages in all layers.",
             *ablations(fidelity_rows(ablated), rows),
-        ]
-    allocated = [*files("demo.json"), *files("allocation/*.json")]
-    if len(allocated) > 1:
-        parts += [
-            "### Stages by measured sensitivity",
-            "One bit in the mean, without distillation, by the command of the demo, on a CPU; few "
-            "tokens.",
-            allocations(allocated),
-            commands(allocated),
         ]
     parts += [
         "## LongBench",

@@ -123,11 +123,9 @@ def test_unrolled_layers_write_the_same_tokens(cache):
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel")
-@pytest.mark.parametrize(("block", "frame_blocks"), [(128, 1), (256, 2)])
-def test_tiles_write_the_same_text(block, frame_blocks):
+def test_tiles_write_the_same_text():
     """In the fused kernel's layout, by its reference: the same tokens, and as likely."""
-    spec = dataclasses.replace(SPEC, block=block, frame_blocks=frame_blocks, mean_every=16)
-    packed = codebooks(spec)
+    packed = codebooks(dataclasses.replace(SPEC, block=256, frame_blocks=2, mean_every=16))
     prompts = [
         np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (140, 275)
     ]
