@@ -241,11 +241,10 @@ class Rate:
             for i, x in enumerate(best)
         ]
         yield from self._measure(others, "layout")
-        kinds = [
-            k for k in (first, *OTHERS) if all(map(functools.partial(self._has, k), self.rows))
-        ]
+        of_all = set.intersection(*({kind_of(x) for x in rows} for rows in self.rows))
         kind = min(
-            kinds, key=lambda k: self.mean([(i, self.quickest(i, k)) for i in range(len(best))])
+            (k for k in (first, *OTHERS) if k in of_all),
+            key=lambda k: self.mean([(i, self.quickest(i, k)) for i in range(len(best))]),
         )
         tuning = Tuning(*kind, *(round(x, 3) for x in times))
         tuned = [(i, mosaic_gpu.choose_config(p, tuning)) for i, p in enumerate(problems)]
@@ -268,10 +267,6 @@ class Rate:
     def mean(self, layouts: Iterable[tuple[int, Layout]]) -> float:
         """Geometric mean of the times of calls in layouts."""
         return math.exp(np.mean([math.log(self.rows[i][x]["microseconds"]) for i, x in layouts]))
-
-    @staticmethod
-    def _has(kind: tuple[int, ...], rows: Iterable[Layout]) -> bool:
-        return any(kind_of(x) == kind for x in rows)
 
     def _measure(
         self, wanted: list[tuple[int, Layout]], why: str, end: float | None = None
