@@ -297,9 +297,13 @@ def aims(
     return "\n".join(lines)
 
 
-DISTILLED = "Codewords of a stage"  # the part of which there are distilled codebooks, too
+CODEBOOKS = {  # trained ones that show what a part is worth, by that part
+    "Codewords of a stage": "k[0-9]+",
+    "Stages by measured sensitivity": "fast|sides|layers",
+}
 GROUPS = {  # options of a method's name, by what they change
-    DISTILLED: ("k", "vk"),
+    "Codewords of a stage": ("k", "vk"),
+    "Stages by measured sensitivity": (),
     "Rotary frame of keys": ("pre", "post", "block", "frame", "uncentred", "every"),
     "Metric by which codes are chosen": ("kgradient", "kqueries", "vgradient", "voutput", "power"),
     "KV heads that share codes": ("heads",),
@@ -326,20 +330,20 @@ def ablations(changed: list[Row], rows: list[Row]) -> list[str]:
     parts = []
     for title in GROUPS:
         names = [r["method"] for r in changed if group(r["method"]) == title]
-        if not names:
+        kinds = f"gsrq-({CODEBOOKS.get(title, 'none')})-"
+        trained = {(-r["bits"], r["method"]) for r in rows if re.match(kinds, r["method"])}
+        if not names and not trained:
             continue
         by_base: dict[str, list[str]] = {}
         for name in sorted(set(names), key=_natural):
             by_base.setdefault(name.partition("+")[0], []).append(name)
         shown = [m for base in sorted(by_base, reverse=True) for m in (base, *by_base[base])]
-        if title == DISTILLED:
-            trained = {r["method"] for r in rows if re.match(r"gsrq-k\d+-", r["method"])}
-            shown += sorted(trained, key=_natural)
+        shown += [m for _, m in sorted(trained, key=lambda x: (x[0], _natural(x[1])))]
         columns = [
             (length, window)
             for length in lengths
             for window in windows
-            if any((name, length, window) in found for name in names)
+            if any((name, length, window) in found for name in names or shown)
         ]
         lines = [
             "| method | bits | " + " | ".join(f"{n}, W = {w}" for n, w in columns) + " |",
@@ -480,7 +484,10 @@ def page() -> str:
             "## What each part is worth",
             "The paper's recipe with one part changed: rise of perplexity by tokens of a sequence "
             "and window. Without distillation, but for gsrq-k16, gsrq-k64 and gsrq-k256, which are "
-            "codebooks of `--preset balanced` with as many stages in all layers.",
+            "codebooks of `--preset balanced` with as many stages in all layers. gsrq-fast is what "
+            "`--preset fast` does, with as many stages everywhere; gsrq-sides gives keys and "
+            "values, and gsrq-layers each of them in each layer, as many as lose least by what "
+            "was measured.",
             *ablations(fidelity_rows(ablated), rows),
         ]
     parts += [

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
         f"gsrq-sampled-{x:g}": ("--preset", "best", "--bits", f"{x:g}", "--distill.text", "sampled")
         for x in (1, 0.75, 0.5)
     },
+    # With tokens kept exact in training as in the cache.
+    "gsrq-outliers-1": ("--preset", "best", "--bits", "1", "--outliers", "64"),
     # So much of it that no step reads anything twice.
     **{
         f"gsrq-epoch-{x:g}": (
@@ -257,7 +260,7 @@ def outliers(inputs: Inputs) -> Iterator[Job]:
     books = [
         (f"{name}/codebooks+beam8", (), f"{name}/report.json")
         for name in TRAINED
-        if name.startswith("gsrq-epoch")
+        if re.fullmatch(r"gsrq-(epoch|trained)-[0-9.]+", name)
     ]
     for method, flags, need in (recipe, *books):
         names = tuple(f"{method}+outliers{n}" for n in (16, 64))

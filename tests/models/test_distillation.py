@@ -60,7 +60,10 @@ def same(a, b):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def test_the_divergence_falls(model, books, tmp_path):
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_the_divergence_falls(model, books, tmp_path, outliers):
+    spec = dataclasses.replace(SPEC, outliers=outliers)
+    books = dataclasses.replace(books, spec=spec)
     config = DistillConfig(steps=60, batch=5, rate=0.05, copies=0, check_every=25)
     refined, found = refine(model, books, tmp_path, config)
     fresh = np.random.default_rng(1).integers(0, 64, (8, 40)).astype(np.int32)
