@@ -52,7 +52,7 @@ class Config:
         bits: rates.
         shapes: batch x context.
         splits: ways to split the work, for each span, that times are fitted to.
-        at_least: seconds that a timed program takes.
+        at_least: seconds that a timed program takes, about.
         times: programs that are timed.
         seconds: after which no further layout is tried; 0 for no end.
         jobs: programs that are compiled at a time.
@@ -121,33 +121,39 @@ class Call:
         codes = list(map(coded, jax.random.split(at, count)))
         return cls(bits, batch, context, problem, jax.jit(beside)(at), codes)
 
-    def compiled(self, layout: Layout) -> Any:
-        """The kernel over all layers, so many times; returns what it gives of the last."""
+    def rounds(self, seconds: float) -> int:
+        """Of all layers, so that a program takes about as long."""
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(self.codes))
+        return max(1, round(seconds / max(nbytes / _SPEED, 5e-6 * len(self.codes))))
+
+    def compiled(self, layout: Layout, seconds: float) -> Any:
+        """The kernel over all layers, in so many `rounds`; returns what it gives of each."""
         kernel = jax.jit(mosaic_gpu.fused_kernel(self.problem, layout))  # lowered once
 
         def once(_: Any, given: Any) -> Any:
-            _, codes, beside = given
+            made, codes, beside = given
+            last, new = made[-1], []
             for layer in codes:
-                # Nothing is found once for all rounds.
-                layer, beside, made = jax.lax.optimization_barrier((layer, beside, given[0]))
-                made = kernel(*layer, *beside)
-                given = made, codes, beside
-            return given
+                # Nothing is found once for all rounds, and one comes after the other.
+                layer, beside, last = jax.lax.optimization_barrier((layer, beside, last))
+                last = kernel(*layer, *beside)
+                new.append(last)
+            return new, codes, beside
 
-        def run(codes: Any, beside: Any, rounds: jax.Array) -> Any:
-            return jax.lax.fori_loop(0, rounds, once, (first, codes, beside))[0]
+        def run(codes: Any, beside: Any) -> Any:
+            # What no one reads would not be made, and the number of rounds is known: else the host
+            # asks after each whether it was the last.
+            first = [jax.tree.map(jnp.zeros_like, made) for _ in codes]
+            return jax.lax.fori_loop(0, self.rounds(seconds), once, (first, codes, beside))[0]
 
-        shapes = jax.eval_shape(kernel, *self.codes[0], *self.beside)
-        first = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.jit(run).lower(self.codes, self.beside, jnp.int32(1)).compile()
+        made = jax.eval_shape(kernel, *self.codes[0], *self.beside)
+        return jax.jit(run).lower(self.codes, self.beside).compile()
 
     def measure(self, program: Any, layout: Layout, config: Config) -> dict[str, Any]:
         """Its row."""
+        count = self.rounds(config.at_least) * len(self.codes)
         run = functools.partial(program, self.codes, self.beside)
-        once = decode_speed.microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
-        rounds = math.ceil(config.at_least * 1e6 / once)
-        count = rounds * len(self.codes)
-        took = decode_speed.microseconds(lambda: run(jnp.int32(rounds)), count, config.times)
+        took = decode_speed.microseconds(run, count, config.times)
         return self.sizes | dataclasses.asdict(layout) | took
 
     @property
@@ -158,7 +164,7 @@ class Call:
     def found(self, program: Any) -> tuple[np.ndarray, np.ndarray]:
         """Of the last layer, all parts together: the share of each code in the probability, and
         the logarithm to base 2 of that."""
-        given = program(self.codes, self.beside, jnp.int32(1))
+        given = program(self.codes, self.beside)[-1]
         histogram, scale = (np.asarray(x, np.float64) for x in given)
         top = scale.max(axis=1, keepdims=True)
         mass = (histogram * np.exp2(scale - top)[..., None, None]).sum(axis=1)
@@ -167,6 +173,7 @@ class Call:
 
 
 _CACHE = 2**28  # bytes, more than any GPU's second-level cache
+_SPEED = 1.5e12  # bytes of codes a second that the kernel takes, about
 
 
 def some_splittings(problem: Problem, layout: tuple[int, int, int], count: int) -> list[Layout]:
@@ -280,7 +287,9 @@ class Rate:
                 if time.monotonic() > end:
                     return
                 now = new[start : start + some]
-                made = [pool.submit(self.calls[i].compiled, x) for i, x in now]
+                made = [
+                    pool.submit(self.calls[i].compiled, x, self.config.at_least) for i, x in now
+                ]
                 concurrent.futures.wait(made)
                 for (i, layout), program in zip(now, made, strict=True):
                     yield self._row(i, layout, program) | {"why": why}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def on_fake_gpu(tune, monkeypatch, tmp_path):
 
 def config(tune, tmp_path):
     shapes = ("2x16384", "64x4096")
-    return tune.Config(bits=(1.0,), shapes=shapes, jobs=2, save=True, out=tmp_path)
+    return tune.Config(bits=(1.0,), shapes=shapes, jobs=2, at_least=0, save=True, out=tmp_path)
 
 
 def test_finds_the_layout_and_the_times_that_are_so(tune, on_fake_gpu, tmp_path):
@@ -125,8 +126,31 @@ def test_splittings_differ_in_their_work(tune, on_fake_gpu):
 def test_what_is_compared_is_of_all_parts(tune, on_fake_gpu):
     on_fake_gpu()
     call = tune.Call.of(1.0, 2, 2048)
-    shares, masses = call.found(call.compiled(mosaic_gpu.Config(8, 2, 3, 1)))
+    shares, masses = call.found(call.compiled(mosaic_gpu.Config(8, 2, 3, 1), 0))
     expected = np.broadcast_to((1 + np.arange(16)) / 136, shares.shape)
     np.testing.assert_allclose(shares, expected, rtol=1e-6)
     valid = int(call.beside[-1][0])
     np.testing.assert_allclose(masses, np.log2(136 * (1 + valid)), rtol=1e-6)
+
+
+def test_a_program_runs_every_layer_in_every_round(tune, on_fake_gpu):
+    ran = []
+
+    def kernel(problem, layout):
+        def run(keys, *rest):
+            made = fake_kernel(problem, layout)(keys, *rest)
+            first = keys.reshape(-1)[0]
+            shape = jax.ShapeDtypeStruct(first.shape, first.dtype)
+            seen = jax.pure_callback(lambda x: ran.append(int(x)) or x, shape, first)
+            return made[0] + 0 * seen.astype(jnp.float32), made[1]
+
+        return run
+
+    on_fake_gpu(kernel)
+    call = tune.Call.of(1.0, 2, 2048)
+    program = call.compiled(mosaic_gpu.Config(8, 2, 3, 1), seconds := 4e-5)
+    jax.block_until_ready(program(call.codes, call.beside))
+    firsts = [int(keys.reshape(-1)[0]) for keys, _ in call.codes]
+    assert len(set(firsts)) == len(firsts) > 1
+    assert call.rounds(seconds) > 1
+    assert sorted(ran) == sorted(firsts * call.rounds(seconds))
