@@ -88,12 +88,12 @@ class Config:
             too, at the first four.
         bits: rates of the codes.
         peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
-        block: tokens of a rotary frame; by default 1024 for contexts from 64k tokens on, else 512.
+        block: tokens of a rotary frame; by default 1024 for contexts from 32k tokens on, else 512.
         unit: tokens that are encoded together, of which a frame has several; 0 for all of one.
         mean_every: tokens between knots of the mean key.
         repeat: layers of a program of attention; 0 for the model's. Their keys and values are those
             of as many as fill 2 GiB, at least two, time and again.
-        at_least: seconds that a program of attention takes, so that its start counts for little.
+        at_least: seconds that a program of attention takes: its start takes some milliseconds.
         times: programs that are timed.
         model: whose shapes.
         layers: of the model's loop; 0 for all.
@@ -126,13 +126,13 @@ class Config:
     unit: int = 256
     mean_every: int = 16
     repeat: int = 0
-    at_least: float = 0.03
+    at_least: float = 0.3
     times: int = 15
     model: Literal["llama-3-8b", "toy"] = "llama-3-8b"
     layers: int = 0
     batches: tuple[int, ...] = (1, 8, 32)
     contexts: tuple[int, ...] = (8192, 32768, 131072)
-    steps: int = 32
+    steps: int = 128
     unroll: bool = True
     prompts: tuple[int, ...] = (8192, 32768)
     only_coded: bool = False
@@ -153,7 +153,7 @@ class Config:
 
     def spec(self, bits: float, context: int) -> QuantSpec:
         """Of a cache at this rate for so many tokens."""
-        frame = self.block or (1024 if context >= 65536 else 512)
+        frame = self.block or (1024 if context >= 32768 else 512)
         block = min(self.unit or frame, frame)
         return QuantSpec.from_bits(
             bits,
