@@ -35,7 +35,7 @@ from gsrq_jax.kernels import devices, mosaic_gpu
 from gsrq_jax.kernels.mosaic_gpu import Config as Layout
 from gsrq_jax.kernels.mosaic_gpu import Problem, Tuning
 from gsrq_jax.models import commands
-from gsrq_jax.results import command_line, commit, versions, write_result
+from gsrq_jax.results import command_line, commit, versions, write_result, write_whole
 
 OTHERS = (
     *((8, 2, 2), (8, 3, 1), (8, 3, 2), (8, 4, 1), (8, 4, 2), (8, 1, 2)),
@@ -343,7 +343,7 @@ def main(config: Config) -> None:
         devices_known = json.loads(path.read_text(encoding="utf-8"))
         made = {"command": command_line(), "versions": versions(), "commit": commit()}
         devices_known[devices.device().device_kind] = made | {"rates": rates}
-        path.write_text(json.dumps(devices_known, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(devices_known, indent=1) + "\n")
     if wrong:
         raise SystemExit(f"error: {len(wrong)} layouts could not be taken; {file} says why")
 

@@ -45,7 +45,12 @@ def write_result(
         **fields,
         "rows": [dict(row) for row in rows],
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file such that it appears whole or not at all."""
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False, encoding="utf-8"
     ) as file:
@@ -57,7 +62,6 @@ def write_result(
             raise
     part.chmod(0o644)
     part.replace(path)
-    return path
 
 
 def command_line() -> str:

@@ -176,8 +176,8 @@ def loops() -> str:
         "| --- " * 9 + "|",
     ]
     for (batch, context, what, weights), row in rows.items():
-        if what != "1 bit" or "error" in row:
-            continue
+        if what != "1 bit" or "error" in row or "estimate" in row:
+            continue  # as many sequences as fit have a table of their own
         full = rows.get((batch, context, "bf16", weights), {})
         speed = row["tokens_per_second"]
         known = full.get("tokens_per_second")
@@ -189,6 +189,32 @@ def loops() -> str:
             f"{row['bytes'] / 1e9:.1f}",
             *(f"{x / 1e3:.2f}" for x in (row["kernel"], row["products"], rest)),
         ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _most(context: int) -> dict[str, dict[str, Any]]:
+    """Rows of as many sequences as fit, by what is measured."""
+    rows = [r for r in load(SPEED)["rows"] if "estimate" in r and "tokens_per_second" in r]
+    return {r["what"]: r for r in rows if r["context"] == context}
+
+
+def most() -> str:
+    """As many sequences as fit, of either cache, and how many times bf16's tokens a second."""
+    lines = [
+        "| tokens of each | bf16 cache: sequences, tokens/s | 1 bit | times as fast | 0.5 bit "
+        "| times as fast |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for context in (8192, 32768, 131072):
+        here = _most(context)
+        full = here.get("bf16", {}).get("tokens_per_second")
+        cells = [_length(context)]
+        for what in ("bf16", "1 bit", "0.5 bit"):
+            r = here.get(what)
+            cells.append(f"{r['batch']}, {r['tokens_per_second']:.0f}" if r else "not measured")
+            if what != "bf16":
+                cells.append(f"{r['tokens_per_second'] / full:.1f}" if r and full else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -209,6 +235,12 @@ def speed() -> str:
             r = rows[batch, context, what, "bf16"]
             cells.append(r.get("error") or f"{r['tokens_per_second']:.0f}, {r['bytes'] / 1e9:.0f}")
         lines.append(f"| {batch} × {_length(context)} | {' | '.join(cells)} |")
+    full, coded = (_most(2**15)[what] for what in ("bf16", "1 bit"))
+    cells = [
+        f"{r['tokens_per_second']:.0f}, {r['bytes'] / 1e9:.0f}, of {r['batch']}"
+        for r in (full, coded)
+    ]
+    lines.append(f"| as many as fit × 32k | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"- {source(SPEED)}"])
 
 
@@ -237,7 +269,12 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "peers": peers,
         "speed": speed,
     },
-    "docs/kernels.md": {"attention": attention, "loops": loops, "prompts": prompts},
+    "docs/kernels.md": {
+        "attention": attention,
+        "loops": loops,
+        "most": most,
+        "prompts": prompts,
+    },
 }
 
 
