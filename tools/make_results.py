@@ -454,9 +454,11 @@ def page() -> str:
             "now, gsrq-trained what `--preset best` does; the commands, which are older, spell it "
             "out. The README says what that is; the others differ by the flags of their "
             "commands: gsrq-sampled is distilled on what the model writes alone, gsrq-epoch on so "
-            "much of it that no step reads a text twice, gsrq-kernel has the 16 codewords that the "
-            "fused kernel takes. With *outliers* the cache keeps as many tokens of a sequence "
-            "exact, those whose codes err most; at 2048 tokens 64 of them come to half a bit a "
+            "much of it that no step reads a text twice, gsrq-outliers with 64 tokens of a "
+            "sequence kept exact in training as in the cache, gsrq-kernel has the 16 codewords "
+            "that the fused kernel takes; gsrq-fast, gsrq-sides and gsrq-layers are told below. "
+            "With *outliers* the cache keeps as many tokens of a sequence exact, those whose "
+            "codes err most; at 2048 tokens 64 of them come to half a bit a "
             "number more, at 32,768 to a thirtieth of one. Rise of perplexity on the sequences of "
             "2048 tokens above, and on text of other domains that was not learned from: modules of "
             "Python's standard library, and meetings and chats. The encoder's beam is of the "
@@ -472,7 +474,8 @@ def page() -> str:
             "three times as much, loses there what gsrq-sampled does. Code repeats names and "
             "layout from far back, for which single tokens have to be right: keeping the 64 "
             "tokens exact that err most, 3 % of a sequence, takes a quarter to a third of the "
-            "loss away, of dialogues' likewise. Codebooks with as many stages in all layers "
+            "loss away, of dialogues' likewise; to have them in training (gsrq-outliers) helps no "
+            "further. Codebooks with as many stages in all layers "
             "(gsrq-k256) lose several times as much there as those with stages by layer and heads "
             "that share codes.",
             "### How they were trained",
@@ -487,7 +490,8 @@ def page() -> str:
             "codebooks of `--preset balanced` with as many stages in all layers. gsrq-fast is what "
             "`--preset fast` does, with as many stages everywhere; gsrq-sides gives keys and "
             "values, and gsrq-layers each of them in each layer, as many as lose least by what "
-            "was measured.",
+            "was measured; where no recent token is exact (W = 0), which is not measured for "
+            "that, it costs instead.",
             *ablations(fidelity_rows(ablated), rows),
         ]
     parts += [
