@@ -168,24 +168,29 @@ def attention() -> str:
 
 
 def loops() -> str:
-    """Tokens a second of the decode loop over both caches, and where a step's time goes."""
+    """Tokens a second of the decode loop, and where the time of a step at 1 bit goes."""
     rows = _speed("model")
     lines = [
-        "| batch × context | weights | bf16 cache, tokens/s | 1 bit | times as fast | memory, GB "
-        "| of a step, ms: the kernel | products | all else |",
-        "| --- " * 9 + "|",
+        "| batch × context | weights | bf16 cache, tokens/s | 0.5 bit | times as fast | 1 bit "
+        "| times as fast | memory, GB | of a step, ms: the kernel | products | all else |",
+        "| --- " * 11 + "|",
     ]
     for (batch, context, what, weights), row in rows.items():
         if what != "1 bit" or "error" in row or "estimate" in row:
             continue  # as many sequences as fit have a table of their own
         full = rows.get((batch, context, "bf16", weights), {})
-        speed = row["tokens_per_second"]
         known = full.get("tokens_per_second")
+        half = rows.get((batch, context, "0.5 bit", weights), {})
+        times = []
+        for r in (half, row):
+            speed = r.get("tokens_per_second")
+            times.append(f"{speed:.0f}" if speed else "not measured")
+            times.append(f"{speed / known:.2f}" if speed and known else "–")
         rest = sum(row.get(name, 0.0) for name in ("attend", "append", "rest"))
         cells = [
             *(f"{batch} × {_length(context)}", weights),
             f"{known:.0f}" if known else full.get("error", "not measured"),
-            *(f"{speed:.0f}", f"{speed / known:.2f}" if known else "–"),
+            *times,
             f"{row['bytes'] / 1e9:.1f}",
             *(f"{x / 1e3:.2f}" for x in (row["kernel"], row["products"], rest)),
         ]
