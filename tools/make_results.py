@@ -474,10 +474,10 @@ def page() -> str:
             "three times as much, loses there what gsrq-sampled does. Code repeats names and "
             "layout from far back, for which single tokens have to be right: keeping the 64 "
             "tokens exact that err most, 3 % of a sequence, takes a quarter to a third of the "
-            "loss away, of dialogues' likewise; to have them in training (gsrq-outliers) helps no "
-            "further. Codebooks with as many stages in all layers "
-            "(gsrq-k256) lose several times as much there as those with stages by layer and heads "
-            "that share codes.",
+            "loss away, of dialogues' likewise; less is gained by distilling with them "
+            "(gsrq-outliers, measured with greedy encoding alone). Codebooks with as many stages "
+            "in all layers (gsrq-k256) lose several times as much there as those with stages by "
+            "layer and heads that share codes.",
             "### How they were trained",
             "On H200 up to six of them ran at the same time, on four GPUs.",
             commands(trained),
@@ -490,8 +490,7 @@ def page() -> str:
             "codebooks of `--preset balanced` with as many stages in all layers. gsrq-fast is what "
             "`--preset fast` does, with as many stages everywhere; gsrq-sides gives keys and "
             "values, and gsrq-layers each of them in each layer, as many as lose least by what "
-            "was measured; where no recent token is exact (W = 0), which is not measured for "
-            "that, it costs instead.",
+            "was measured. That is measured with the window: without one (W = 0) it costs instead.",
             *ablations(fidelity_rows(ablated), rows),
         ]
     parts += [
