@@ -330,8 +330,11 @@ def ablations(changed: list[Row], rows: list[Row]) -> list[str]:
     parts = []
     for title in GROUPS:
         names = [r["method"] for r in changed if group(r["method"]) == title]
-        kinds = f"gsrq-({CODEBOOKS.get(title, 'none')})-"
-        trained = {(-r["bits"], r["method"]) for r in rows if re.match(kinds, r["method"])}
+        trained = {
+            (-r["bits"], r["method"])
+            for r in rows
+            if title in CODEBOOKS and re.match(f"gsrq-({CODEBOOKS[title]})-", r["method"])
+        }
         if not names and not trained:
             continue
         by_base: dict[str, list[str]] = {}
@@ -479,7 +482,8 @@ def page() -> str:
             "in all layers (gsrq-k256) lose several times as much there as those with stages by "
             "layer and heads that share codes.",
             "### How they were trained",
-            "On H200 up to six of them ran at the same time, on four GPUs.",
+            "On H200 up to six of them ran at the same time, on four GPUs; gsrq-fast-0.5, "
+            "gsrq-sides, gsrq-layers and gsrq-outliers up to three at a time on one H100.",
             commands(trained),
         ]
     if ablated:
