@@ -365,7 +365,7 @@ def by_part(profile: Mapping[str, float]) -> dict[str, float]:
     for operation, took in profile.items():
         name, _, scope = operation.partition(" | ")
         scoped = [part for part in scope.split("/") if part in (ATTEND, APPEND)]
-        if name.startswith("body_mosaic"):
+        if name.startswith("attend_codes"):
             part = "kernel"
         elif re.match(r"attend_\w+_mosaic|(void )?cudnn", name):
             part = ATTEND
@@ -386,14 +386,14 @@ class Way:
     Attributes:
         what: its name.
         bits: of a stored number.
-        dtype: of its query.
+        query: makes a query from a key: scaled, where what rotates a model's query does it.
         attend: ``(query, *layer)`` to the output.
         layer: makes one layer's arrays from a key.
     """
 
     what: str
     bits: float
-    dtype: Any
+    query: Callable[[jax.Array], jax.Array]
     attend: Callable[..., jax.Array]
     layer: Callable[[jax.Array], tuple[Any, ...]]
 
@@ -403,31 +403,35 @@ def ways(config: Config, batch: int, context: int) -> list[Way]:
     c = config.sizes
     group, scale = c.heads // c.kv_heads, scale_of(c.head_dim)
 
+    def drawn(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, (batch, 1, c.heads, c.head_dim))
+
+    def of_heads(key: jax.Array) -> jax.Array:
+        return drawn(key).reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
+
     def rounded(query: jax.Array, key: Any, value: Any, spec: UniformSpec) -> jax.Array:
-        of_heads = query.reshape(batch, c.kv_heads, group, c.head_dim) * scale
-        return uniform_attention.attend(of_heads, key, value, spec).reshape(query.shape)
+        return uniform_attention.attend(query[:, 0], key, value, spec)
 
     def coded(query: jax.Array, mean: jax.Array, *layer: Any, fills: int) -> jax.Array:
-        framed = query.reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
         inv_freq = jnp.asarray(c.inv_freq)  # as in a model, the same in all layers
         out, _ = decode.attend_tiles(
-            framed, mean, inv_freq, *layer, first=4, every=config.mean_every, fills=fills
+            query, mean, inv_freq, *layer, first=4, every=config.mean_every, fills=fills
         )
-        return out.reshape(query.shape)
+        return out
 
     size: dict[str, Any] = {"batch": batch, "context": context}
     exact = functools.partial(exact_layer, config=config, **size)
     name = f"{FULL}, jax ({'cuDNN' if on_gpu() else 'XLA'})"
-    found = [Way(name, 16, jnp.bfloat16, exact_attention, exact)]
+    found = [Way(name, 16, lambda key: drawn(key).astype(jnp.bfloat16), exact_attention, exact)]
     for name in config.peers:
         spec = peer_spec(name, c.head_dim)
         layer = functools.partial(rounded_layer, spec=spec, heads=c.kv_heads, **size)
         attend = functools.partial(rounded, spec=spec)
-        found.append(Way(f"{name}, XLA", spec.stored_bits, jnp.float32, attend, layer))
+        found.append(Way(f"{name}, XLA", spec.stored_bits, of_heads, attend, layer))
     for bits in config.bits:
         layer = functools.partial(coded_layer, config=config, bits=bits, **size)
         attend = functools.partial(coded, fills=config.spec(bits, context).frame_blocks)
-        found.append(Way(f"{bits:g} bit", bits, jnp.float32, attend, layer))
+        found.append(Way(f"{bits:g} bit", bits, of_heads, attend, layer))
     return found
 
 
@@ -436,25 +440,39 @@ def distinct(nbytes: int, config: Config) -> int:
     return min(max(2, 2**31 // nbytes + 1), config.operations)
 
 
-def chained(way: Way, config: Config, batch: int) -> Any:
-    """A query through all layers so many times, changed a little by each of them; compiled."""
-    c, attend = config.sizes, jax.jit(way.attend)  # traced once
+def rounds_within(batch: int, context: int) -> int:
+    """Rounds through all layers that a program makes without the host, which else asks after each
+    whether it was the last."""
+    return min(32, max(1, 2**20 // (batch * context)))
 
-    def through(query: jax.Array, layers: list[Any]) -> jax.Array:
+
+def chained(way: Way, config: Config, batch: int, context: int) -> Any:
+    """A query against all layers, one after the other, so many times `rounds_within`; compiled."""
+    attend = jax.jit(way.attend)  # traced once
+    query, layers = jax.eval_shape(way.query, jax.random.key(0)), layers_of(way, config)
+
+    def through(_: Any, given: Any) -> Any:
+        made, query, layers = given
+        last, new = made[-1], []
         for i in range(config.operations):
-            # Nothing that depends on a layer is found once for all that have its arrays.
-            query, layer = jax.lax.optimization_barrier((query, layers[i % len(layers)]))
-            query = query + (attend(query, *layer) * 1e-3).astype(query.dtype)
-        return query
+            # Nothing is found once for all that have a layer's arrays.
+            query, layer, last = jax.lax.optimization_barrier(
+                (query, layers[i % len(layers)], last)
+            )
+            last = attend(query, *layer)
+            new.append(last)
+        return new, query, layers
 
-    def run(query: jax.Array, layers: list[Any], rounds: jax.Array) -> jax.Array:
-        def again(_: Any, query: jax.Array) -> jax.Array:  # nothing of it once for all rounds
-            return through(*jax.lax.optimization_barrier((query, layers)))
+    def run(query: jax.Array, layers: list[Any], rounds: jax.Array) -> Any:
+        def again(_: Any, given: Any) -> Any:
+            return jax.lax.fori_loop(0, rounds_within(batch, context), through, given)
 
-        return jax.lax.fori_loop(0, rounds, again, query)
+        made = jax.eval_shape(attend, query, *layers[0])
+        # What no one reads would not be made.
+        nothing = [jnp.zeros(made.shape, made.dtype)] * config.operations
+        return jax.lax.fori_loop(0, rounds, again, (nothing, query, layers))[0]
 
-    query = jax.ShapeDtypeStruct((batch, 1, c.heads, c.head_dim), way.dtype)
-    return jax.jit(run).lower(query, layers_of(way, config), jnp.int32(1)).compile()
+    return jax.jit(run).lower(query, layers, jnp.int32(1)).compile()
 
 
 def layers_of(way: Way, config: Config) -> list[tuple[Any, ...]]:
@@ -467,17 +485,18 @@ def _bytes(arrays: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def measure_attention(way: Way, program: Any, config: Config, batch: int) -> dict[str, Any]:
+def measure_attention(
+    way: Way, program: Any, config: Config, batch: int, context: int
+) -> dict[str, Any]:
     """Of a program that `chained` made."""
-    c, make = config.sizes, jax.jit(way.layer)
+    make = jax.jit(way.layer)
     keys = jax.random.split(jax.random.key(0), len(layers_of(way, config)))
-    layers = list(map(make, keys))
-    query = jax.random.normal(jax.random.key(1), (batch, 1, c.heads, c.head_dim), way.dtype)
-    run = functools.partial(program, query, layers)
+    run = functools.partial(program, way.query(jax.random.key(1)), list(map(make, keys)))
     once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
-    rounds = math.ceil(config.at_least * 1e6 / once)
-    took = microseconds(lambda: run(jnp.int32(rounds)), rounds * config.operations, config.times)
-    operations = profile(lambda: run(jnp.int32(1)), config.operations, program.as_text())
+    rounds, count = math.ceil(config.at_least * 1e6 / once), rounds_within(batch, context)
+    count *= config.operations
+    took = microseconds(lambda: run(jnp.int32(rounds)), rounds * count, config.times)
+    operations = profile(lambda: run(jnp.int32(1)), count, program.as_text())
     if operations:
         took["device_microseconds"] = sum(operations.values())
     return took | by_part(operations) | {"operations": operations}
@@ -894,8 +913,8 @@ def planned(config: Config) -> list[Measurement]:
             add(
                 way.what,
                 way.bits,
-                functools.partial(chained, way, config, batch),
-                lambda program, way=way: measure_attention(way, program, config, batch),
+                functools.partial(chained, way, config, batch, context),
+                lambda program, way=way: measure_attention(way, program, config, batch, context),
             )
             if way is exact:
                 for name, attend in torch.items():

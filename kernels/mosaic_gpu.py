@@ -1,9 +1,10 @@
 """Decode attention over codes, fused, on Hopper GPUs: Pallas Mosaic GPU (ours).
 
-One thread block takes four query rows of one KV head and one part of its blocks of tokens. Eight
-warps *score*: each goes through blocks of its own, makes the block's table in shared memory, looks
-up 256 tokens at a time, and puts their probabilities, as bit planes, into its slots of a ring.
-Eight warps *count*: all of them go through the slots and add up, by binary products, how much
+One thread block takes four query rows of one KV head and one part of its blocks of tokens. First
+all warps make products of these rows with codewords and mean key (`mosaic_gpu_products`). Then
+eight warps *score*: each goes through blocks of its own, makes the block's table in shared memory,
+looks up 256 tokens at a time, and puts their probabilities, as bit planes, into its slots of a
+ring. Eight warps *count*: all of them go through the slots and add up, by binary products, how much
 probability falls on each value code. Histogram × codebook, once the parts are put together, is the
 output.
 docs/kernels.md explains it with a picture; `gsrq_jax.kernels.pieces` has the steps.
@@ -27,9 +28,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from gsrq_jax.kernels import devices, pieces, rotary
+from gsrq_jax.kernels import devices, mosaic_gpu_products, pieces, rotary
 from gsrq_jax.kernels.errors import InputError
-from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, ROWS, KeyTable
+from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, LN2, ROWS, KeyTable
 from gsrq_jax.kernels.precision import in_pieces
 from gsrq_jax.kernels.reference import with_beside
 from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
@@ -45,7 +46,6 @@ EMPTY = -(2**30)
 """Scale of a part without tokens."""
 MOST_QUERY = 2.0**14
 """Bound of a query's numbers, so that float16 holds them in any frame."""
-LN2 = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Problem:
     every: int  # tokens between knots of the mean key's share, 0 if there is no mean key
     stride: int = 1  # blocks of the sequence from one of these to the next
     fills: int = 1  # equal parts of a block that are valid one by one
+    short_words: bool = True  # whether codewords of keys are bfloat16; else they become float16
 
     @property
     def row_groups(self) -> int:
@@ -114,11 +115,14 @@ class Problem:
         return CHUNK // self.every if self.every else 0
 
     @property
-    def block_knots(self) -> int:
-        """Numbers of a block's share: its knots, and where the next block is not at its end the
-        one there, too, with what fills 16 bytes."""
-        own = self.block // self.every if self.every else 0
-        return own + 4 * (self.every > 1 and self.stride > 1)
+    def frame_knots(self) -> int:
+        """Of a block; the first of the next one is its last."""
+        return self.block // self.every if self.every else 0
+
+    @property
+    def unit_knots(self) -> int:
+        """Of a row, of a block or of the two of a chunk, with what is copied after them."""
+        return max(self.block, CHUNK) // self.every + self.copied_knots - self.knots
 
     @property
     def copied_knots(self) -> int:
@@ -126,12 +130,9 @@ class Problem:
         return self.knots + 4 * (self.every > 1)
 
     @property
-    def share_length(self) -> int:
-        """Numbers of a row's share: of whole chunks, what is copied with the last, and so many
-        more that cuBLAS takes them as they are."""
-        last = -(-self.blocks // self.blocks_of_chunk) * self.blocks_of_chunk
-        more = self.copied_knots - self.knots if self.stride == 1 else 0
-        return -(-(last * self.block_knots + more) // 8) * 8
+    def share_units(self) -> int:
+        """Blocks, or chunks of two blocks."""
+        return -(-self.blocks // self.blocks_of_chunk)
 
     @property
     def chunk_key_bytes(self) -> int:
@@ -200,9 +201,11 @@ class Memory:
         for name, size in sizes.items():
             starts[name] = end
             end += size
+        # What products are made of lies where all this will be.
+        products = mosaic_gpu_products.Layout(problem, end)
         return cls(
             **starts,
-            nbytes=end + 4096,
+            nbytes=max(end, products.tile_bytes) + 4096,
             table_bytes=table,
             staged_bytes=staged,
             knot_bytes=knots,
@@ -226,7 +229,7 @@ class Tuning:
     table_time: float = 0.3
     start_time: float = 1.5
 
-    def time(self, work: tuple[int, int, int]) -> float:
+    def time(self, work: tuple[float, int, int]) -> float:
         """Of `work`, in chunks."""
         chunks, tables, starts = work
         return chunks + self.table_time * tables + self.start_time * starts
@@ -263,14 +266,22 @@ def _tuned() -> dict[str, Any]:
     return json.loads((pathlib.Path(__file__).parent / TUNED).read_text(encoding="utf-8"))
 
 
-def work(problem: Problem, config: Config) -> tuple[int, int, int]:
+LEAST = 0.4
+"""Time of a chunk that only one scorer takes, in those of chunks that all take at once: on an H200
+at (1, 8k) and 1 bit a thread block with two chunks takes 12.5 µs, one with eight 16.2."""
+
+
+def work(problem: Problem, config: Config) -> tuple[float, int, int]:
     """What the busiest multiprocessor does one after the other: chunks that all scorers take at
-    once, tables likewise, and thread blocks."""
+    once (those that fewer take in proportion, but no less than `LEAST`), tables, which all make at
+    once, and thread blocks."""
     p = problem
     spans = p.blocks * p.chunks_of_block // (p.blocks_of_chunk * config.span)
-    rounds = math.ceil(math.ceil(spans / config.splits) / config.scorers)
+    rounds, rest = divmod(math.ceil(spans / config.splits), config.scorers)
+    tables = rounds + (rest > 0)
+    chunks = rounds + max(LEAST, rest / config.scorers) * (rest > 0)
     waves = math.ceil(p.pairs * config.splits / PROCESSORS)
-    return waves * rounds * config.span, waves * rounds, waves
+    return waves * chunks * config.span, waves * tables, waves
 
 
 def choose_config(problem: Problem, tuning: Tuning | None = None) -> Config:
@@ -435,8 +446,10 @@ def problem_of(
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
     every = 0 if mean is None else every
+    short = key_codewords.dtype == jnp.bfloat16
     problem = Problem(
-        *(batch, tokens, heads, group, n, block, dim, key, value_stages, every, stride, fills)
+        *(batch, tokens, heads, group, n, block, dim, key, value_stages, every, stride, fills),
+        short_words=short,
     )
     if n:
         choose_config(problem)
@@ -477,8 +490,8 @@ def attend_tiles(
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
     """`gsrq_jax.kernels.reference.attend_tiles` on a Hopper GPU.
 
-    Products with the key codebooks, one fused kernel, and one for the product with the value
-    codebooks and all that follows; call it under jit.
+    One fused kernel, and one for the product with the value codebooks and all that follows; call
+    it under jit.
 
     Args:
         query: scaled queries, rotated at their own positions, float32.
@@ -506,7 +519,7 @@ def attend_tiles(
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
-    from gsrq_jax.kernels import mosaic_gpu_finish, mosaic_gpu_prepare  # with shapes from here
+    from gsrq_jax.kernels import mosaic_gpu_finish  # with shapes from here
 
     problem = check_supported(
         query,
@@ -527,9 +540,9 @@ def attend_tiles(
     config = config or choose_config(problem)
     check_config(problem, config)
     blocks = blocks.astype(jnp.int32)
-    arrays, by = (query, mean, inv_freq, key_codewords), mosaic_gpu_prepare
-    inputs = score_inputs(problem, *arrays, first, right=by.waves, left=by.prepare)
-    histogram, scale = fused_kernel(problem, config)(key_tiles, value_tiles, *inputs, blocks)
+    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
+    kernel = fused_kernel(problem, config)
+    histogram, scale, *_ = kernel(key_tiles, value_tiles, blocks, *inputs)
     by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
     return end(problem, query, blocks, histogram, scale, value_codewords, beside, dtype)
@@ -564,77 +577,6 @@ def finish(
     return with_beside((out, lse), beside, dtype)
 
 
-def waves(
-    problem: Problem, inv_freq: Float[Array, " d/2"], first: int | Int[Array, ""]
-) -> tuple[Float[Array, "N d/2"], Float[Array, "N d/2"], Float[Array, "share_length 3 d"] | None]:
-    """What of both products depends on positions alone; `mosaic_gpu_prepare` has its kernel.
-
-    Args:
-        problem: the shapes.
-        inv_freq: rotary frequencies.
-        first: position of the first token of block 0.
-
-    Returns:
-        Cosines and sines of the angles at the start of each block; and if there is a mean key those
-        at the knots of all blocks, the right operand of its product in float16, as `_right_pieces`.
-        Angles there are those of the start and those from there to the knot, added up here as the
-        frames of keys have them.
-    """
-    p, knots = problem, problem.block_knots or 1
-    starts = jnp.arange(max(p.blocks, -(-p.share_length // knots)))
-    starts = first + p.stride * p.block * starts
-    at = jnp.concatenate([starts, p.every * jnp.arange(p.block_knots)])
-    cos, sin = rotary.turns(at, inv_freq)
-    own = cos[: p.blocks], sin[: p.blocks]
-    if not p.every:
-        return *own, None
-    (cos, cos_on), (sin, sin_on) = ((x[: len(starts), None], x[len(starts) :]) for x in (cos, sin))
-    both = _beside(cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on)
-    return *own, _right_pieces(both.reshape(-1, p.dim)[: p.share_length])
-
-
-def prepare(
-    problem: Problem,
-    query: Float[Array, "B T H q d"],
-    mean: Float[Array, "H d"] | None,
-    inv_freq: Float[Array, " d/2"],
-    cos: Float[Array, "N d/2"],
-    sin: Float[Array, "N d/2"],
-) -> tuple[Float[Array, "H rows/4 N 4 d"], Float[Array, "H*rows 3 d"] | None]:
-    """The left operands of both products in float16; `mosaic_gpu_prepare` is the kernel of this.
-
-    The mean key's share ``⟨row, R_t mean⟩``: a pair of channels (a, b) gives ``(q_a k_a + q_b k_b)
-    cos θt + (q_b k_a - q_a k_b) sin θt``. What is in front depends on the row alone, the cosines
-    and sines on the position alone. So it is one product of all rows, heads together, with all
-    knots.
-
-    Args:
-        problem: the shapes.
-        query: scaled queries, rotated at their own positions.
-        mean: mean key before RoPE, if there is one.
-        inv_freq: rotary frequencies.
-        cos: cosines of the angles at the start of each block, and
-        sin: sines.
-
-    Returns:
-        The rows of each KV head in the frame of each block, four together, in powers of 2; and if
-        there is a mean key the amplitudes as `_left_pieces`.
-    """
-    p = problem
-    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
-    spare = p.row_groups * ROWS - p.tokens * p.group
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
-    framed = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1).astype(jnp.float16)
-    if mean is None:
-        return framed, None
-    a, b = jnp.split(rows, 2, axis=-1)
-    k_a, k_b = jnp.split(rotary.slow(mean, inv_freq, p.every)[:, None, None], 2, axis=-1)
-    amplitudes = jnp.concatenate([a * k_a + b * k_b, b * k_a - a * k_b], axis=-1)
-    return framed, _left_pieces(amplitudes.reshape(-1, p.dim))
-
-
 def score_inputs(
     problem: Problem,
     query: Float[Array, "B T H q d"],
@@ -642,16 +584,8 @@ def score_inputs(
     inv_freq: Float[Array, " d/2"],
     key_codewords: Float[Array, "H 1 R K d"],
     first: int | Int[Array, ""],
-    *,
-    right: Callable[..., tuple[Array, Array, Array | None]] = waves,
-    left: Callable[..., tuple[Array, Array | None]] = prepare,
-) -> tuple[Array, Array, Array]:
-    """What the scores are made of: products of queries with codewords and with the mean key.
-
-    Rows are query heads (and tokens), four of a KV head together, zeros where there are not so
-    many, for scores in powers of 2. For each row and block one GEMM writes R·K numbers; its left
-    operand, the rows rotated back to the start of each block, is written once in float16. Another
-    one writes the mean key's share at the knots of all blocks.
+) -> list[Array]:
+    """What the scores are made of, in the order of `score_arrays`.
 
     Args:
         problem: the shapes.
@@ -660,56 +594,71 @@ def score_inputs(
         inv_freq: rotary frequencies.
         key_codewords: of this layer.
         first: position of the first token of block 0.
-        right: makes what depends on positions, as `waves`.
-        left: makes the left operands, as `prepare`.
-
-    Returns:
-        ``[pairs, N, 4, R·16]`` products (float16), or with 256 codewords finished tables (uint16);
-        ``[pairs, 4, share_length]`` shares of the mean key (float32), if there is one; and with 256
-        codewords ``[pairs, N, 8]`` steps and offsets of the tables.
     """
-    p, key = problem, problem.key
-    share, facts = jnp.zeros((1,)), jnp.zeros((1,))
-    cos, sin, columns = right(p, inv_freq, first)
-    framed, amplitudes = left(p, query, mean, inv_freq, cos, sin)
-    if amplitudes is not None and columns is not None:
-        share = _exact_product(amplitudes, columns).reshape(p.pairs, ROWS, -1)
+    p = problem
+    cos, sin = rotary.turns(first + p.stride * p.block * jnp.arange(p.blocks), inv_freq)
+    words = key_codewords.reshape(p.heads, -1, p.dim)
+    arrays: dict[str, Array] = {"query": query, "cos": cos, "sin": sin}
+    if p.key.shared:
+        arrays["words"] = words if p.short_words else words.astype(jnp.float16)
+    else:
+        arrays["tables"], arrays["facts"] = finished_tables(p, query, words, cos, sin)
+    if mean is not None:
+        arrays["mean"] = mean.astype(jnp.float32)
+        arrays["inv_freq"] = inv_freq.astype(jnp.float32)
+        arrays["waves"] = mosaic_gpu_products.waves(p, inv_freq)
+    return [arrays[name] for name in score_arrays(p)]
+
+
+def score_arrays(problem: Problem) -> tuple[str, ...]:
+    """What scores are made of beside codes, as `Addresses` has it.
+
+    ``query``; ``cos`` and ``sin`` ``[N, d/2]`` of the angles at the start of each block; ``words``
+    ``[H, R·16, d]``, bfloat16 or float16, or of 256 codewords finished ``tables`` ``[pairs, N, 256,
+    places, 4]`` (uint16) and ``facts`` ``[pairs, N, 8]``, their steps and offsets; and if there is
+    a mean key ``mean`` ``[H, d]``, ``inv_freq`` ``[d/2]`` and ``waves``, as
+    `mosaic_gpu_products.waves`.
+    """
+    of_keys = ("words",) if problem.key.shared else ("tables", "facts")
+    of_mean = ("mean", "inv_freq", "waves") if problem.every else ()
+    return ("query", "cos", "sin", *of_keys, *of_mean)
+
+
+def framed_rows(
+    problem: Problem,
+    query: Float[Array, "B T H q d"],
+    cos: Float[Array, "N d/2"],
+    sin: Float[Array, "N d/2"],
+) -> Float[Array, "H rows/4 N 4 d"]:
+    """The rows of each KV head in the frame of each block, four together (zeros where there are not
+    so many), in powers of 2, float32."""
+    p = problem
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
+    spare = p.row_groups * ROWS - p.tokens * p.group
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
+    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+
+
+def finished_tables(
+    problem: Problem,
+    query: Float[Array, "B T H q d"],
+    words: Float[Array, "H c d"],
+    cos: Float[Array, "N d/2"],
+    sin: Float[Array, "N d/2"],
+) -> tuple[Array, Float[Array, "pairs N 8"]]:
+    """Tables of all blocks by XLA, where one is too large for shared memory."""
+    rows = framed_rows(problem, query, cos, sin).astype(jnp.float16)
     products = jnp.einsum(
         "hpnrd,hcd->hpnrc",
-        framed,
-        key_codewords.reshape(p.heads, -1, p.dim).astype(jnp.float16),
-        preferred_element_type=jnp.float16 if key.shared else jnp.float32,
-    ).reshape(p.pairs, p.blocks, ROWS, -1)
-    if key.shared:
-        return products, share, facts
-    table, steps, offsets = finished_table(key, products)
+        rows,
+        words.astype(jnp.float16),
+        preferred_element_type=jnp.float32,
+    ).reshape(problem.pairs, problem.blocks, ROWS, -1)
+    table, steps, offsets = finished_table(problem.key, products)
     units = pieces.SCORE / pieces.COUNT, pieces.SCORE
-    return table, share, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
-
-
-def _exact_product(
-    left: Float[Array, "n 3 d"], right: Float[Array, "m 3 d"]
-) -> Float[Array, "n m"]:
-    """Products to 20 bits or so, from tensor cores that take 11: upper and lower parts."""
-    return jnp.einsum("npd,mpd->nm", left, right, preferred_element_type=jnp.float32)
-
-
-def _left_pieces(rows: Float[Array, "n d"]) -> Float[Array, "n 3 d"]:
-    high, low = in_pieces(rows, 2, jnp.float16)
-    return _beside(high, low, high)
-
-
-def _right_pieces(columns: Float[Array, "m d"]) -> Float[Array, "m 3 d"]:
-    upper, lower = in_pieces(columns, 2, jnp.float16)
-    return _beside(upper, upper, lower)
-
-
-def _beside(*parts: Float[Array, "*n d"]) -> Float[Array, "*n parts d"]:
-    """``jnp.stack(parts, axis=-2)``, which XLA makes no concatenation of, but arithmetic."""
-    out, index = parts[-1][..., None, :], jnp.arange(len(parts))[:, None]
-    for i, part in enumerate(parts[:-1]):
-        out = jnp.where(index == i, part[..., None, :], out)
-    return out
+    return table, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
 
 
 def finished_table(
@@ -784,38 +733,69 @@ def _times_words(
 
 
 def fused_kernel(problem: Problem, config: Config) -> Any:
-    """The kernel as a function of key tiles, value tiles, `score_inputs` and blocks."""
+    """The kernel as a function of key tiles, value tiles, blocks and `score_inputs`.
+
+    Its results are the histogram and scale of each part; what follows them are products and shares
+    of the mean key that it made for itself.
+    """
     from gsrq_jax.kernels.warp import Warp, warp_kernel
 
     def run(warp: Warp, *places: Any) -> None:
-        FusedKernel(problem, config, warp, Addresses(*places)).run()
+        FusedKernel(problem, config, warp, Addresses.of(problem, *places)).run()
 
-    parts = problem.pairs, config.splits * config.teams(problem.value_stages)
     return warp_kernel(
         run,
-        outputs=[
-            jax.ShapeDtypeStruct((*parts, ROWS, problem.value_stages, 16), jnp.float32),
-            jax.ShapeDtypeStruct((*parts, ROWS), jnp.int32),
-        ],
+        outputs=[jax.ShapeDtypeStruct(*x) for x in outputs(problem, config).values()],
         nbytes=Memory.of(problem, config).nbytes,
         parts=problem.pairs * config.splits,
         warps=COUNTERS + config.scorers,
+        name="attend_codes",
     )
+
+
+def outputs(problem: Problem, config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+    """Shapes and dtypes of what the kernel writes."""
+    p = problem
+    parts = p.pairs, config.splits * config.teams(p.value_stages)
+    made: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+        "histogram": ((*parts, ROWS, p.value_stages, 16), jnp.float32),
+        "scale": ((*parts, ROWS), jnp.int32),
+    }
+    if p.key.shared:
+        made["products"] = (p.pairs, p.blocks, ROWS, p.key.stages * 16), jnp.float16
+    if p.every:
+        made["share"] = (p.pairs, p.share_units, ROWS, p.unit_knots), jnp.float32
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
 class Addresses:
-    """Where the arrays lie, in the order of the kernel's arguments, and its shared memory."""
+    """Where the arrays lie, and shared memory; what a problem does not have is None."""
 
     keys: Any
     values: Any
-    products: Any
-    share: Any
-    facts: Any
     blocks: Any
+    query: Any
+    cos: Any
+    sin: Any
     histogram: Any
     scale: Any
     shared: Any
+    words: Any = None
+    tables: Any = None
+    facts: Any = None
+    mean: Any = None
+    inv_freq: Any = None
+    waves: Any = None
+    products: Any = None
+    share: Any = None
+
+    @classmethod
+    def of(cls, problem: Problem, *places: Any) -> "Addresses":
+        """In the order of the kernel's arguments and results."""
+        made = outputs(problem, Config(8, 1, 1, 1))
+        names = "keys", "values", "blocks", *score_arrays(problem), *made, "shared"
+        return cls(**dict(zip(names, places, strict=True)))
 
 
 class FusedKernel:
@@ -856,8 +836,10 @@ class FusedKernel:
             self.missing = warp.select(has_last, spans * config.span - chunks, warp.integer(0))
 
     def run(self) -> None:
-        """Barriers, then the two kinds of warps."""
+        """Products, barriers, then the two kinds of warps."""
         warp, memory = self.warp, self.memory
+        self._prefetch()
+        self._products()
         ring = self.config.scorers * self.config.depth
         octets = pieces.octets_of(self.problem.value_stages)
         busy = octets * self.config.teams(self.problem.value_stages)
@@ -878,12 +860,81 @@ class FusedKernel:
             self.score,
         )
 
+    def _prefetch(self) -> None:
+        """What is wanted first and may not be in the second-level cache: each scorer's first codes,
+        and by the thread blocks of a head's first rows, together, its codewords."""
+        warp, p, config = self.warp, self.problem, self.config
+        scorer = warp.index - COUNTERS
+        own = warp.less(scorer, self.spans) & warp.less(warp.integer(-1), scorer)
+
+        def codes() -> None:
+            block, chunk = self._place(scorer, warp.integer(0))
+            for place, nbytes in (
+                (self.at.keys, p.chunk_key_bytes),
+                (self.at.values, p.chunk_value_bytes),
+            ):
+                source = self._source(place, nbytes, block, chunk)
+                warp.prefetch(source, self._present(block, nbytes))
+
+        warp.when(own & self.first_lane, codes)
+        if not p.key.shared:
+            return
+        of_head = p.key.stages * 16 * p.dim * 2
+        each = math.ceil(of_head / config.splits / 16) * 16
+        begin = warp.block % config.splits * each
+        rest = warp.integer(of_head) - begin
+        head = self.pair // (p.batch * p.row_groups)
+        first = warp.equal(self.pair % (p.batch * p.row_groups), 0) & warp.equal(warp.index, 0)
+
+        def words() -> None:
+            source = self.at.words + warp.wide(head) * of_head + warp.wide(begin)
+            warp.prefetch(source, warp.unsigned_min(rest, each))
+
+        there = first & self.first_lane & warp.less(warp.integer(0), rest)
+        warp.when(there, words)
+
+    def _products(self) -> None:
+        """Of all blocks that the thread block has chunks of."""
+        warp, p, config = self.warp, self.problem, self.config
+        if not p.key.shared and not p.every:
+            return
+        first = self.first // self.spans_of_block
+        end = (self.first + self.spans + (self.spans_of_block - 1)) // self.spans_of_block
+        first, end = first * p.blocks_of_chunk, end * p.blocks_of_chunk
+        end = warp.unsigned_min(end, (self.valid + (p.fills - 1)) // p.fills)
+        count = warp.select(warp.less(warp.integer(0), self.spans), end - first, 0)
+        mosaic_gpu_products.Products(
+            p,
+            mosaic_gpu_products.Layout(p, self.memory.nbytes - 4096),
+            warp,
+            self.at,
+            base=self.base,
+            warps=COUNTERS + config.scorers,
+            pair=self.pair,
+            first=first,
+            count=count,
+        ).run()
+
     def _slot(self, round_: Any, scorer: Any) -> tuple[Any, Any]:
         """A scorer's slot in its round, and the parity of the slot's use."""
         depth = self.config.depth
         return (round_ % depth) * self.config.scorers + scorer, (round_ // depth) & 1
 
     # Scoring warps.
+
+    def _place(self, scorer: Any, round_: Any) -> tuple[Any, Any]:
+        """The block, or the first of two, and the chunk in it that a scorer takes in a round."""
+        span_chunks = self.config.span
+        span = self.first + round_ // span_chunks * self.config.scorers + scorer
+        chunk = span % self.spans_of_block * span_chunks + round_ % span_chunks
+        return span // self.spans_of_block * self.problem.blocks_of_chunk, chunk
+
+    def _source(self, place: Any, nbytes: int, block: Any, chunk: Any) -> Any:
+        """Where the codes of a chunk lie, so many bytes of all."""
+        warp = self.warp
+        of_block = nbytes * self.problem.block // CHUNK
+        block = self.code_block + warp.wide(block)
+        return place + block * of_block + warp.wide(chunk * nbytes)
 
     def score(self) -> None:
         """Chunk after chunk of this warp's spans: scores, probabilities, planes."""
@@ -901,11 +952,6 @@ class FusedKernel:
         places = pieces.places(warp, p.key, table)
         ways, tokens = pieces.ways(warp), pieces.tokens_of_lane(warp)
 
-        def block_and_chunk(k: Any) -> tuple[Any, Any]:
-            span = self.first + k // self.config.span * scorers + scorer
-            chunk = span % self.spans_of_block * self.config.span + k % self.config.span
-            return span // self.spans_of_block * p.blocks_of_chunk, chunk
-
         def buffer(k: Any) -> tuple[Any, Any]:
             """Addresses of a round's staged chunk and of the barrier that says it has come."""
             index = scorer * buffers + k % buffers
@@ -913,22 +959,15 @@ class FusedKernel:
             return staged, self.base + memory.arrived + index * 8
 
         def fetch(k: Any) -> None:
-            block, chunk = block_and_chunk(k)
+            block, chunk = self._place(scorer, k)
             self._fetch(block, chunk, *buffer(k))
-            if p.key.shared:
-                nbytes = self._present(block, p.blocks_of_chunk * self.product_bytes)
-                source = (
-                    self.at.products + (self.table_block + warp.wide(block)) * self.product_bytes
-                )
-                first = warp.equal(k % self.config.span, 0)
-                warp.when(first, lambda: warp.prefetch(source, nbytes))
 
         for first in range(buffers):
             k = warp.integer(first)
             warp.when(self.first_lane & warp.less(k, rounds), functools.partial(fetch, k))
 
         def round_(k: Any, _: list) -> list:
-            block, chunk = block_and_chunk(k)
+            block, chunk = self._place(scorer, k)
             staged, arrived = buffer(k)
             slot, parity = self._slot(k, scorer)
             full = self.base + memory.full + slot * 8
@@ -979,27 +1018,25 @@ class FusedKernel:
         codes = self._present(block, p.chunk_key_bytes)
         share = p.copied_knots * 4
         warp.barrier_expect(arrived, codes + ROWS * share)
-        of_block = p.chunk_key_bytes * p.block // CHUNK
-        source = self.at.keys + (self.code_block + warp.wide(block)) * of_block
-        source = source + warp.wide(chunk * p.chunk_key_bytes)
+        source = self._source(self.at.keys, p.chunk_key_bytes, block, chunk)
         warp.copy_to_shared(staged, source, codes, arrived)
         if not p.every:
             return
         staged = staged + p.chunk_key_bytes
-        before = block * p.block_knots + chunk * p.knots
-        source = self.at.share + warp.wide(before * 4)
+        unit = warp.wide(self.pair) * p.share_units + warp.wide(block // p.blocks_of_chunk)
+        of_row = p.unit_knots * 4
+        source = self.at.share + unit * (ROWS * of_row) + warp.wide(chunk * (p.knots * 4))
         for row in range(ROWS):
-            of_row = warp.wide(self.pair * ROWS + row) * (p.share_length * 4)
             to = staged + row * share
-            warp.copy_to_shared(to, source + of_row, warp.integer(share), arrived)
+            warp.copy_to_shared(
+                to, source + warp.wide(warp.integer(row * of_row)), warp.integer(share), arrived
+            )
 
     def _fetch_values(self, block: Any, chunk: Any, slot_at: Any, full: Any) -> None:
         """Start to copy the codes of the values of a chunk."""
         warp, p = self.warp, self.problem
         nbytes = self._present(block, p.chunk_value_bytes)
-        of_block = p.chunk_value_bytes * p.block // CHUNK
-        source = self.at.values + (self.code_block + warp.wide(block)) * of_block
-        source = source + warp.wide(chunk * p.chunk_value_bytes)
+        source = self._source(self.at.values, p.chunk_value_bytes, block, chunk)
         warp.barrier_expect(full, nbytes)
         warp.copy_to_shared(slot_at + pieces.plane_bytes(), source, nbytes, full)
 
@@ -1024,6 +1061,7 @@ class FusedKernel:
             return lambda _: offsets
         stride = p.copied_knots * 4
         if p.every > 1:
+            staged = staged + mosaic_gpu_products.LEAD * 4
             pieces.gather_knots(warp, p.every, stride, staged, offsets, knots)
             return lambda group: pieces.between_knots(
                 warp, p.every, knots, tokens[group % 2], group // 2 * 64
@@ -1068,7 +1106,7 @@ class FusedKernel:
                 sums = pieces.look_up(warp, p.key, places, codes)
             else:
                 index = self.table_block + warp.wide(block)
-                base = self.at.products + index * p.key.nbytes
+                base = self.at.tables + index * p.key.nbytes
                 sums = pieces.look_up_global(warp, p.key, base, codes)
             here = others(tile * (GROUPS // 2) + group)
             groups.append(pieces.scores(warp, sums, here, steps))

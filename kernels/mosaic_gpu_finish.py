@@ -20,12 +20,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gsrq_jax.kernels import mosaic_gpu, pieces
-from gsrq_jax.kernels.mosaic_gpu import LN2, MOST_QUERY, PROCESSORS
-from gsrq_jax.kernels.pieces import ROWS
+from gsrq_jax.kernels.mosaic_gpu import MOST_QUERY, PROCESSORS
+from gsrq_jax.kernels.pieces import LN2, ROWS
 
 WARPS = 16
 AHEAD = 8
-"""Vectors of a histogram, or codewords, whose bytes are under way together."""
+"""Codewords whose bytes are under way together."""
+PARTS = 16
+"""Parts of a histogram, likewise."""
 CHANNELS = 8
 """Of a codeword, of a lane."""
 NOTHING = -1e30
@@ -153,16 +155,30 @@ class FinishKernel:
     def run(self) -> None:
         """Weights of the parts, their sum, its product with the codewords, one softmax."""
         warp, count = self.warp, self.problem.together
+        self._prefetch()
         warp.when(warp.less(warp.index, count), self._weigh)
         # By other warps: both wait for memory.
         other = warp.select(warp.less(warp.index, count), warp.integer(WARPS), warp.index)
         warp.when(warp.less(other, 2 * count), self._look)
         warp.sync_block()
+        words = self._read(warp.integer(0))  # what does not depend on them is under way meanwhile
         self._add_up()
         warp.sync_block()
-        self._multiply()
+        self._multiply(words)
+        other = self._others()
         warp.sync_block()
-        self._write()
+        self._write(other)
+
+    def _prefetch(self) -> None:
+        """Codewords of the head, which may not be in the second-level cache: by the thread blocks
+        of its first rows, together."""
+        warp, p = self.warp, self.problem
+        each = p.codewords * p.of.dim * 2 * p.together // ROWS
+        of_head = self.pair % (p.of.batch * p.of.row_groups)
+        first = warp.equal(of_head, 0) & warp.equal(self.thread, (WARPS - 1) * 32)
+        place = warp.wide(self.head) * (p.codewords * p.of.dim * 2)
+        place = place + warp.wide(self.first // p.together * each)
+        warp.when(first, lambda: warp.prefetch(self.at.words + place, warp.integer(each)))
 
     def _row(self, i: Any) -> tuple[Any, Any]:
         """The row of all rows of the KV head that is row ``i`` here, and whether it is there."""
@@ -231,7 +247,7 @@ class FinishKernel:
         # Rows of a part lie one after the other, as the vectors of those here do.
         place = place + warp.wide(self.first * (p.codewords * 4) + vector * 16)
         weights = self.weights + vector // (p.codewords // 4) * (p.parts * 4)
-        ahead = min(AHEAD, p.parts)
+        ahead = min(PARTS, p.parts)
 
         def further(i: Any, sums: list) -> list:
             parts = [i * ahead + j for j in range(ahead)]
@@ -249,25 +265,47 @@ class FinishKernel:
         sums = warp.loop(rounds, [warp.floating(0.0)] * 4, further)
         warp.store_shared(self.mass + vector * 16, sums)
 
-    def _multiply(self) -> None:
-        """Sums of codewords, those of a warp in shared memory."""
-        warp, p, dim = self.warp, self.problem, self.problem.of.dim
-        lanes = dim // CHANNELS
-        groups = WARPS * (32 // lanes)
-        own = warp.index * (32 // lanes) + warp.lane // lanes
-        channel = warp.lane % lanes * CHANNELS
-        ahead = 4 if p.codewords < 8 * groups else AHEAD
-        words = self.at.words + warp.wide(self.head) * (p.codewords * dim * 2)
-        words = words + warp.wide(channel * 2)
+    @property
+    def _lanes(self) -> int:
+        """That have a codeword."""
+        return self.problem.of.dim // CHANNELS
 
-        def further(i: Any, sums: list) -> list:
-            first = (i * groups + own) * ahead
+    @property
+    def _groups(self) -> int:
+        """Of lanes that have codewords, of the thread block."""
+        return WARPS * (32 // self._lanes)
+
+    @property
+    def _ahead(self) -> int:
+        """Codewords of a group at a time."""
+        return 4 if self.problem.codewords < 8 * self._groups else AHEAD
+
+    def _first(self, round_: Any) -> Any:
+        """The first of the codewords of the lane's group in a round."""
+        own = self.warp.index * (32 // self._lanes) + self.warp.lane // self._lanes
+        return (round_ * self._groups + own) * self._ahead
+
+    def _read(self, round_: Any) -> list:
+        """Words of the lane's channels of the codewords of a round, of the first if it has none."""
+        warp, p, dim = self.warp, self.problem, self.problem.of.dim
+        first = self._first(round_)
+        first = warp.select(warp.less(first, p.codewords), first, 0)
+        place = self.at.words + warp.wide(self.head) * (p.codewords * dim * 2)
+        place = place + warp.wide(first * (dim * 2) + warp.lane % self._lanes * (CHANNELS * 2))
+        return [x for j in range(self._ahead) for x in warp.load_global(place, j * dim * 2, n=4)]
+
+    def _multiply(self, words: list) -> None:
+        """Sums of codewords, those of a warp in shared memory; ``words`` are the first round's."""
+        warp, p, dim = self.warp, self.problem, self.problem.of.dim
+        lanes, groups, ahead = self._lanes, self._groups, self._ahead
+        channel = warp.lane % lanes * CHANNELS
+
+        def further(i: Any, carry: list) -> list:
+            words, sums = carry[: 4 * ahead], carry[4 * ahead :]
+            following = self._read(i + 1)
+            first = self._first(i)
             there = warp.less(first, p.codewords)
             first = warp.select(there, first, 0)
-            read = [
-                warp.load_global(words + warp.wide(first + j) * (dim * 2), n=4)
-                for j in range(ahead)
-            ]
             masses = [
                 [
                     warp.select(there, x, 0.0)
@@ -278,16 +316,17 @@ class FinishKernel:
                 ]
                 for row in range(p.together)
             ]
-            for j, packed in enumerate(read):
-                word = [y for x in packed for y in warp.bfloat16s(x)]
+            for j in range(ahead):
+                word = [y for x in words[4 * j : 4 * j + 4] for y in warp.bfloat16s(x)]
                 for row in range(p.together):
                     start, mass = row * CHANNELS, masses[row][j]
                     for c in range(CHANNELS):
                         sums[start + c] = warp.fma(mass, word[c], sums[start + c])
-            return sums
+            return following + sums
 
         rounds = warp.integer(-(-p.codewords // (groups * ahead)))
-        sums = warp.loop(rounds, [warp.floating(0.0)] * (p.together * CHANNELS), further)
+        sums = [warp.floating(0.0)] * (p.together * CHANNELS)
+        sums = warp.loop(rounds, words + sums, further)[4 * ahead :]
         mask = lanes
         while mask < 32:
             sums = [x + warp.from_lane_xor(x, mask) for x in sums]
@@ -299,22 +338,20 @@ class FinishKernel:
                 four = sums[row * CHANNELS + half : row * CHANNELS + half + 4]
                 warp.store_shared(place, four, (row * dim + half) * 4, writes)
 
-    def _write(self) -> None:
+    @property
+    def _channel(self) -> tuple[Any, Any]:
+        """The thread's row here, and its channel; there may be none."""
+        return self.thread // self.problem.of.dim, self.thread % self.problem.of.dim
+
+    def _write(self, other: list) -> None:
         """A channel of a row each, by one thread."""
-        warp, numbers = self.warp, self.problem.together * self.problem.of.dim
-        for start in range(0, numbers, WARPS * 32):
-            number = self.thread + start
-            i = number // self.problem.of.dim
-            row, there = self._row(i)
-            there = warp.less(warp.select(there, number, numbers), numbers)
-            channel = number % self.problem.of.dim
+        warp, (i, channel) = self.warp, self._channel
+        row, there = self._row(i)
+        numbers = self.problem.together * self.problem.of.dim  # at most one for each thread
+        there = warp.less(warp.select(there, self.thread, numbers), numbers)
+        warp.when(there, lambda: self._write_number(self.thread, i, row, channel, other))
 
-            def write(number: Any = number, i: Any = i, row: Any = row, at: Any = channel) -> None:
-                self._write_number(number, i, row, at)
-
-            warp.when(there, write)
-
-    def _write_number(self, number: Any, i: Any, row: Any, channel: Any) -> None:
+    def _write_number(self, number: Any, i: Any, row: Any, channel: Any, other: list) -> None:
         warp, p, dim = self.warp, self.problem, self.problem.of.dim
         out = warp.floating(0.0)
         for w in range(WARPS):
@@ -331,7 +368,7 @@ class FinishKernel:
         log = warp.to_float(top) + warp.log2(total) - unit  # of the mass, to the base 2
         log = warp.select(some, log, -math.inf)
         if p.beside:
-            out, log = self._merged(out, log, row, channel)
+            out, log = self._merged(out, log, other)
         (large,) = warp.load_shared(self.flags + i * 4)
         usable, nan = warp.equal(large, 0), warp.from_bits(warp.integer(0x7FC00000))
         at = self._place(row)
@@ -345,18 +382,26 @@ class FinishKernel:
         lse = warp.select(usable, log * LN2, nan)
         warp.store_global(self.at.lse + at * 4, [lse], where=warp.equal(channel, 0))
 
-    def _merged(self, out: Any, log: Any, row: Any, channel: Any) -> tuple[Any, Any]:
-        """One softmax with what is beside; logarithms have the base 2."""
-        warp, p = self.warp, self.problem
+    def _others(self) -> list:
+        """Log-sum-exp and value of each other part of the softmax, for the thread's channel."""
+        warp, p, (i, channel) = self.warp, self.problem, self._channel
+        row, _ = self._row(warp.unsigned_min(i, p.together - 1))
         of_head = warp.wide(self.sequence * p.of.heads + self.head) * (p.beside * p.rows)
         first = of_head + warp.wide(row)
         place = self.at.other + first * (p.of.dim * 4) + warp.wide(channel * 4)
-        logs, outs = [log], [out]
-        for i in range(p.beside):
-            (lse,) = warp.load_global(self.at.other_lse + first * 4, i * p.rows * 4, kind="f")
-            (value,) = warp.load_global(place, i * p.rows * p.of.dim * 4, kind="f")
-            logs.append(lse * (1 / LN2))
-            outs.append(value)
+        return [
+            (
+                warp.load_global(self.at.other_lse + first * 4, n * p.rows * 4, kind="f")[0],
+                warp.load_global(place, n * p.rows * p.of.dim * 4, kind="f")[0],
+            )
+            for n in range(p.beside)
+        ]
+
+    def _merged(self, out: Any, log: Any, other: list) -> tuple[Any, Any]:
+        """One softmax with what is beside; logarithms have the base 2."""
+        warp = self.warp
+        logs = [log, *(lse * (1 / LN2) for lse, _ in other)]
+        outs = [out, *(value for _, value in other)]
         top = warp.floating(NOTHING)
         for x in logs:
             top = warp.fmax(top, x)

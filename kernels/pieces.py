@@ -16,6 +16,7 @@ Each piece takes the warp that runs it (`gsrq_jax.kernels.warp.Warp`, or numpy i
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ from gsrq_jax.kernels.tiles import PLANES, STRIP, key_unit, strips
 ROWS = 4
 """Query rows that share one look-up: four entries of 16 bits are one 8-byte load."""
 CHUNK = 256
+LN2 = math.log(2)
+"""Scores are in powers of 2."""
 GROUPS = CHUNK // 32
 """Groups of 32 tokens in a chunk, one a lane: see `tokens_of_lane`."""
 PROBABILITY_BITS = 16
@@ -112,7 +115,8 @@ def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
     Args:
         warp: who does it.
         form: of the table, with 16 codewords.
-        raw: address of ``[ROWS, stages, 16]`` float16 in global memory.
+        raw: address of ``[ROWS, stages, 16]`` float16 in global memory, as the thread block wrote
+            them.
         place: address of the table in shared memory.
         facts: address of ``[2, ROWS]`` float32 there; gets each row's step, in `SCORE` by `COUNT`,
             and offset, in `SCORE`.
@@ -130,7 +134,7 @@ def table(warp: Any, form: KeyTable, raw: Any, place: Any, facts: Any) -> None:
         words.append([])
         for row in range(ROWS):
             at = row * form.stages * 32
-            w = warp.load_global(source, at, 4) + warp.load_global(source, at + 16, 4)
+            w = warp.load_written(source, at, 4) + warp.load_written(source, at + 16, 4)
             words[-1].append(w)
             least, most = w[0], w[0]
             for x in w[1:]:

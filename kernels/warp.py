@@ -312,6 +312,11 @@ class Warp:
         code = f"ld.global.nc{_vector(n)}.{_SUFFIX[kind]} {_list(0, n)}, [${n}+{offset}];"
         return self._many(self._ptx(code, kind * n, address, effects=True))
 
+    def load_written(self, address: Value, offset: int = 0, n: int = 1, kind: str = "r") -> list:
+        """Likewise, of what this thread block has written before it waited for all warps."""
+        code = f"ld.global{_vector(n)}.{_SUFFIX[kind]} {_list(0, n)}, [${n}+{offset}];"
+        return self._many(self._ptx(code, kind * n, address, effects=True))
+
     def store_global(
         self, address: Value, values: Sequence[Value], offset: int = 0, where: Value | None = None
     ) -> None:
@@ -355,6 +360,16 @@ class Warp:
         )
         return self._ptx(code, "ffff", *a, *b, *(c or [self.floating(0.0)] * 4))
 
+    def float16_product(
+        self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value] | None = None
+    ) -> list[Value]:
+        """`bfloat16_product`, of float16."""
+        code = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return self._ptx(code, "ffff", *a, *b, *(c or [self.floating(0.0)] * 4))
+
     def load_matrices(self, address: Value, transposed: bool = False) -> list[Value]:
         """Four matrices ``[8, 8]`` of 16 bits from shared memory, in a word each.
 
@@ -394,6 +409,10 @@ class Warp:
             "@!p bra AGAIN_${:uid};\n}"
         )
         self._ptx(code, "", barrier, parity, effects=True)
+
+    def copies_fence(self) -> None:
+        """What this lane has written or read is ordered before copies that begin later."""
+        self._ptx("fence.proxy.async;", "", effects=True)
 
     def shared_window(self, generic: Value) -> Value:
         """The 32-bit address in shared memory of a 64-bit one that may be anywhere."""

@@ -218,6 +218,9 @@ class Lanes:
         words = self._words(self.memory.octets, address + np.uint64(offset), n)
         return list(words.view(np.uint32 if kind == "r" else np.float32))
 
+    def load_written(self, address, offset=0, n=1, kind="r"):
+        return self.load_global(address, offset, n, kind)
+
     def store_global(self, address, values, offset=0, where=None):
         self._store(self.memory.octets, address, values, offset, where)
 
@@ -238,17 +241,22 @@ class Lanes:
         return new if c is None else [x + y for x, y in zip(new, c, strict=True)]
 
     def bfloat16_product(self, a, b, c=None):
+        return self._product(a, b, c, lambda bits: (bits << np.uint32(16)).view(np.float32))
+
+    def float16_product(self, a, b, c=None):
+        return self._product(a, b, c, lambda bits: bits.astype(np.uint16).view(np.float16))
+
+    def _product(self, a, b, c, number_of):
         self._all()
         g, t = LANES // 4, LANES % 4
         left, right, added = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
         for half in range(2):
             shift = np.uint32(16 * half)
             for i in range(4):  # (row g or g + 8, first or second eight)
-                number = (a[i] >> shift << np.uint32(16)).view(np.float32)
+                number = number_of(a[i] >> shift & np.uint32(0xFFFF))
                 left[g + 8 * (i % 2), i // 2 * 8 + 2 * t + half] = number
             for i in range(2):
-                number = (b[i] >> shift << np.uint32(16)).view(np.float32)
-                right[i * 8 + 2 * t + half, g] = number
+                right[i * 8 + 2 * t + half, g] = number_of(b[i] >> shift & np.uint32(0xFFFF))
         places = [(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]
         if c is not None:
             for place, number in zip(places, c, strict=True):
@@ -275,6 +283,9 @@ class Lanes:
         self.gate.barriers[self._one(barrier)[0]] = Barrier(arrivals)
 
     def barrier_fence(self):
+        pass
+
+    def copies_fence(self):
         pass
 
     def _count(self, barrier, arrivals=0, nbytes=0):

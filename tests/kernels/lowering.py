@@ -3,8 +3,8 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
 ``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
-``recent`` what about that of exact tokens, ``waves``, ``prepare`` and ``finish`` what about those
-before and after that of attention, ``greedy`` what about that which encodes,
+``recent`` what about that of exact tokens, ``finish`` what about that after attention, ``greedy``
+what about that which encodes,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
 one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding by XLA, ``python
@@ -27,7 +27,6 @@ from gsrq_jax.kernels import (
     mosaic_gpu_cluster,
     mosaic_gpu_encode,
     mosaic_gpu_finish,
-    mosaic_gpu_prepare,
     mosaic_gpu_recent,
     tiles,
 )
@@ -67,7 +66,7 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
 
 
 def mosaic_module(arguments, **how):
-    """Module of the kernel of attention; `prepare_module` and `finish_module` have the others."""
+    """Module of the kernel of attention; `finish_module` has that which follows."""
     attend = functools.partial(mosaic_gpu.attend_tiles, **how)
     return max(modules(lambda x: attend(**x), arguments), key=len)
 
@@ -96,31 +95,6 @@ def recent_module(B=2, H=8, q=4, d=128, S=4, C=640):
     counts = (s((B,), jnp.int32),) * 4
     query = s((B, 1, H, q, d), jnp.float32)
     return only_module(mosaic_gpu_recent.attend_recent, query, *stored, *stored, *counts)
-
-
-def prepare_module(B=2, T=1, H=8, q=4, N=16, d=128, every=16):
-    """Module of the kernel of the left operands."""
-    s, sizes = jax.ShapeDtypeStruct, {"batch": B, "tokens": T, "heads": H, "group": q, "dim": d}
-    problem = mosaic_gpu.Problem(
-        **sizes, blocks=N, block=256, key=None, value_stages=4, every=every
-    )
-    angles = s((N, d // 2), jnp.float32)
-    return only_module(
-        functools.partial(mosaic_gpu_prepare.prepare, problem),
-        s((B, T, H, q, d), jnp.float32),
-        s((H, d), jnp.float32) if every else None,
-        s((d // 2,), jnp.float32),
-        angles,
-        angles,
-    )
-
-
-def waves_module(N=16, b=512, d=128, every=16):
-    """Module of the kernel of what depends on positions."""
-    sizes = {"blocks": N, "block": b, "dim": d, "every": every}
-    problem = mosaic_gpu.Problem(1, 1, 8, 4, **sizes, key=None, value_stages=4)
-    make = functools.partial(mosaic_gpu_prepare.waves, problem)
-    return only_module(make, *(jax.ShapeDtypeStruct(*x) for x in (((d // 2,), "f4"), ((), "i4"))))
 
 
 def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10, short=0):
@@ -303,13 +277,11 @@ if __name__ == "__main__":
     what, *sizes = sys.argv[1:]
     numbers = {name: int(value) for name, value in (a.split("=") for a in sizes)}
     library = str(plugin._get_library_path())
-    if what in ("nearest", "sums", "recent", "waves", "prepare", "finish", "greedy"):
+    if what in ("nearest", "sums", "recent", "finish", "greedy"):
         make = {
             "nearest": nearest_module,
             "sums": sums_module,
             "recent": recent_module,
-            "waves": waves_module,
-            "prepare": prepare_module,
             "finish": finish_module,
             "greedy": encode_module,
         }[what]

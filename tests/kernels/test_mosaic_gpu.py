@@ -12,7 +12,7 @@ from lanes import Lanes, run_kernel
 from lowering import HOW, mosaic_module, on_abstract, shapes, supported
 from test_reference import check, decode, expected
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_prepare, pieces, reference, tiles
+from gsrq_jax.kernels import mosaic_gpu, pieces, reference, tiles
 from gsrq_jax.kernels.errors import InputError
 
 
@@ -101,8 +101,15 @@ def in_float64(shape, x):
     return expected(query, keys.reshape(of_parts), values.reshape(of_parts), x["blocks"])
 
 
-def on_lanes(x, config=None, first=4, every=1, stride=1, fills=1):
+def on_lanes(x, config=None, **how):
     """`attend_tiles` with the kernel run by numpy."""
+    problem, made = run_on_lanes(x, config, **how)
+    after = jax.jit(functools.partial(mosaic_gpu.put_together, problem))
+    return after(made["histogram"], made["scale"], x["value_codewords"])
+
+
+def run_on_lanes(x, config=None, first=4, every=1, stride=1, fills=1):
+    """The kernel run by numpy: the shapes, and all that it writes."""
     problem = mosaic_gpu.problem_of(**x, every=every, stride=stride, fills=fills)
     config = config or mosaic_gpu.choose_config(problem)
 
@@ -111,21 +118,22 @@ def on_lanes(x, config=None, first=4, every=1, stride=1, fills=1):
         return mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, first)
 
     inputs = before(x["query"], x["mean"], x["inv_freq"], x["key_codewords"])
-    parts = problem.pairs, config.splits * config.teams(problem.value_stages)
-    histogram = np.full((*parts, 4, problem.value_stages, 16), np.nan, np.float32)
-    scale = np.full((*parts, 4), 2**30, np.int32)
+    made = mosaic_gpu.outputs(problem, config)
+    outputs = [
+        np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else 2**30, dtype)
+        for shape, dtype in made.values()
+    ]
     layout = mosaic_gpu.Memory.of(problem, config)
     assert layout.nbytes <= mosaic_gpu.SHARED_BYTES
 
     def program(warp, *places):
-        mosaic_gpu.FusedKernel(problem, config, warp, mosaic_gpu.Addresses(*places)).run()
+        at = mosaic_gpu.Addresses.of(problem, *places)
+        mosaic_gpu.FusedKernel(problem, config, warp, at).run()
 
     blocks, warps = problem.pairs * config.splits, mosaic_gpu.COUNTERS + config.scorers
-    arrays = x["key_tiles"], x["value_tiles"], *inputs, x["blocks"]
-    outputs = histogram, scale
-    histogram, scale = run_kernel(program, blocks, warps, layout.nbytes, arrays, outputs)
-    after = jax.jit(functools.partial(mosaic_gpu.put_together, problem))
-    return after(histogram, scale, x["value_codewords"])
+    arrays = x["key_tiles"], x["value_tiles"], x["blocks"], *inputs
+    written = run_kernel(program, blocks, warps, layout.nbytes, arrays, outputs)
+    return problem, dict(zip(made, written, strict=True))
 
 
 Config = mosaic_gpu.Config
@@ -245,8 +253,6 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
     histogram, scale = np.zeros((3, 1, 4, 4, 16), np.float32), np.zeros((3, 1, 4), np.int32)
     histogram[:2, ..., 0] = 1e-9  # the third sequence has nothing coded
-    for name in ("prepare", "waves"):
-        monkeypatch.setattr(mosaic_gpu_prepare, name, getattr(mosaic_gpu, name))
     monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
     out, lse = mosaic_gpu.attend_tiles(**jax.tree.map(jnp.asarray, x))
     fine = [True, False, True, False, True, True]
@@ -295,16 +301,6 @@ def test_a_finished_table_is_what_the_kernel_makes(stages):
             row = warp.shared[at : at + 128].view(np.uint16).reshape(16, 4)
             want = np.asarray(table)[code, 16 * strip : 16 * strip + 16] * (steps / made[:4])
             np.testing.assert_allclose(row, want, atol=1.01)
-
-
-def test_products_are_right_to_20_bits():
-    rng = np.random.default_rng(0)
-    rows = (rng.normal(size=(20, 128)) * 30).astype(np.float32)
-    columns = rng.normal(size=(48, 128)).astype(np.float32)
-    size = np.linalg.norm(rows, axis=-1)[:, None] * np.linalg.norm(columns, axis=-1)
-    left, right = mosaic_gpu._left_pieces(rows), mosaic_gpu._right_pieces(columns)
-    got = mosaic_gpu._exact_product(left, right)
-    assert (np.abs(got - np.float64(rows) @ np.float64(columns).T) / size).max() < 1e-6
 
 
 def test_put_together_weighs_parts_by_their_scales():
@@ -373,6 +369,18 @@ def test_what_was_tuned_is_taken_on_that_device_alone(monkeypatch):
         assert mosaic_gpu.tuned(other) == mosaic_gpu.Tuning()
     with on_abstract("NVIDIA H200"):
         assert mosaic_gpu.choose_config(problem) == estimated
+
+
+def test_chunks_of_a_short_sequence_are_spread():
+    """As one scorer's chunk takes less than eight scorers' at once."""
+    problem = mosaic_gpu.problem_of(**shapes(B=1, N=16, b=512), every=16)
+    config = mosaic_gpu.choose_config(problem, mosaic_gpu.Tuning())
+    assert problem.pairs * config.splits > mosaic_gpu.PROCESSORS / 2
+    of_all, of_two = (
+        mosaic_gpu.work(problem, dataclasses.replace(config, splits=n, span=1)) for n in (4, 16)
+    )
+    assert of_all == (1, 1, 1)
+    assert of_two == (mosaic_gpu.LEAST, 1, 1)
 
 
 def test_a_tuned_layout_that_does_not_fit_is_not_taken(monkeypatch):
@@ -560,21 +568,17 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
     "sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}, {"b": 512, "every": 16}]
 )
 def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
-    """XLA copies nothing large and, but for finished tables, has nothing to do beside the products;
-    what is made of the query is written by one kernel, in float16 alone."""
+    """XLA copies nothing large and, but for finished tables, has nothing to do but angles of
+    positions; what is made of the query stays in the kernel."""
     hlo = without_a_gpu("compile", sizes)
     entry = hlo[hlo.index("\nENTRY") :]
-    assert entry.count("mosaic_gpu") >= 1, hlo[-2000:]
+    assert entry.count('custom_call_target="mosaic_gpu') == 2, hlo[-2000:]
     assert " copy(" not in entry
-    assert " transpose(" not in entry
-    left = r"= \(f16\[\S*,16,4,128\]\S*, f16\[\d+,3,128\]\S*\) custom-call\("
-    assert re.search(left + r"\S*query", entry)
-    assert not re.search(r" fusion\([^)]*query", entry)
-    assert not re.search(r"= f32\[\S*,16,4,128\]", entry)
+    fusions = re.findall(r" fusion\((.*?)\)", entry)
     if sizes.get("K", 16) == 16:
-        assert entry.count('custom_call_target="mosaic_gpu') == 4
-        others = re.findall(r"kind=k(?:Loop|Input).*", entry)
-        assert all("dot_general" in other for other in others)  # of products cut into parts
+        assert fusions
+        assert all(re.fullmatch(r"%x__inv_freq__\S*", given) for given in fusions)
+        assert " dot(" not in hlo
 
 
 @supported

@@ -203,7 +203,7 @@ def test_the_largest_that_fits(benchmark):
 def test_parts_of_a_profile(benchmark):
     parts = benchmark.by_part(
         {
-            "body_mosaic_gpu_kernel | attend/mpmd_map": 200.0,
+            "attend_codes_mosaic_gpu_kernel | attend/mpmd_map": 200.0,
             "attend_recent_mosaic_gpu_kernel": 40.0,
             "cudnn_generated_fort_native_sdpa": 60.0,
             "void cudnn::fusion::lean_reduction_kernel": 3.0,
