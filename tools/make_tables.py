@@ -3,6 +3,7 @@
 With ``--check`` nothing is written; the exit code says whether the tables are those of the files.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -131,11 +132,13 @@ BARS = {  # (batch, context): times as fast as bf16, of the kernel and of all, a
     (32, 8192): ((4, 3), (5, 3.5)),
 }
 SPEED = "decode-speed/nvidia-h100"
+NOW, BEFORE = "decode-speed/nvidia-h200", "decode-speed/nvidia-h200-before"
+"""Of the kernel as it is, and of the one that products were made before, on one card."""
 
 
-def _speed(part: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _speed(part: str, file: str = SPEED) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows of a part of the benchmark by batch, context, what, and for a model its weights."""
-    rows = [r for r in load(SPEED)["rows"] if r["part"] == part]
+    rows = [r for r in load(file)["rows"] if r["part"] == part]
     return {(r["batch"], r["context"], r["what"], r.get("weights")): r for r in rows}
 
 
@@ -167,9 +170,29 @@ def attention() -> str:
     return "\n".join(lines)
 
 
-def loops() -> str:
+def layer() -> str:
+    """Microseconds of a layer's attention before and now, and how many times bf16's speed."""
+    rows, before = (_speed("attention", file) for file in (NOW, BEFORE))
+    lines = [
+        "| batch × context | best bf16, µs | 1 bit: before, now | times as fast as bf16 "
+        "| 0.5 bit: before, now | times as fast as bf16 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for batch, context in dict.fromkeys(k[:2] for k in rows):
+        here = {k[2]: r["microseconds"] for k, r in rows.items() if k[:2] == (batch, context)}
+        best = min(took for what, took in here.items() if what.startswith("bf16"))
+        cells = [f"{batch} × {_length(context)}", f"{best:.1f}"]
+        for what in ("1 bit", "0.5 bit"):
+            was = before.get((batch, context, what, None), {}).get("microseconds")
+            cells.append(f"{f'{was:.1f}' if was else 'not measured'}, {here[what]:.1f}")
+            cells.append(f"{best / here[what]:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def loops(file: str = SPEED) -> str:
     """Tokens a second of the decode loop, and where the time of a step at 1 bit goes."""
-    rows = _speed("model")
+    rows = _speed("model", file)
     lines = [
         "| batch × context | weights | bf16 cache, tokens/s | 0.5 bit | times as fast | 1 bit "
         "| times as fast | memory, GB | of a step, ms: the kernel | products | all else |",
@@ -275,6 +298,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": speed,
     },
     "docs/kernels.md": {
+        "layer": layer,
+        "loops now": functools.partial(loops, NOW),
         "attention": attention,
         "loops": loops,
         "most": most,
