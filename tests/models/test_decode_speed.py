@@ -9,6 +9,7 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripts import script
@@ -37,6 +38,25 @@ def toy(benchmark, **changes):
         "jobs": 2,
     }
     return benchmark.Config(**(small | changes))
+
+
+def test_a_program_runs_every_layer_in_every_round(benchmark):
+    ran = []
+
+    def attend(query, number):
+        shape = jax.ShapeDtypeStruct((), number.dtype)
+        return query + jax.pure_callback(lambda x: ran.append(int(x)) or x, shape, number)
+
+    def number(key):
+        return jax.random.randint(key, (), 0, 99)
+
+    way = benchmark.Way("counts", 16, number, attend, lambda key: (number(key),))
+    config, sizes = toy(benchmark, repeat=3), (2, 2**18)
+    assert benchmark.rounds_within(*sizes) == 2
+    program = benchmark.chained(way, config, *sizes)
+    layers = [(jnp.int32(x),) for x in (5, 7, 9)]
+    jax.block_until_ready(program(jnp.int32(0), layers, jnp.int32(3)))
+    assert sorted(ran) == sorted([5, 7, 9] * 6)
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel")
