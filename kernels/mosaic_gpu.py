@@ -624,23 +624,6 @@ def score_arrays(problem: Problem) -> tuple[str, ...]:
     return ("query", "cos", "sin", *of_keys, *of_mean)
 
 
-def framed_rows(
-    problem: Problem,
-    query: Float[Array, "B T H q d"],
-    cos: Float[Array, "N d/2"],
-    sin: Float[Array, "N d/2"],
-) -> Float[Array, "H rows/4 N 4 d"]:
-    """The rows of each KV head in the frame of each block, four together (zeros where there are not
-    so many), in powers of 2, float32."""
-    p = problem
-    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
-    spare = p.row_groups * ROWS - p.tokens * p.group
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = jnp.split(rows.reshape(p.heads, -1, 1, ROWS, p.dim), 2, axis=-1)
-    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
-
-
 def finished_tables(
     problem: Problem,
     query: Float[Array, "B T H q d"],
@@ -648,15 +631,21 @@ def finished_tables(
     cos: Float[Array, "N d/2"],
     sin: Float[Array, "N d/2"],
 ) -> tuple[Array, Float[Array, "pairs N 8"]]:
-    """Tables of all blocks by XLA, where one is too large for shared memory."""
-    rows = framed_rows(problem, query, cos, sin).astype(jnp.float16)
+    """Tables of all blocks by XLA, where one is too large for shared memory: of the rows of each KV
+    head in the frame of each block, four together, zeros where there are not so many."""
+    p = problem
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim) / LN2
+    spare = p.row_groups * ROWS - p.tokens * p.group
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    rows = rows.reshape(p.heads, -1, 1, ROWS, p.dim)
+    rows = rotary.turned(rows, cos[:, None], -sin[:, None]).astype(jnp.float16)
     products = jnp.einsum(
         "hpnrd,hcd->hpnrc",
         rows,
         words.astype(jnp.float16),
         preferred_element_type=jnp.float32,
-    ).reshape(problem.pairs, problem.blocks, ROWS, -1)
-    table, steps, offsets = finished_table(problem.key, products)
+    ).reshape(p.pairs, p.blocks, ROWS, -1)
+    table, steps, offsets = finished_table(p.key, products)
     units = pieces.SCORE / pieces.COUNT, pieces.SCORE
     return table, jnp.concatenate([steps * units[0], offsets * units[1]], axis=-1)
 
@@ -809,8 +798,8 @@ class FusedKernel:
 
         p = problem
         self.pair = warp.block // config.splits
-        head_and_sequence = self.pair // p.row_groups
-        head, sequence = head_and_sequence // p.batch, head_and_sequence % p.batch
+        self.rows = mosaic_gpu_products.Rows(p, warp, self.pair)
+        head, sequence = self.rows.head, self.rows.sequence
         # Blocks of codes before this head's, and of tables before this pair's.
         self.code_block = warp.wide(sequence * p.heads + head) * p.blocks
         self.table_block = warp.wide(self.pair) * p.blocks
@@ -883,11 +872,10 @@ class FusedKernel:
         each = math.ceil(of_head / config.splits / 16) * 16
         begin = warp.block % config.splits * each
         rest = warp.integer(of_head) - begin
-        head = self.pair // (p.batch * p.row_groups)
         first = warp.equal(self.pair % (p.batch * p.row_groups), 0) & warp.equal(warp.index, 0)
 
         def words() -> None:
-            source = self.at.words + warp.wide(head) * of_head + warp.wide(begin)
+            source = self.at.words + warp.wide(self.rows.head) * of_head + warp.wide(begin)
             warp.prefetch(source, warp.unsigned_min(rest, each))
 
         there = first & self.first_lane & warp.less(warp.integer(0), rest)
@@ -910,7 +898,7 @@ class FusedKernel:
             self.at,
             base=self.base,
             warps=COUNTERS + config.scorers,
-            pair=self.pair,
+            rows=self.rows,
             first=first,
             count=count,
         ).run()

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from gsrq_jax.kernels import mosaic_gpu, pieces
 from gsrq_jax.kernels.mosaic_gpu import MOST_QUERY, PROCESSORS
+from gsrq_jax.kernels.mosaic_gpu_products import Rows
 from gsrq_jax.kernels.pieces import LN2, ROWS
 
 WARPS = 16
@@ -148,8 +149,8 @@ class FinishKernel:
         blocks = ROWS // problem.together
         self.pair = warp.block // blocks
         self.first = warp.block % blocks * problem.together  # of four rows
-        self.head = self.pair // (p.batch * p.row_groups)
-        self.sequence = self.pair // p.row_groups % p.batch
+        self.rows = Rows(p, warp, self.pair)
+        self.head, self.sequence = self.rows.head, self.rows.sequence
         self.thread = warp.index * 32 + warp.lane
 
     def run(self) -> None:
@@ -182,15 +183,7 @@ class FinishKernel:
 
     def _row(self, i: Any) -> tuple[Any, Any]:
         """The row of all rows of the KV head that is row ``i`` here, and whether it is there."""
-        warp, p = self.warp, self.problem
-        row = self.pair % p.of.row_groups * ROWS + self.first + i
-        return warp.unsigned_min(row, p.rows - 1), warp.less(row, p.rows)
-
-    def _place(self, row: Any) -> Any:
-        """Where a row lies in arrays ``[B, T, H, q]``."""
-        warp, p = self.warp, self.problem.of
-        of_token = (self.sequence * p.tokens + row // p.group) * p.heads + self.head
-        return warp.wide(of_token * p.group + row % p.group)
+        return self.rows.row(self.first + i)
 
     def _weigh(self) -> None:
         """The weight of each part of the warp's row."""
@@ -220,7 +213,7 @@ class FinishKernel:
         i = warp.index - self.problem.together
         row, _ = self._row(i)
         n = p.dim // 32
-        place = self.at.query + self._place(row) * (p.dim * 4) + warp.wide(warp.lane * (n * 4))
+        place = self.at.query + self.rows.place(row) * (p.dim * 4) + warp.wide(warp.lane * (n * 4))
         most = warp.bits_of(warp.floating(MOST_QUERY))
         large = warp.integer(0)
         for x in warp.load_global(place, n=n, kind="f"):
@@ -371,7 +364,7 @@ class FinishKernel:
             out, log = self._merged(out, log, other)
         (large,) = warp.load_shared(self.flags + i * 4)
         usable, nan = warp.equal(large, 0), warp.from_bits(warp.integer(0x7FC00000))
-        at = self._place(row)
+        at = self.rows.place(row)
         value = warp.select(usable, out, nan)
         if p.short:  # two channels of two lanes a word
             word = warp.to_bfloat16s(value, warp.from_lane_xor(value, 1))

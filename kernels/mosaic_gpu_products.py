@@ -44,6 +44,11 @@ STEP_BYTES = 32 * 16
 """Of 16 channels of a left operand: four words a lane."""
 
 
+def knot_units(problem: "mosaic_gpu.Problem") -> int:
+    """Units of a block's knots, 0 if there is no mean key."""
+    return -(-problem.frame_knots // KNOTS)
+
+
 def waves(
     problem: "mosaic_gpu.Problem", inv_freq: Float[Array, " d/2"]
 ) -> Float[Array, "knots 2 d"]:
@@ -54,8 +59,7 @@ def waves(
     start; the first has no angle.
     """
     p = problem
-    count = -(-p.frame_knots // KNOTS) * KNOTS
-    knots = jnp.arange(count) + (p.every > 1)
+    knots = jnp.arange(knot_units(p) * KNOTS) + (p.every > 1)
     both = jnp.concatenate(rotary.turns(p.every * knots, inv_freq), axis=-1)
     return jnp.stack(in_pieces(both, 2, jnp.float16), axis=1)
 
@@ -93,6 +97,28 @@ class Layout:
         return self.nbytes // self.tile_bytes
 
 
+class Rows:
+    """Four query rows of a KV head and a sequence, said to a warp."""
+
+    def __init__(self, problem: "mosaic_gpu.Problem", warp: Any, pair: Any):
+        self.problem, self.warp, self.pair = problem, warp, pair
+        self.head = pair // (problem.batch * problem.row_groups)
+        self.sequence = pair // problem.row_groups % problem.batch
+
+    def row(self, i: Any) -> tuple[Any, Any]:
+        """The row of all rows of the KV head that is row ``i`` here, and whether it is there."""
+        warp, p = self.warp, self.problem
+        rows = p.tokens * p.group
+        row = self.pair % p.row_groups * ROWS + i
+        return warp.unsigned_min(row, rows - 1), warp.less(row, rows)
+
+    def place(self, row: Any) -> Any:
+        """Where a row of the KV head lies in arrays ``[B, T, H, q]``."""
+        warp, p = self.warp, self.problem
+        of_token = (self.sequence * p.tokens + row // p.group) * p.heads + self.head
+        return warp.wide(of_token * p.group + row % p.group)
+
+
 class Products:
     """What one warp does, said to that warp."""
 
@@ -104,16 +130,16 @@ class Products:
         at: "mosaic_gpu.Addresses",
         base: Any,
         warps: int,
-        pair: Any,
+        rows: Rows,
         first: Any,
         count: Any,
     ):
-        """Of blocks ``first`` to ``first + count`` of a pair, with shared memory from ``base`` on;
-        ``warps`` of the thread block do the same."""
+        """Of some rows in blocks ``first`` to ``first + count``, with shared memory from ``base``
+        on; ``warps`` of the thread block do the same."""
         self.problem, self.layout, self.warp, self.at = problem, layout, warp, at
-        self.base, self.warps, self.pair, self.first, self.count = base, warps, pair, first, count
+        self.base, self.warps, self.rows, self.first, self.count = base, warps, rows, first, count
         self.row, self.channel = warp.lane // 4, warp.lane % 4 * 8
-        self.head = pair // (problem.batch * problem.row_groups)
+        self.pair, self.head = rows.pair, rows.head
         self.own = warp.lane * 16  # of four words a lane
 
     def run(self) -> None:
@@ -128,7 +154,7 @@ class Products:
             here = warp.unsigned_min(tiles - begin, each)
             self._each(here * 2, lambda n: self._left(begin, n // 2, n % 2))
             warp.sync_block()
-            units = self._shares + self._words
+            units = knot_units(self.problem) + self._words
             self._each(warp.integer(units), lambda n: self._unit(n, begin, here))
             warp.copies_fence()
             warp.sync_block()
@@ -152,12 +178,6 @@ class Products:
         """Units of codewords."""
         return -(-self.problem.key.stages // STAGES) if self.problem.key.shared else 0
 
-    @property
-    def _shares(self) -> int:
-        """Units of knots."""
-        p = self.problem
-        return -(-p.frame_knots // KNOTS) if p.every else 0
-
     # Left operands.
 
     def _left(self, begin: Any, tile: Any, upper: Any) -> None:
@@ -170,7 +190,8 @@ class Products:
         own = self.base + tile * self.layout.tile_bytes + self.own + upper * 8
         here = self._here(begin + tile) + upper * 2
         block = self.first + warp.unsigned_min(here, self.count - 1)
-        query, there = self._query()
+        number, there = self.rows.row(self.row % ROWS)
+        query = self.at.query + self.rows.place(number) * (p.dim * 4)
         starts = range(0, p.dim // 2, 32)
         channels = [*starts, *(i + p.dim // 2 for i in starts)]
         # Everything is on its way before anything is waited for.
@@ -223,17 +244,6 @@ class Products:
         fast = [warp.less(most, warp.bits_of(x)) for x in angles]
         return [warp.select(f, zero, x) for f, x in zip(fast * 2, mean, strict=True)]
 
-    def _query(self) -> tuple[Any, Any]:
-        """Where the lane's row lies, and whether it is there."""
-        warp, p = self.warp, self.problem
-        rows = p.tokens * p.group
-        row = self.pair % p.row_groups * ROWS + self.row % ROWS
-        safe = warp.unsigned_min(row, rows - 1)
-        sequence = self.pair // p.row_groups % p.batch
-        of_token = (sequence * p.tokens + safe // p.group) * p.heads + self.head
-        place = self.at.query + warp.wide(of_token * p.group + safe % p.group) * (p.dim * 4)
-        return place, warp.less(row, rows)
-
     def _numbers(self, place: Any, channel: int) -> list:
         """Eight of the lane's channels, from that one of the first lane's on."""
         place = place + self.warp.wide(self.channel * 4)
@@ -269,7 +279,7 @@ class Products:
 
     def _unit(self, number: Any, begin: Any, tiles: Any) -> None:
         """Of so many tiles of blocks: the knots of a unit, or its codewords, which come after."""
-        warp, shares = self.warp, self._shares
+        warp, shares = self.warp, knot_units(self.problem)
 
         def knots() -> None:
             self._knots(number, begin, tiles)
