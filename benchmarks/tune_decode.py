@@ -111,9 +111,9 @@ class Call:
         )
 
         def beside(key: jax.Array) -> tuple[jax.Array, ...]:
-            mean, _, _, words, _, blocks = make(key)
+            mean, _, _, words, value_words, blocks = make(key)
             query = jax.random.normal(key, sizes) * decode_speed.scale_of(c.head_dim)
-            inputs = mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, 0)
+            inputs = mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, value_words, 0)
             return blocks, *inputs
 
         nbytes = keys.size * 4 + values.size * 4
@@ -324,7 +324,7 @@ def kind_of(layout: Layout) -> tuple[int, int, int]:
 
 def main(config: Config) -> None:
     """Measures, writes the result file and, if it is to, what is kept."""
-    mosaic_gpu.check_device()
+    devices.check_hopper()
     begun = time.monotonic()
     file = config.out / "results" / "decode-speed" / f"layouts-{decode_speed.card()}.json"
     rows: list[dict[str, Any]] = []

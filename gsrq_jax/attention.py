@@ -95,13 +95,15 @@ def attend(
 
     new = new_tokens(count, batch, tokens)
     held, first, window = exact_counts(cache)
-    exact = decode.attend_recent(
-        query,
+    recent = reference.Recent(
         *(cache.sink_key, cache.window_key, k, cache.sink_value, cache.window_value, v),
         *(held, first, window, new),
-        implementation=None if implementation in (None, "fused") else "reference",
     )
-    parts = list(zip(*exact, strict=True))
+    exact_by: decode.Implementation | None = (
+        None if implementation in (None, "fused") else "reference"
+    )
+    parts: list[decode.Part] = []
+    alone = True  # whether exact tokens are still to be attended to
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
         laid_out = books is not None and books.spec.layout != "packed"
@@ -110,10 +112,10 @@ def attend(
         rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
         match implementation:
             case "fused" | "codes" | None if books is not None and laid_out:
-                beside = exact if axis_name is None else None
-                dtype = q.dtype if axis_name is None else query.dtype  # of all, or a part of it
-                coded = _attend_laid_out(query, cache, books, turn, implementation, beside, dtype)
-                parts = parts if beside is None else []
+                alone = axis_name is not None
+                dtype = query.dtype if alone else q.dtype  # of a part, or of all of it
+                exact = None if alone else recent
+                coded = _attend_laid_out(query, cache, books, turn, implementation, exact, dtype)
             case "codes" if books is not None:
                 floats = rows * _floats_of_codes(books.spec)
                 coded = _by_blocks(_attend_codes, query, cache, books, turn, floats)
@@ -140,6 +142,8 @@ def attend(
                 )
         # What is exact is on all devices, so it joins what they have together, and counts once.
         parts.append(coded if axis_name is None else reference.merge_over(coded, axis_name))
+    if alone:
+        parts += zip(*decode.attend_recent(query, recent, implementation=exact_by), strict=True)
     out, _ = reference.merge(parts) if len(parts) > 1 else parts[0]
     return out.reshape(q.shape).astype(q.dtype)
 
@@ -166,7 +170,7 @@ def _attend_laid_out(
     codebooks: Codebooks,
     turn: Turn,
     implementation: Implementation | None,
-    beside: decode.Parts | None,
+    recent: reference.Recent | None,
     dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     spec = codebooks.spec
@@ -189,7 +193,7 @@ def _attend_laid_out(
         first=spec.sinks + spec.block * turn.first,
         stride=turn.step,
         every=spec.mean_every,
-        beside=beside,
+        recent=recent,
         dtype=dtype,
         implementation=kernels.get(implementation),
     )

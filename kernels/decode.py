@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
+from gsrq_jax.kernels.reference import Recent
 
 Implementation = Literal["fused", "reference"]
 Part = tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]
@@ -32,7 +33,7 @@ def attend_tiles(
     stride: int = 1,
     every: int = 1,
     fills: int = 1,
-    beside: Parts | None = None,
+    recent: Recent | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> Part:
@@ -51,7 +52,7 @@ def attend_tiles(
         stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
         fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
-        beside: other parts of the same softmax; what is returned is all of it.
+        recent: exact tokens in the same softmax; what is returned is all of it.
         dtype: of the values that are returned.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
             kernel where it is supported, and else the reference with a warning that says why,
@@ -66,8 +67,8 @@ def attend_tiles(
         functools.partial(
             mosaic_gpu.check_supported, *arrays, stride=stride, every=every, fills=fills
         ),
-        functools.partial(mosaic_gpu.attend_tiles, *arrays, beside=beside, dtype=dtype),
-        _with(beside, dtype, functools.partial(reference.attend_tiles, *arrays)),
+        functools.partial(mosaic_gpu.attend_tiles, *arrays, recent=recent, dtype=dtype),
+        _with(query, recent, dtype, functools.partial(reference.attend_tiles, *arrays)),
         {"first": first, "stride": stride, "every": every, "fills": fills},
     )
 
@@ -85,7 +86,7 @@ def attend_words(
     first: int | Int[Array, ""] = 0,
     stride: int = 1,
     every: int = 1,
-    beside: Parts | None = None,
+    recent: Recent | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> Part:
@@ -96,17 +97,23 @@ def attend_words(
     return _by(
         implementation,
         functools.partial(mosaic_tpu.check_supported, query, *arrays[3:7]),
-        _with(beside, dtype, functools.partial(mosaic_tpu.attend_words, *arrays)),
-        _with(beside, dtype, functools.partial(reference.attend_words, *arrays)),
+        _with(query, recent, dtype, functools.partial(mosaic_tpu.attend_words, *arrays)),
+        _with(query, recent, dtype, functools.partial(reference.attend_words, *arrays)),
         {"first": first, "stride": stride, "every": every},
     )
 
 
-def attend_recent(*arrays: Array, implementation: Implementation | None = None) -> Parts:
-    """`gsrq_jax.kernels.reference.attend_recent`, whose arguments it takes, in P parts.
+def attend_recent(
+    query: Float[Array, "B T H q d"],
+    recent: Recent,
+    *,
+    implementation: Implementation | None = None,
+) -> Parts:
+    """`gsrq_jax.kernels.reference.attend_recent`, in P parts.
 
     Args:
-        arrays: as there.
+        query: scaled queries, float32.
+        recent: keys and values.
         implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
             kernel where it is supported, and else, silently, the reference.
 
@@ -116,20 +123,27 @@ def attend_recent(*arrays: Array, implementation: Implementation | None = None) 
     if implementation is None:
         implementation = "reference"
         with contextlib.suppress(InputError):
-            mosaic_gpu_recent.check_supported(*arrays[:7])
+            mosaic_gpu_recent.check_supported(query, recent)
             implementation = "fused"
     return _by(
         implementation,
         lambda: None,
-        functools.partial(mosaic_gpu_recent.attend_recent, *arrays),
-        functools.partial(reference.attend_recent, *arrays),
+        functools.partial(mosaic_gpu_recent.attend_recent, query, recent),
+        functools.partial(reference.attend_recent, query, recent),
         {},
     )
 
 
-def _with(beside: Parts | None, dtype: DTypeLike, part: Callable[..., Part]) -> Callable[..., Part]:
-    """``part`` and what is beside it in one softmax."""
-    return lambda **where: reference.with_beside(part(**where), beside, dtype)
+def _with(
+    query: Array, recent: Recent | None, dtype: DTypeLike, part: Callable[..., Part]
+) -> Callable[..., Part]:
+    """``part`` and the exact tokens in one softmax."""
+
+    def both(**where: Any) -> Part:
+        beside = recent and reference.attend_recent(query, recent)
+        return reference.with_beside(part(**where), beside, dtype)
+
+    return both
 
 
 def _by(

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,17 +27,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from gsrq_jax.kernels import devices, mosaic_gpu_products, pieces, rotary
+from gsrq_jax.kernels import (
+    devices,
+    mosaic_gpu_products,
+    mosaic_gpu_recent,
+    pieces,
+    reference,
+    rotary,
+)
+from gsrq_jax.kernels.devices import PROCESSORS
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.pieces import CHUNK, COUNTERS, GROUPS, LN2, ROWS, KeyTable
 from gsrq_jax.kernels.precision import in_pieces
-from gsrq_jax.kernels.reference import with_beside
+from gsrq_jax.kernels.reference import Recent, with_beside
 from gsrq_jax.kernels.tiles import TILE, key_words, strips, value_words
 
 SHARED_BYTES = 227 * 1024 - 2048
 """Shared memory of a thread block on sm_90, less what Mosaic takes."""
-PROCESSORS = 132
-"""Multiprocessors to be filled."""
 MOST_STAGES = 64
 KNOTS = (1, 4, 8, 16, 32, 64)
 """Tokens between knots of the mean key's share."""
@@ -88,6 +93,7 @@ class Problem:
     stride: int = 1  # blocks of the sequence from one of these to the next
     fills: int = 1  # equal parts of a block that are valid one by one
     short_words: bool = True  # whether codewords of keys are bfloat16; else they become float16
+    recent: mosaic_gpu_recent.Problem | None = None  # exact tokens that the kernel has, too
 
     @property
     def row_groups(self) -> int:
@@ -157,6 +163,7 @@ class Memory:
         slots: of the ring: planes of probabilities, then codes of values.
         facts: step and offset of each row, for each scorer.
         scales: of each slot, four integers.
+        recent: of the warps that count, for exact tokens.
         arrived, full, free: barriers of each scorer's staged chunks and of each slot.
         nbytes: all of it, with what alignment may take.
     """
@@ -167,6 +174,7 @@ class Memory:
     slots: int
     facts: int
     scales: int
+    recent: int
     arrived: int
     full: int
     free: int
@@ -183,7 +191,7 @@ class Memory:
         chunks = scorers * config.buffers
         table = problem.key.nbytes if problem.key.shared else 0
         staged = problem.chunk_key_bytes + ROWS * problem.copied_knots * 4
-        knots = 2 * ROWS * problem.knots * 4 * (problem.every > 1)
+        knots = pieces.knot_bytes(problem.every, CHUNK) if problem.every > 1 else 0
         slot = pieces.plane_bytes() + problem.chunk_value_bytes
         sizes = {
             "tables": scorers * table,
@@ -192,6 +200,7 @@ class Memory:
             "slots": ring * slot,
             "facts": scorers * 2 * ROWS * 4,
             "scales": ring * ROWS * 4,
+            "recent": problem.recent.nbytes(COUNTERS) if problem.recent else 0,
             "arrived": chunks * 8,
             "full": ring * 8,
             "free": ring * 8,
@@ -199,13 +208,13 @@ class Memory:
         starts = {}
         end = 0
         for name, size in sizes.items():
+            if name == "arrived":  # what products are made of lies before, where the rest will be
+                end = max(end, mosaic_gpu_products.Layout(problem, end).tile_bytes)
             starts[name] = end
             end += size
-        # What products are made of lies where all this will be.
-        products = mosaic_gpu_products.Layout(problem, end)
         return cls(
             **starts,
-            nbytes=max(end, products.tile_bytes) + 4096,
+            nbytes=end + 4096,
             table_bytes=table,
             staged_bytes=staged,
             knot_bytes=knots,
@@ -269,6 +278,12 @@ def _tuned() -> dict[str, Any]:
 LEAST = 0.4
 """Time of a chunk that only one scorer takes, in those of chunks that all take at once: on an H200
 at (1, 8k) and 1 bit a thread block with two chunks takes 12.5 µs, one with eight 16.2."""
+
+
+FEW = 8
+"""Chunks one after the other up to which a scorer's program has one body for both tiles of a chunk:
+a third less to be read by a processor that has run other kernels in between, which takes as long as
+two chunks or so; with more of them, 2 % slower."""
 
 
 def work(problem: Problem, config: Config) -> tuple[float, int, int]:
@@ -343,31 +358,6 @@ def check_config(problem: Problem, config: Config) -> None:
 
 
 # --- what is supported ----------------------------------------------------------------------------
-
-
-def check_device() -> None:
-    """Refuse what the kernel cannot be compiled for: another jax, another device.
-
-    Raises:
-        InputError: naming what there is and what is supported.
-    """
-    version = tuple(int(x) for x in re.findall(r"\d+", jax.__version__)[:2])
-    if version not in ((0, 11), (0, 12)):
-        raise InputError(
-            f"the fused GPU kernel is for jax 0.11 and 0.12, this is {jax.__version__}; install "
-            "one of these or use another implementation"
-        )
-    device = devices.device()
-    capability = getattr(device, "compute_capability", None)
-    hopper = str(capability) == "9.0" or (
-        capability is None and re.search(r"\bG?H[12]00\b", device.device_kind) is not None
-    )
-    if not hopper:
-        raise InputError(
-            f"the fused GPU kernel is for GPUs of compute capability 9.0 (H100, H200), this is "
-            f"{device.device_kind}" + (f" of {capability}" if capability else "") + "; use another "
-            "implementation"
-        )
 
 
 def problem_of(
@@ -463,7 +453,7 @@ def check_supported(*arrays: Any, every: int = 1, stride: int = 1, fills: int = 
         InputError: naming what was given and what is supported.
     """
     problem = problem_of(*arrays, every=every, stride=stride, fills=fills)
-    check_device()
+    devices.check_hopper()
     return problem
 
 
@@ -484,7 +474,7 @@ def attend_tiles(
     stride: int = 1,
     every: int = 1,
     fills: int = 1,
-    beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
+    recent: Recent | None = None,
     dtype: DTypeLike = jnp.float32,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
@@ -508,7 +498,8 @@ def attend_tiles(
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`. With a
             knot at every token the mean key's share is as many bytes as one bit of codes.
         fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
-        beside: other parts of the same softmax, with their log-sum-exps.
+        recent: exact tokens in the same softmax. The kernel has them, too, where there is room for
+            them and `gsrq_jax.kernels.mosaic_gpu_recent` has them; that, or plain jnp.
         dtype: of the values that are returned.
         config: instead of the one chosen.
 
@@ -534,15 +525,27 @@ def attend_tiles(
         stride=stride,
         fills=fills,
     )
+    exact = mosaic_gpu_recent.supported(query, recent) if recent else None
     if not problem.blocks:
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
-        return with_beside(nothing, beside, dtype)
+        return with_beside(nothing, recent and reference.attend_recent(query, recent), dtype)
     config = config or choose_config(problem)
     check_config(problem, config)
+    both = dataclasses.replace(problem, recent=exact)
+    if Memory.of(both, config).nbytes <= SHARED_BYTES:
+        problem = both
     blocks = blocks.astype(jnp.int32)
-    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
-    kernel = fused_kernel(problem, config)
-    histogram, scale, *_ = kernel(key_tiles, value_tiles, blocks, *inputs)
+    inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, value_codewords, first)
+    if recent and problem.recent:
+        inputs += mosaic_gpu_recent.arrays_of(recent)
+    made = fused_kernel(problem, config)(key_tiles, value_tiles, blocks, *inputs)
+    histogram, scale, *others = made
+    beside = None
+    if problem.recent:
+        beside = mosaic_gpu_recent.in_parts(*others[:2])
+    elif recent:
+        by = mosaic_gpu_recent if exact else reference
+        beside = by.attend_recent(query, recent)
     by_kernel = mosaic_gpu_finish.supports(value_codewords)
     end = mosaic_gpu_finish.finish if by_kernel else finish
     return end(problem, query, blocks, histogram, scale, value_codewords, beside, dtype)
@@ -583,6 +586,7 @@ def score_inputs(
     mean: Float[Array, "H d"] | None,
     inv_freq: Float[Array, " d/2"],
     key_codewords: Float[Array, "H 1 R K d"],
+    value_codewords: Float[Array, "H 1 S 16 d"],
     first: int | Int[Array, ""],
 ) -> list[Array]:
     """What the scores are made of, in the order of `score_arrays`.
@@ -593,12 +597,14 @@ def score_inputs(
         mean: mean key before RoPE, if there is one.
         inv_freq: rotary frequencies.
         key_codewords: of this layer.
+        value_codewords: likewise; no score needs them, but to have been prefetched.
         first: position of the first token of block 0.
     """
     p = problem
     cos, sin = rotary.turns(first + p.stride * p.block * jnp.arange(p.blocks), inv_freq)
     words = key_codewords.reshape(p.heads, -1, p.dim)
     arrays: dict[str, Array] = {"query": query, "cos": cos, "sin": sin}
+    arrays["value_words"] = value_codewords
     if p.key.shared:
         arrays["words"] = words if p.short_words else words.astype(jnp.float16)
     else:
@@ -613,7 +619,8 @@ def score_inputs(
 def score_arrays(problem: Problem) -> tuple[str, ...]:
     """What scores are made of beside codes, as `Addresses` has it.
 
-    ``query``; ``cos`` and ``sin`` ``[N, d/2]`` of the angles at the start of each block; ``words``
+    ``query``; ``cos`` and ``sin`` ``[N, d/2]`` of the angles at the start of each block;
+    ``value_words`` ``[H, 1, S, 16, d]``, which are only prefetched; ``words``
     ``[H, R·16, d]``, bfloat16 or float16, or of 256 codewords finished ``tables`` ``[pairs, N, 256,
     places, 4]`` (uint16) and ``facts`` ``[pairs, N, 8]``, their steps and offsets; and if there is
     a mean key ``mean`` ``[H, d]``, ``inv_freq`` ``[d/2]`` and ``waves``, as
@@ -621,7 +628,7 @@ def score_arrays(problem: Problem) -> tuple[str, ...]:
     """
     of_keys = ("words",) if problem.key.shared else ("tables", "facts")
     of_mean = ("mean", "inv_freq", "waves") if problem.every else ()
-    return ("query", "cos", "sin", *of_keys, *of_mean)
+    return ("query", "cos", "sin", "value_words", *of_keys, *of_mean)
 
 
 def finished_tables(
@@ -722,10 +729,12 @@ def _times_words(
 
 
 def fused_kernel(problem: Problem, config: Config) -> Any:
-    """The kernel as a function of key tiles, value tiles, blocks and `score_inputs`.
+    """The kernel as a function of key tiles, value tiles, blocks, `score_inputs` and, if it has
+    exact tokens, `mosaic_gpu_recent.arrays_of` them.
 
-    Its results are the histogram and scale of each part; what follows them are products and shares
-    of the mean key that it made for itself.
+    Its results are `outputs`: the histogram and scale of each part, then the parts of exact tokens
+    if there are any; what follows them are products and shares of the mean key that it made for
+    itself.
     """
     from gsrq_jax.kernels.warp import Warp, warp_kernel
 
@@ -750,6 +759,8 @@ def outputs(problem: Problem, config: Config) -> dict[str, tuple[tuple[int, ...]
         "histogram": ((*parts, ROWS, p.value_stages, 16), jnp.float32),
         "scale": ((*parts, ROWS), jnp.int32),
     }
+    if p.recent:
+        made |= p.recent.outputs(p.recent.parts(config.splits))
     if p.key.shared:
         made["products"] = (p.pairs, p.blocks, ROWS, p.key.stages * 16), jnp.float16
     if p.every:
@@ -767,6 +778,7 @@ class Addresses:
     query: Any
     cos: Any
     sin: Any
+    value_words: Any
     histogram: Any
     scale: Any
     shared: Any
@@ -778,12 +790,22 @@ class Addresses:
     waves: Any = None
     products: Any = None
     share: Any = None
+    sink_key: Any = None
+    window_key: Any = None
+    key: Any = None
+    sink_value: Any = None
+    window_value: Any = None
+    value: Any = None
+    counts: Any = None
+    recent: Any = None
+    recent_lse: Any = None
 
     @classmethod
     def of(cls, problem: Problem, *places: Any) -> "Addresses":
         """In the order of the kernel's arguments and results."""
         made = outputs(problem, Config(8, 1, 1, 1))
-        names = "keys", "values", "blocks", *score_arrays(problem), *made, "shared"
+        arrays = *score_arrays(problem), *(mosaic_gpu_recent.ARRAYS if problem.recent else ())
+        names = "keys", "values", "blocks", *arrays, *made, "shared"
         return cls(**dict(zip(names, places, strict=True)))
 
 
@@ -795,6 +817,7 @@ class FusedKernel:
         self.memory = Memory.of(problem, config)
         self.base = (at.shared + 4095) & 0xFFFFF000
         self.first_lane = warp.equal(warp.lane, 0)
+        self.few = work(problem, config)[0] <= FEW
 
         p = problem
         self.pair = warp.block // config.splits
@@ -825,10 +848,9 @@ class FusedKernel:
             self.missing = warp.select(has_last, spans * config.span - chunks, warp.integer(0))
 
     def run(self) -> None:
-        """Products, barriers, then the two kinds of warps."""
+        """Barriers and products, then the two kinds of warps."""
         warp, memory = self.warp, self.memory
         self._prefetch()
-        self._products()
         ring = self.config.scorers * self.config.depth
         octets = pieces.octets_of(self.problem.value_stages)
         busy = octets * self.config.teams(self.problem.value_stages)
@@ -842,17 +864,34 @@ class FusedKernel:
             warp.barrier_fence()
 
         warp.when(warp.equal(warp.index, 0) & self.first_lane, barriers)
-        warp.sync_block()
+        self._products()
         warp.either(
             warp.less(warp.index, COUNTERS),
-            lambda: warp.when(warp.less(warp.index, busy), self.count),
+            lambda: self._recent_and_count(busy),
             self.score,
         )
+
+    def _recent_and_count(self, busy: int) -> None:
+        """Exact tokens by all warps that may count, then codes by those that do."""
+        warp, at, exact = self.warp, self.at, self.problem.recent
+        if exact:
+            names = "query", *mosaic_gpu_recent.ARRAYS, "recent", "recent_lse"
+            places = mosaic_gpu_recent.Addresses(*(getattr(at, name) for name in names))
+            parts, part = exact.parts(self.config.splits), warp.block % self.config.splits
+            tokens = mosaic_gpu_recent.RecentTokens(
+                *(exact, warp, places, self.rows, self.base + self.memory.recent),
+                warps=COUNTERS,
+                part=part,
+                parts=parts,
+                sync=functools.partial(warp.sync_first, COUNTERS),
+            )
+            warp.when(warp.less(part, parts), tokens.run)
+        warp.when(warp.less(warp.index, busy), self.count)
 
     def _prefetch(self) -> None:
         """What is wanted first and may not be in the second-level cache: each scorer's first codes,
         and by the thread blocks of a head's first rows, together, its codewords."""
-        warp, p, config = self.warp, self.problem, self.config
+        warp, p = self.warp, self.problem
         scorer = warp.index - COUNTERS
         own = warp.less(scorer, self.spans) & warp.less(warp.integer(-1), scorer)
 
@@ -866,25 +905,30 @@ class FusedKernel:
                 warp.prefetch(source, self._present(block, nbytes))
 
         warp.when(own & self.first_lane, codes)
-        if not p.key.shared:
-            return
-        of_head = p.key.stages * 16 * p.dim * 2
-        each = math.ceil(of_head / config.splits / 16) * 16
-        begin = warp.block % config.splits * each
-        rest = warp.integer(of_head) - begin
-        first = warp.equal(self.pair % (p.batch * p.row_groups), 0) & warp.equal(warp.index, 0)
+        if p.key.shared:
+            self._prefetch_words(self.at.words, p.key.stages, warp.equal(warp.index, 0))
 
-        def words() -> None:
-            source = self.at.words + warp.wide(self.rows.head) * of_head + warp.wide(begin)
+    def _prefetch_words(self, words: Any, stages: int, where: Any) -> None:
+        """Codewords of the head, 16 a stage of two bytes a number, by the thread blocks of its
+        first rows together."""
+        warp, p, splits = self.warp, self.problem, self.config.splits
+        of_head = stages * 16 * p.dim * 2
+        each = math.ceil(of_head / splits / 16) * 16
+        begin = warp.block % splits * each
+        rest = warp.integer(of_head) - begin
+        first = warp.equal(self.pair % (p.batch * p.row_groups), 0) & self.first_lane
+
+        def some() -> None:
+            source = words + warp.wide(self.rows.head) * of_head + warp.wide(begin)
             warp.prefetch(source, warp.unsigned_min(rest, each))
 
-        there = first & self.first_lane & warp.less(warp.integer(0), rest)
-        warp.when(there, words)
+        warp.when(first & where & warp.less(warp.integer(0), rest), some)
 
     def _products(self) -> None:
-        """Of all blocks that the thread block has chunks of."""
+        """Of all blocks that the thread block has chunks of; if there are any, all warps wait."""
         warp, p, config = self.warp, self.problem, self.config
         if not p.key.shared and not p.every:
+            warp.sync_block()
             return
         first = self.first // self.spans_of_block
         end = (self.first + self.spans + (self.spans_of_block - 1)) // self.spans_of_block
@@ -893,7 +937,7 @@ class FusedKernel:
         count = warp.select(warp.less(warp.integer(0), self.spans), end - first, 0)
         mosaic_gpu_products.Products(
             p,
-            mosaic_gpu_products.Layout(p, self.memory.nbytes - 4096),
+            mosaic_gpu_products.Layout(p, self.memory.arrived),
             warp,
             self.at,
             base=self.base,
@@ -962,19 +1006,33 @@ class FusedKernel:
             slot_at = self.base + memory.slots + slot * memory.slot_bytes
             warp.barrier_wait(self.base + memory.free + slot * 8, parity ^ 1)
             warp.when(self.first_lane, lambda: self._fetch_values(block, chunk, slot_at, full))
+            if p.blocks_of_chunk == 1:
+                first = warp.equal(k % self.config.span, 0)
+                warp.when(first, lambda: self._make_table(block, table, facts))
             warp.barrier_wait(arrived, (k // buffers) & 1)
-            groups = []
-            for tile in range(2):
+            shares = staged + p.chunk_key_bytes
+            if p.blocks_of_chunk == 1 and p.every > 1:
+                self._gather_knots(shares, facts, knots)
+
+            def scores_of(tile: Any, before: list) -> list:
+                """Those of the last tile, and of this one."""
                 here = block
                 if p.blocks_of_chunk == 2:
                     here = warp.unsigned_min(block + tile, self.valid - 1)
                     self._make_table(here, table, facts)
-                elif tile == 0:
-                    first = warp.equal(k % self.config.span, 0)
-                    warp.when(first, lambda: self._make_table(block, table, facts))
-                if tile == 0 or p.blocks_of_chunk == 2:
-                    others = self._others(staged + p.chunk_key_bytes, knots, tokens, facts)
-                groups += self._scores(here, tile, staged, tokens, facts, places, others)
+                    if p.every > 1:
+                        self._gather_knots(shares, facts, knots)
+                others = self._others(shares, knots, tokens, facts, tile)
+                made = self._scores(here, tile, staged, tokens, facts, places, others)
+                return before[len(before) // 2 :] + [x for group in made for x in group]
+
+            flat = [warp.floating(0.0)] * (GROUPS * ROWS)
+            if self.few:
+                flat = warp.loop(warp.unknown(2), flat, scores_of)
+            else:
+                for tile in range(2):
+                    flat = scores_of(warp.integer(tile), flat)
+            groups = [flat[i : i + ROWS] for i in range(0, len(flat), ROWS)]
             if p.blocks_of_chunk == 2:  # the second block may not be there
                 there = warp.less(block + 1, self.valid)
                 groups[4:] = [[warp.select(there, s, -1e30) for s in g] for g in groups[4:]]
@@ -991,6 +1049,9 @@ class FusedKernel:
             return []
 
         warp.loop(rounds, [], round_)
+        # For the kernel that follows.
+        last = warp.equal(scorer, scorers - 1)
+        self._prefetch_words(self.at.value_words, p.value_stages, last)
 
     def _present(self, block: Any, nbytes: int) -> Any:
         """Bytes of a chunk that are there: half of them if its second block is not."""
@@ -1041,20 +1102,29 @@ class FusedKernel:
         warp.store_shared(facts + lane * 4, read)
         warp.sync()
 
-    def _others(self, staged: Any, knots: Any, tokens: list, facts: Any) -> Callable[[int], list]:
-        """``[ROWS]`` offsets of a group's scores: of the table, and the mean key's shares."""
+    def _gather_knots(self, shares: Any, facts: Any, knots: Any) -> None:
+        """What scores have at the chunk's knots beside their table's entries."""
         warp, p = self.warp, self.problem
+        offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
+        raw = shares + mosaic_gpu_products.LEAD * 4
+        pieces.gather_knots(warp, p.every, p.copied_knots * 4, raw, offsets, knots)
+
+    def _others(
+        self, shares: Any, knots: Any, tokens: list, facts: Any, tile: Any
+    ) -> Callable[[int], list]:
+        """``[ROWS]`` offsets of the scores of a group of the tile: of the table, and the mean key's
+        shares."""
+        warp, p = self.warp, self.problem
+        if p.every > 1:
+            here = knots + tile * pieces.knot_bytes(p.every, TILE)
+            return lambda group: pieces.between_knots(
+                warp, p.every, here, tokens[group % 2], group // 2 * 64
+            )
         offsets = warp.load_shared(facts, ROWS * 4, ROWS, "f")
         if not p.every:
             return lambda _: offsets
-        stride = p.copied_knots * 4
-        if p.every > 1:
-            staged = staged + mosaic_gpu_products.LEAD * 4
-            pieces.gather_knots(warp, p.every, stride, staged, offsets, knots)
-            return lambda group: pieces.between_knots(
-                warp, p.every, knots, tokens[group % 2], group // 2 * 64
-            )
-        own, unit = [staged + token * 4 for token in tokens], warp.floating(pieces.SCORE)
+        stride, unit = p.copied_knots * 4, warp.floating(pieces.SCORE)
+        own = [shares + tile * (TILE * 4) + token * 4 for token in tokens]
 
         def each(group: int) -> list:
             at = own[group % 2]
@@ -1069,7 +1139,7 @@ class FusedKernel:
     def _scores(
         self,
         block: Any,
-        tile: int,
+        tile: Any,
         staged: Any,
         tokens: list,
         facts: Any,
@@ -1081,6 +1151,7 @@ class FusedKernel:
         units, width = p.key.units
         steps = warp.load_shared(facts, 0, ROWS, "f")
         of_unit = TILE * width // 8
+        staged = staged + tile * (units * of_unit)
         lanes = [staged + token * (width // 8) for token in tokens]
         load = {
             32: lambda a, o: warp.load_shared(a, o)[0],
@@ -1088,7 +1159,7 @@ class FusedKernel:
         }[width]
         groups = []
         for group in range(GROUPS // 2):
-            at = tile * units * of_unit + group // 2 * 64 * width // 8
+            at = group // 2 * 64 * width // 8
             codes = [load(lanes[group % 2], at + u * of_unit) for u in range(units)]
             if p.key.shared:
                 sums = pieces.look_up(warp, p.key, places, codes)
@@ -1096,8 +1167,7 @@ class FusedKernel:
                 index = self.table_block + warp.wide(block)
                 base = self.at.tables + index * p.key.nbytes
                 sums = pieces.look_up_global(warp, p.key, base, codes)
-            here = others(tile * (GROUPS // 2) + group)
-            groups.append(pieces.scores(warp, sums, here, steps))
+            groups.append(pieces.scores(warp, sums, others(group), steps))
         return groups
 
     # Counting warps.

@@ -30,9 +30,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gsrq_jax.kernels import mosaic_gpu
+from gsrq_jax.kernels import devices
+from gsrq_jax.kernels.devices import PROCESSORS
 from gsrq_jax.kernels.errors import InputError
-from gsrq_jax.kernels.mosaic_gpu import PROCESSORS, SHARED_BYTES
+from gsrq_jax.kernels.mosaic_gpu import SHARED_BYTES
 from gsrq_jax.kernels.precision import in_pieces
 
 ROWS = 64
@@ -94,7 +95,7 @@ def check_supported(points: Any, codewords: int) -> Problem:
         InputError: naming what was given and what is supported.
     """
     problem = problem_of(points, codewords)
-    mosaic_gpu.check_device()
+    devices.check_hopper()
     if jax.config.read("jax_enable_x64"):  # an attribute that type checkers do not see
         raise InputError(
             "the fused k-means kernels are written for numbers of 32 bits; turn jax_enable_x64 off "

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, UInt8
 
-from gsrq_jax.kernels import mosaic_gpu
+from gsrq_jax.kernels import devices
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.mosaic_gpu import SHARED_BYTES
 from gsrq_jax.kernels.mosaic_gpu_cluster import over_problems, splits_of, varying_as
@@ -154,7 +154,7 @@ def check_supported(x: Any, codewords: Any) -> Problem:
         InputError: naming what was given and what is supported.
     """
     problem = problem_of(x, codewords)
-    mosaic_gpu.check_device()
+    devices.check_hopper()
     return problem
 
 

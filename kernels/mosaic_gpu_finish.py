@@ -20,7 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gsrq_jax.kernels import mosaic_gpu, pieces
-from gsrq_jax.kernels.mosaic_gpu import MOST_QUERY, PROCESSORS
+from gsrq_jax.kernels.devices import PROCESSORS
+from gsrq_jax.kernels.mosaic_gpu import MOST_QUERY
 from gsrq_jax.kernels.mosaic_gpu_products import Rows
 from gsrq_jax.kernels.pieces import LN2, ROWS
 
@@ -156,30 +157,18 @@ class FinishKernel:
     def run(self) -> None:
         """Weights of the parts, their sum, its product with the codewords, one softmax."""
         warp, count = self.warp, self.problem.together
-        self._prefetch()
         warp.when(warp.less(warp.index, count), self._weigh)
         # By other warps: both wait for memory.
         other = warp.select(warp.less(warp.index, count), warp.integer(WARPS), warp.index)
         warp.when(warp.less(other, 2 * count), self._look)
         warp.sync_block()
         words = self._read(warp.integer(0))  # what does not depend on them is under way meanwhile
+        other = self._others()
         self._add_up()
         warp.sync_block()
         self._multiply(words)
-        other = self._others()
         warp.sync_block()
         self._write(other)
-
-    def _prefetch(self) -> None:
-        """Codewords of the head, which may not be in the second-level cache: by the thread blocks
-        of its first rows, together."""
-        warp, p = self.warp, self.problem
-        each = p.codewords * p.of.dim * 2 * p.together // ROWS
-        of_head = self.pair % (p.of.batch * p.of.row_groups)
-        first = warp.equal(of_head, 0) & warp.equal(self.thread, (WARPS - 1) * 32)
-        place = warp.wide(self.head) * (p.codewords * p.of.dim * 2)
-        place = place + warp.wide(self.first // p.together * each)
-        warp.when(first, lambda: warp.prefetch(self.at.words + place, warp.integer(each)))
 
     def _row(self, i: Any) -> tuple[Any, Any]:
         """The row of all rows of the KV head that is row ``i`` here, and whether it is there."""

@@ -18,6 +18,7 @@ contracted in does not matter, so that 16 bytes are read at a time.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from gsrq_jax.kernels.pieces import LN2, ROWS
 from gsrq_jax.kernels.precision import in_pieces
 
 if TYPE_CHECKING:
-    from gsrq_jax.kernels import mosaic_gpu
+    from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent
 
 FRAMES = 4
 """Blocks of a left operand: with `ROWS` each its 16 rows."""
@@ -100,7 +101,9 @@ class Layout:
 class Rows:
     """Four query rows of a KV head and a sequence, said to a warp."""
 
-    def __init__(self, problem: "mosaic_gpu.Problem", warp: Any, pair: Any):
+    def __init__(
+        self, problem: "mosaic_gpu.Problem | mosaic_gpu_recent.Problem", warp: Any, pair: Any
+    ):
         self.problem, self.warp, self.pair = problem, warp, pair
         self.head = pair // (problem.batch * problem.row_groups)
         self.sequence = pair // problem.row_groups % problem.batch
@@ -152,26 +155,29 @@ class Products:
         def of_some(i: Any, _: list) -> list:
             begin = i * each
             here = warp.unsigned_min(tiles - begin, each)
-            self._each(here * 2, lambda n: self._left(begin, n // 2, n % 2))
-            warp.sync_block()
-            units = knot_units(self.problem) + self._words
-            self._each(warp.integer(units), lambda n: self._unit(n, begin, here))
+            # By the last warps first, which have the fewest units.
+            last = warp.integer(self.warps - 1) - warp.index
+            self._each(here * 2, last, lambda i, n: self._left(begin, n // 2, n % 2))
+            units = warp.integer(knot_units(self.problem) + self._words)
+            self._each(units, warp.index, lambda i, n: self._unit(n, begin, here, i))
+            # Who has a unit has waited when its right operands were on their way.
+            warp.when(warp.less(units, warp.index + 1), warp.sync_block)
             warp.copies_fence()
             warp.sync_block()
             return []
 
         warp.loop(times, [], of_some)
 
-    def _each(self, count: Any, body: Any) -> None:
-        """``body(n)`` for each of so many, which the warps share."""
-        warp = self.warp
-        rounds = (count + (self.warps - 1) - warp.index) // self.warps
+    def _each(self, count: Any, index: Any, body: Any) -> None:
+        """``body(i, n)`` for each n of so many, which the warps share by their index: the warp's
+        ``i``-th."""
+        rounds = (count + (self.warps - 1) - index) // self.warps
 
         def turn(i: Any, _: list) -> list:
-            body(i * self.warps + warp.index)
+            body(i, i * self.warps + index)
             return []
 
-        warp.loop(rounds, [], turn)
+        self.warp.loop(rounds, [], turn)
 
     @property
     def _words(self) -> int:
@@ -277,15 +283,21 @@ class Products:
 
     # Right operands, and products.
 
-    def _unit(self, number: Any, begin: Any, tiles: Any) -> None:
-        """Of so many tiles of blocks: the knots of a unit, or its codewords, which come after."""
+    def _unit(self, number: Any, begin: Any, tiles: Any, turn: Any) -> None:
+        """Of so many tiles of blocks: the knots of a unit, or its codewords, which come after.
+
+        In a warp's first turn left operands are waited for, by all warps.
+        """
         warp, shares = self.warp, knot_units(self.problem)
 
+        def ready() -> None:
+            warp.when(warp.equal(turn, 0), warp.sync_block)
+
         def knots() -> None:
-            self._knots(number, begin, tiles)
+            self._knots(number, begin, tiles, ready)
 
         def words() -> None:
-            self._codewords(number - shares, begin, tiles)
+            self._codewords(number - shares, begin, tiles, ready)
 
         if self._words and shares:
             warp.either(warp.less(number, shares), knots, words)
@@ -301,8 +313,9 @@ class Products:
             words += [four[:2], four[2:]]
         return words
 
-    def _codewords(self, unit: Any, begin: Any, tiles: Any) -> None:
-        """Products with the codewords of two stages.
+    def _codewords(self, unit: Any, begin: Any, tiles: Any, ready: Callable[[], None]) -> None:
+        """Products with the codewords of two stages, with left operands that are there when
+        ``ready`` returns.
 
         Columns are codewords in such an order that a lane gets eight in a row. Cost of a tile,
         head_dim 128: 8 LDS of 16 bytes, 32 products, 8 conversions, 2 stores of 16 bytes; 16 loads
@@ -316,6 +329,7 @@ class Products:
             column = unit * WORDS + self.row // 2 * 8 + self.row % 2 + 2 * n
             column = warp.unsigned_min(column, columns - 1)
             right.append(self._right(words + warp.wide(column * (p.dim * 2))))
+        ready()
         if p.short_words:
             right = [
                 [[warp.to_halves(*warp.bfloat16s(x)) for x in step] for step in operand]
@@ -346,7 +360,7 @@ class Products:
 
         warp.loop(tiles, [], of_tile)
 
-    def _knots(self, unit: Any, begin: Any, tiles: Any) -> None:
+    def _knots(self, unit: Any, begin: Any, tiles: Any, ready: Callable[[], None]) -> None:
         """The mean key's shares at some knots, to 20 bits or so: upper parts with upper and lower
         ones, and lower with upper.
 
@@ -357,6 +371,7 @@ class Products:
         knot = unit * KNOTS + self.row
         place = self.at.waves + warp.wide(knot * (2 * p.dim * 2))
         right = [self._right(place), self._right(place + warp.wide(warp.integer(p.dim * 2)))]
+        ready()
         part = int(p.key.shared)
         knot = unit * KNOTS + warp.lane % 4 * 2
         count = warp.select(warp.less(knot, p.frame_knots), self.count, 0)

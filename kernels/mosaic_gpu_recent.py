@@ -1,30 +1,41 @@
 """Attention of a new token over what a cache keeps exact, on Hopper GPUs: Pallas Mosaic GPU (ours).
 
 Sinks, the new token itself and the window are one list of tokens, cut into parts of equal length;
-a thread block has one part of one KV head of one sequence. A key is read by ``d / 8`` lanes, 16
-bytes each, so that a warp has ``256 / d`` keys at a time, and `AHEAD` times as many under way; a
-value likewise, into sums that stay in registers. Nothing is read that is not there, and no weight,
-mask or score is ever written: XLA's program of the same takes some thirteen small kernels, one of
-which copies all values of the window to put zeros into slots that no token holds.
+a thread block has one part, and four query rows, of one KV head of one sequence. A key is read by
+``d / 8`` lanes, 16 bytes each, so that a warp has ``256 / d`` keys at a time, and `AHEAD` times as
+many under way; a value likewise, into sums that stay in registers. Nothing is read that is not
+there, and no weight, mask or score is ever written: XLA's program of the same takes some thirteen
+small kernels, one of which copies all values of the window to put zeros into slots that no token
+holds.
+
+`gsrq_jax.kernels.mosaic_gpu` has it done by the warps that count, which have nothing else to do
+until the first chunk is scored; the kernel here is for caches whose codes are in no layout of a
+kernel, or spread over devices.
 
 What limits it: the bytes of the keys and values that are there. Beside them there are, for each key
 and lane, 16 q multiplications and ``q log2(d / 8)`` shuffles.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-from gsrq_jax.kernels import mosaic_gpu
+from gsrq_jax.kernels import devices
+from gsrq_jax.kernels.devices import PROCESSORS
 from gsrq_jax.kernels.errors import InputError
-from gsrq_jax.kernels.mosaic_gpu import PROCESSORS
+from gsrq_jax.kernels.mosaic_gpu_products import Rows
+from gsrq_jax.kernels.pieces import LN2, ROWS
+from gsrq_jax.kernels.reference import Recent
 
 WARPS = 4
-AHEAD = 4
+AHEAD = 2
 """Keys of a group of lanes whose bytes are under way together."""
 CHANNELS = 8
 """Of a lane: 16 bytes of bfloat16."""
@@ -32,6 +43,8 @@ LEAST = 64
 """Tokens of a part, so that starting it does not take longer than reading it."""
 NOTHING = -1e30
 """Maximum of no scores; the score of what is not there is twice as low."""
+ARRAYS = "sink_key", "window_key", "key", "sink_value", "window_value", "value", "counts"
+"""What is read beside the query, as `arrays_of` gives it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +57,39 @@ class Problem:
     dim: int
     sinks: int
     ring: int
+    tokens: int = 1  # that are new, which is all there is
 
     @property
-    def parts(self) -> int:
-        """Thread blocks that share the tokens of a KV head of a sequence: enough for two on each
-        processor."""
-        wanted = math.ceil(2 * PROCESSORS / (self.batch * self.heads))
-        return max(1, min(wanted, (self.sinks + 1 + self.ring) // LEAST))
+    def row_groups(self) -> int:
+        """Groups of four query heads of a KV head."""
+        return -(-self.group // ROWS)
 
     @property
-    def nbytes(self) -> int:
-        """Shared memory of a thread block: sums of each warp, their maximum and total."""
-        return WARPS * self.group * (self.dim + 2) * 4 + 16
+    def pairs(self) -> int:
+        """(KV head, sequence, group of query heads)."""
+        return self.heads * self.batch * self.row_groups
+
+    def parts(self, blocks: int) -> int:
+        """Those of so many thread blocks that share the tokens."""
+        return min(blocks, math.ceil((self.sinks + 1 + self.ring) / LEAST))
+
+    @property
+    def own_parts(self) -> int:
+        """In a kernel of its own: enough for two on each processor."""
+        return self.parts(math.ceil(2 * PROCESSORS / self.pairs))
+
+    def nbytes(self, warps: int) -> int:
+        """Shared memory of so many warps: sums of each, their maximum and total, of each row."""
+        return warps * min(ROWS, self.group) * (self.dim + 4) * 4
+
+    def outputs(self, parts: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+        """Shapes and dtypes of what so many parts write."""
+        rows = self.batch, self.heads, parts, self.group
+        return {"recent": ((*rows, self.dim), jnp.float32), "recent_lse": (rows, jnp.float32)}
 
 
-def problem_of(query: Any, *arrays: Any) -> Problem:
-    """The shapes of a call, from the first seven arguments of `attend_recent`.
+def problem_of(query: Any, recent: Recent) -> Problem:
+    """The shapes of a call.
 
     Raises:
         InputError: naming what the kernel does not have.
@@ -75,54 +105,42 @@ def problem_of(query: Any, *arrays: Any) -> Problem:
         refuse("channels of a head", dim, "heads of 64 or 128 channels")
     if group > 8:
         refuse("query heads a KV head", group, "at most 8 query heads a KV head")
-    for x in arrays:
+    for x in recent[:6]:
         if x.dtype != jnp.bfloat16:
             refuse("some of", x.dtype, "keys and values in bfloat16")
-    sinks, window, _, *values = arrays
-    for x, y in zip(arrays, values, strict=False):
+    for x, y in zip(recent[:3], recent[3:6], strict=True):
         if x.shape != y.shape:
             refuse("values", y.shape, f"values as keys, {x.shape}")
-    return Problem(batch, heads, group, dim, sinks.shape[2], window.shape[2])
+    return Problem(batch, heads, group, dim, recent.sink_key.shape[2], recent.window_key.shape[2])
 
 
-def check_supported(*arrays: Any) -> Problem:
-    """The shapes of a call that can be made here, from the same arguments.
+def supported(query: Any, recent: Recent) -> Problem | None:
+    """The shapes of a call, None if the kernel does not have them."""
+    try:
+        return problem_of(query, recent)
+    except InputError:
+        return None
+
+
+def check_supported(query: Any, recent: Recent) -> Problem:
+    """The shapes of a call that can be made here.
 
     Raises:
         InputError: naming what was given and what is supported.
     """
-    problem = problem_of(*arrays)
-    mosaic_gpu.check_device()
+    problem = problem_of(query, recent)
+    devices.check_hopper()
     return problem
 
 
 def attend_recent(
-    query: Float[Array, "B 1 H q d"],
-    sink_key: Float[Array, "B H S d"],
-    window_key: Float[Array, "B H C d"],
-    key: Float[Array, "B 1 H d"],
-    sink_value: Float[Array, "B H S d"],
-    window_value: Float[Array, "B H C d"],
-    value: Float[Array, "B 1 H d"],
-    sinks: Int[Array, " B"],
-    first: Int[Array, " B"],
-    held: Int[Array, " B"],
-    new: Int[Array, " B"],
+    query: Float[Array, "B 1 H q d"], recent: Recent
 ) -> tuple[Float[Array, "P B 1 H q d"], Float[Array, "P B 1 H q"]]:
     """`gsrq_jax.kernels.reference.attend_recent` on a Hopper GPU, in P parts to be merged.
 
     Args:
         query: scaled queries, float32; d 64 or 128, at most 8 query heads a KV head.
-        sink_key: bfloat16, as all keys and values.
-        window_key: a ring of slots.
-        key: of the new token.
-        sink_value: like ``sink_key``.
-        window_value: like ``window_key``.
-        value: like ``key``.
-        sinks: slots of sinks that are held; slots that are not are never read.
-        first: token j of the window lies in slot ``(first + j) % C``.
-        held: tokens of the window.
-        new: 1, or 0 where the new token is none.
+        recent: of one new token, keys and values in bfloat16.
 
     Returns:
         The softmax-weighted values of each part (0 where it has no tokens) and the log-sum-exp of
@@ -131,41 +149,61 @@ def attend_recent(
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
-    arrays = query, sink_key, window_key, key, sink_value, window_value, value
-    p = check_supported(*arrays)
-    counts = jnp.stack([x.astype(jnp.int32) for x in (sinks, new, first, held)], axis=1)
-    if not p.sinks:  # nothing can be made of no bytes
-        arrays = query, key, window_key, key, value, window_value, value
-    out, lse = recent_kernel(p)(*arrays, counts)
+    p = check_supported(query, recent)
+    return in_parts(*recent_kernel(p)(query, *arrays_of(recent)))
+
+
+def in_parts(
+    out: Float[Array, "B H P q d"], lse: Float[Array, "B H P q"]
+) -> tuple[Float[Array, "P B 1 H q d"], Float[Array, "P B 1 H q"]]:
+    """What kernels write, as `attend_recent` returns it."""
     return jnp.moveaxis(out, 2, 0)[:, :, None], jnp.moveaxis(lse, 2, 0)[:, :, None]
 
 
+def arrays_of(recent: Recent) -> tuple[Array, ...]:
+    """`ARRAYS`: keys and values, and sinks, new tokens, first slot and held ones ``[B, 4]``."""
+    r = recent
+    counts = jnp.stack([x.astype(jnp.int32) for x in (r.sinks, r.new, r.first, r.held)], axis=1)
+    if not r.sink_key.shape[2]:  # nothing can be made of no bytes
+        r = r._replace(sink_key=r.key, sink_value=r.value)
+    return *r[:6], counts
+
+
 def recent_kernel(problem: Problem) -> Any:
-    """The kernel as a function of seven arrays and counts ``[B, 4]``, the parts third in its
-    results."""
-    from gsrq_jax.kernels.warp import Warp, warp_kernel
+    """The kernel as a function of the query and `ARRAYS`; its results are `Problem.outputs`."""
+    from gsrq_jax.kernels.warp import warp_kernel
 
-    def run(warp: Warp, *places: Any) -> None:
-        RecentKernel(problem, warp, Addresses(*places)).run()
-
-    p = problem
-    rows = (p.batch, p.heads, p.parts, p.group)
+    p, parts = problem, problem.own_parts
     return warp_kernel(
-        run,
-        outputs=[
-            jax.ShapeDtypeStruct((*rows, p.dim), jnp.float32),
-            jax.ShapeDtypeStruct(rows, jnp.float32),
-        ],
-        nbytes=p.nbytes,
-        parts=p.batch * p.heads * p.parts,
+        functools.partial(one_part, p),
+        outputs=[jax.ShapeDtypeStruct(*x) for x in p.outputs(parts).values()],
+        nbytes=p.nbytes(WARPS) + 16,
+        parts=p.pairs * parts,
         warps=WARPS,
         name="attend_recent",
     )
 
 
+def one_part(problem: Problem, warp: Any, *places: Any) -> None:
+    """What one warp of that kernel does."""
+    *arrays, shared = places
+    parts = problem.own_parts
+    RecentTokens(
+        problem,
+        warp,
+        Addresses(*arrays),
+        Rows(problem, warp, warp.block // parts),
+        (shared + 15) & 0xFFFFFFF0,
+        warps=WARPS,
+        part=warp.block % parts,
+        parts=parts,
+        sync=warp.sync_block,
+    ).run()
+
+
 @dataclasses.dataclass(frozen=True)
 class Addresses:
-    """Where the arrays lie, in the order of the kernel's arguments, and its shared memory."""
+    """Where the arrays lie, in the order of the kernel's arguments and results."""
 
     query: Any
     sink_key: Any
@@ -177,65 +215,74 @@ class Addresses:
     counts: Any
     out: Any
     lse: Any
-    shared: Any
 
 
-class RecentKernel:
-    """What one warp of one thread block does, said to that warp."""
+class RecentTokens:
+    """What one of some warps of a thread block does, said to that warp."""
 
-    def __init__(self, problem: Problem, warp: Any, at: Addresses):
-        self.problem, self.warp, self.at = problem, warp, at
+    def __init__(
+        self,
+        problem: Problem,
+        warp: Any,
+        at: Addresses,
+        rows: Rows,
+        base: Any,
+        *,
+        warps: int,
+        part: Any,
+        parts: int,
+        sync: Callable[[], None],
+    ):
+        """One part of the tokens for four rows, by the first ``warps`` of the thread block, for
+        which ``sync`` waits; they have `Problem.nbytes` of shared memory from ``base`` on."""
+        self.problem, self.warp, self.at, self.rows = problem, warp, at, rows
+        self.base, self.warps, self.part, self.parts, self.sync = base, warps, part, parts, sync
         p = problem
-        self.base = (at.shared + 15) & 0xFFFFFFF0
+        self.count = min(ROWS, p.group)  # of rows, some of which may be none
         self.lanes = p.dim // CHANNELS  # of a key
         self.keys = 32 // self.lanes  # of a warp
-        self.head = warp.block // p.parts  # of all sequences
+        self.head = rows.sequence * p.heads + rows.head  # of all sequences
         self.channel = warp.lane % self.lanes * CHANNELS
-        counts = warp.wide(self.head // p.heads) * 16
-        self.sinks, new, self.first, held = warp.load_global(at.counts + counts, n=4)
+        counts = at.counts + warp.wide(rows.sequence) * 16
+        self.sinks, new, self.first, held = warp.load_global(counts, n=4)
         self.exact = self.sinks + new  # tokens before those of the window
         total = self.exact + held
-        each = (total + (p.parts - 1)) // p.parts
-        self.start = warp.block % p.parts * each
+        each = (total + (parts - 1)) // parts
+        self.start = part * each
         self.stop = warp.unsigned_min(self.start + each, total)
 
     def run(self) -> None:
         """All keys and values of this warp, those of all warps together, out to global memory."""
-        warp, group = self.warp, self.problem.group
+        warp, count = self.warp, self.count
         query = self._query()
-        step = WARPS * self.keys * AHEAD
-        count = warp.signed_max(self.stop - self.start, warp.integer(0))
+        step = self.warps * self.keys * AHEAD
+        tokens = warp.signed_max(self.stop - self.start, warp.integer(0))
         none = [warp.floating(0.0)]
-        carry = [warp.floating(NOTHING)] * group + none * (group + group * CHANNELS)
+        carry = [warp.floating(NOTHING)] * count + none * (count + count * CHANNELS)
 
         def further(i: Any, carry: list) -> list:
             first = self.start + i * step + warp.index * (self.keys * AHEAD)
             return self._add(query, first + warp.lane // self.lanes, carry)
 
-        top, total, sums = self._split(warp.loop((count + (step - 1)) // step, carry, further))
-        self._share(*self._of_warp(top, total, sums))
-        warp.sync_block()
-        self._write()
+        top, total, sums = self._split(warp.loop((tokens + (step - 1)) // step, carry, further))
+        self._together(*self._of_warp(top, total, sums))
 
     def _split(self, carry: list) -> tuple[list, list, list[list]]:
-        """Maxima, totals and sums of each query head."""
-        group = self.problem.group
-        sums = [carry[i : i + CHANNELS] for i in range(2 * group, (2 + CHANNELS) * group, CHANNELS)]
-        return carry[:group], carry[group : 2 * group], sums
+        """Maxima, totals and sums of each row."""
+        n = self.count
+        sums = [carry[i : i + CHANNELS] for i in range(2 * n, (2 + CHANNELS) * n, CHANNELS)]
+        return carry[:n], carry[n : 2 * n], sums
 
     def _query(self) -> list[list]:
-        """The lane's channels of each query head, in units in which 2 is the base."""
-        warp, p = self.warp, self.problem
-        place = self.at.query + warp.wide(self.head) * (p.group * p.dim * 4)
-        place = place + warp.wide(self.channel * 4)
-        return [
-            [
-                x * math.log2(math.e)
-                for half in range(0, CHANNELS, 4)
-                for x in warp.load_global(place, (i * p.dim + half) * 4, 4, "f")
-            ]
-            for i in range(p.group)
-        ]
+        """The lane's channels of each row, in units in which 2 is the base."""
+        warp, query = self.warp, []
+        for i in range(self.count):
+            row, _ = self.rows.row(warp.integer(i))
+            place = self.at.query + self.rows.place(row) * (self.problem.dim * 4)
+            place = place + warp.wide(self.channel * 4)
+            halves = [warp.load_global(place, half * 4, 4, "f") for half in range(0, CHANNELS, 4)]
+            query.append([x * (1 / LN2) for half in halves for x in half])
+        return query
 
     def _place(self, i: Any, sink: Any, own: Any, window: Any) -> Any:
         """Where the lane's channels of token ``i`` of all are, which must be there."""
@@ -271,7 +318,7 @@ class RecentKernel:
             self._numbers([warp.select(t, word, 0) for word in words])
             for t, words in zip(there, values, strict=True)
         ]
-        for i in range(self.problem.group):
+        for i in range(self.count):
             found = [warp.select(t, x[i], 2 * NOTHING) for t, x in zip(there, scores, strict=True)]
             most = top[i]
             for x in found:
@@ -286,7 +333,7 @@ class RecentKernel:
         return top + total + [x for each in sums for x in each]
 
     def _scores(self, query: list[list], key: list) -> list:
-        """Of a key with each query head, in all lanes that have a part of it."""
+        """Of a key with each row, in all lanes that have a part of it."""
         warp = self.warp
         scores = []
         for row in query:
@@ -304,7 +351,7 @@ class RecentKernel:
         """What the groups of lanes of a warp have together, in each of them."""
         warp, mask = self.warp, self.lanes
         while mask < 32:
-            for i in range(self.problem.group):
+            for i in range(self.count):
                 other = warp.from_lane_xor(top[i], mask)
                 most = warp.fmax(top[i], other)
                 mine, others = warp.exp2(top[i] - most), warp.exp2(other - most)
@@ -316,46 +363,42 @@ class RecentKernel:
             mask *= 2
         return top, total, sums
 
-    def _share(self, top: list, total: list, sums: list[list]) -> None:
-        """The warp's sums, maxima and totals to shared memory."""
-        warp, p = self.warp, self.problem
-        row = p.dim * 4
-        place = self.base + warp.index * (p.group * row) + self.channel * 4
-        other = self.base + WARPS * p.group * row + warp.index * (p.group * 8)
+    def _together(self, top: list, total: list, sums: list[list]) -> None:
+        """The sums of all warps to shared memory, from where a warp takes those of its row."""
+        warp, dim = self.warp, self.problem.dim
+        of_row = (dim + 4) * 4
+        place = self.base + warp.index * (self.count * of_row)
         writes, first = warp.less(warp.lane, self.lanes), warp.equal(warp.lane, 0)
-        for i in range(p.group):
+        for i in range(self.count):
             for half in range(0, CHANNELS, 4):
                 four = sums[i][half : half + 4]
-                warp.store_shared(place, four, i * row + half * 4, writes)
-            warp.store_shared(other, [top[i], total[i]], i * 8, first)
+                warp.store_shared(place + self.channel * 4, four, i * of_row + half * 4, writes)
+            warp.store_shared(place, [top[i], total[i]], i * of_row + dim * 4, first)
+        self.sync()
+        warp.when(warp.less(warp.index, self.count), lambda: self._write(warp.index))
 
-    def _write(self) -> None:
-        """A query head after the other, each by one warp."""
-        for i in range(-(-self.problem.group // WARPS)):
-            head = self.warp.index + i * WARPS
-            there = self.warp.less(head, self.problem.group)
-            self.warp.when(there, lambda head=head: self._write_head(head))
-
-    def _write_head(self, head: Any) -> None:
+    def _write(self, i: Any) -> None:
+        """Row ``i`` of all warps."""
         warp, p = self.warp, self.problem
-        row, n = p.dim * 4, p.dim // 32
-        place = self.base + head * row + warp.lane * (n * 4)
-        other = self.base + WARPS * p.group * row + head * 8
-        each = [warp.load_shared(other, w * p.group * 8, 2, "f") for w in range(WARPS)]
+        of_row, n = (p.dim + 4) * 4, p.dim // 32
+        own, of_warp = self.base + i * of_row, self.count * of_row
+        each = [warp.load_shared(own, w * of_warp + p.dim * 4, 2, "f") for w in range(self.warps)]
         most = each[0][0]
         for top, _ in each[1:]:
             most = warp.fmax(most, top)
-        scales = [warp.exp2(top - most) for top, _ in each]
+        place = own + warp.lane * (n * 4)
         total, sums = warp.floating(0.0), [warp.floating(0.0)] * n
-        for w, (scale, (_, part)) in enumerate(zip(scales, each, strict=True)):
+        for w, (top, part) in enumerate(each):
+            scale = warp.exp2(top - most)
             total = warp.fma(part, scale, total)
-            read = warp.load_shared(place, w * p.group * row, n, "f")
+            read = warp.load_shared(place, w * of_warp, n, "f")
             sums = [warp.fma(x, scale, y) for x, y in zip(read, sums, strict=True)]
         some = warp.less(self.start, self.stop)
         inverse = warp.reciprocal(warp.select(some, total, 1.0))
-        at = warp.wide(warp.block * p.group + head)
-        out = self.at.out + at * row + warp.wide(warp.lane * (n * 4))
-        warp.store_global(out, [x * inverse for x in sums])
-        lse = (most + warp.log2(total)) * math.log(2)
-        lse = warp.select(some, lse, -math.inf)
-        warp.store_global(self.at.lse + at * 4, [lse], where=warp.equal(warp.lane, 0))
+        row, there = self.rows.row(i)
+        at = warp.wide((self.head * self.parts + self.part) * p.group + row)
+        out = self.at.out + at * (p.dim * 4) + warp.wide(warp.lane * (n * 4))
+        warp.store_global(out, [x * inverse for x in sums], where=there)
+        lse = warp.select(some, (most + warp.log2(total)) * LN2, -math.inf)
+        first = warp.less(warp.select(there, warp.lane, 1), 1)
+        warp.store_global(self.at.lse + at * 4, [lse], where=first)

@@ -304,6 +304,11 @@ def _added_up(warp: Any, form: KeyTable, entry: Any) -> list:
     return sums
 
 
+def knot_bytes(every: int, tokens: int) -> int:
+    """Of what `gather_knots` writes, so many tokens."""
+    return tokens // every * 2 * ROWS * 4
+
+
 def gather_knots(warp: Any, every: int, stride: int, raw: Any, offsets: list, place: Any) -> None:
     """What scores have at a chunk's knots beside their table's entries, and what they gain a token.
 
@@ -345,7 +350,7 @@ def between_knots(warp: Any, every: int, knots: Any, token: Any, start: int) -> 
         every: tokens from knot to knot.
         knots: address of what `gather_knots` wrote.
         token: from `tokens_of_lane`.
-        start: of the 64 tokens in the chunk.
+        start: of the 64 tokens, in those that ``knots`` are of.
     """
     own, since = knots + token // every * (2 * ROWS * 4), warp.to_float(token % every)
     at, gain = (

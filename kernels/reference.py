@@ -8,6 +8,7 @@ output with its log-sum-exp, so that exact parts can be merged into one softmax.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -312,26 +313,10 @@ def attend_sets(
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
 
 
-def attend_recent(
-    query: Float[Array, "B T H q d"],
-    sink_key: Float[Array, "B H S d"],
-    window_key: Float[Array, "B H C d"],
-    key: Float[Array, "B T H d"],
-    sink_value: Float[Array, "B H S d"],
-    window_value: Float[Array, "B H C d"],
-    value: Float[Array, "B T H d"],
-    sinks: Int[Array, " B"],
-    first: Int[Array, " B"],
-    held: Int[Array, " B"],
-    new: Int[Array, " B"],
-) -> tuple[Float[Array, "1 B T H q d"], Float[Array, "1 B T H q"]]:
-    """Attention over what a cache keeps exact, and causally over new tokens, with log-sum-exp.
+class Recent(NamedTuple):
+    """What a cache keeps exact, and the new tokens.
 
-    The kernel, `gsrq_jax.kernels.mosaic_gpu_recent.attend_recent`, has this signature and may
-    return more parts, which are to be merged.
-
-    Args:
-        query: scaled queries, float32.
+    Attributes:
         sink_key: of the first tokens.
         window_key: a ring of slots.
         key: of the new tokens.
@@ -343,21 +328,48 @@ def attend_recent(
         held: tokens of the window.
         new: new tokens that are real; those after them may be NaN, and their outputs mean nothing.
     """
-    batch, tokens, slots = *query.shape[:2], window_key.shape[2]
+
+    sink_key: Float[Array, "B H S d"]
+    window_key: Float[Array, "B H C d"]
+    key: Float[Array, "B T H d"]
+    sink_value: Float[Array, "B H S d"]
+    window_value: Float[Array, "B H C d"]
+    value: Float[Array, "B T H d"]
+    sinks: Int[Array, " B"]
+    first: Int[Array, " B"]
+    held: Int[Array, " B"]
+    new: Int[Array, " B"]
+
+
+def attend_recent(
+    query: Float[Array, "B T H q d"], recent: Recent
+) -> tuple[Float[Array, "1 B T H q d"], Float[Array, "1 B T H q"]]:
+    """Attention over what a cache keeps exact, and causally over new tokens, with log-sum-exp.
+
+    The kernel, `gsrq_jax.kernels.mosaic_gpu_recent.attend_recent`, has this signature and may
+    return more parts, which are to be merged.
+
+    Args:
+        query: scaled queries, float32.
+        recent: keys and values.
+    """
+    r = recent
+    batch, tokens, slots = *query.shape[:2], r.window_key.shape[2]
     step = jnp.arange(tokens)
-    themselves = (step[:, None] >= step) & (step < new[:, None])[:, None]  # [B, T, T]
-    in_window = in_ring(slots, first, held)
+    themselves = (step[:, None] >= step) & (step < r.new[:, None])[:, None]  # [B, T, T]
+    in_sinks = jnp.arange(r.sink_key.shape[2]) < r.sinks[:, None]
+    in_window = in_ring(slots, r.first, r.held)
 
     def seen(there: Array) -> Array:
         return jnp.broadcast_to(there[:, None], (batch, tokens, there.shape[1]))
 
     # The new ones join the sinks, which are as few: two products less.
     both = (
-        jnp.concatenate([sink_key, jnp.swapaxes(key, 1, 2)], axis=2),
-        jnp.concatenate([sink_value, jnp.swapaxes(value, 1, 2)], axis=2),
-        jnp.concatenate([seen(jnp.arange(sink_key.shape[2]) < sinks[:, None]), themselves], axis=2),
+        jnp.concatenate([r.sink_key, jnp.swapaxes(r.key, 1, 2)], axis=2),
+        jnp.concatenate([r.sink_value, jnp.swapaxes(r.value, 1, 2)], axis=2),
+        jnp.concatenate([seen(in_sinks), themselves], axis=2),
     )
-    out, lse = attend_sets(query, [both, (window_key, window_value, seen(in_window))])
+    out, lse = attend_sets(query, [both, (r.window_key, r.window_value, seen(in_window))])
     return out[None], lse[None]
 
 

@@ -128,6 +128,10 @@ class Warp:
         """A constant."""
         return _constant("r", number)
 
+    def unknown(self, number: int) -> Value:
+        """A constant that the compiler does not see as one: a loop so often is not unrolled."""
+        return self._ptx(f"mov.u32 $0, {number};", "r", effects=True)
+
     def floating(self, number: float) -> Value:
         """A constant."""
         return _constant("f", number)
@@ -286,6 +290,10 @@ class Warp:
     def sync_block(self) -> None:
         """Wait for all warps of the thread block."""
         self._ptx("bar.sync 0;", "", effects=True)
+
+    def sync_first(self, warps: int) -> None:
+        """Wait for so many of them, of which this is one: always the same."""
+        self._ptx(f"bar.sync 1, {32 * warps};", "", effects=True)
 
     # --- memory -------------------------------------------------------------------------------
 

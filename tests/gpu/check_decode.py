@@ -3,10 +3,10 @@
     python tests/gpu/check_decode.py                    # everything
     python tests/gpu/check_decode.py --part 0/4         # every fourth case
 
-Every case has sinks and a remainder of its last block at full precision, merged into the same
-softmax, and NaN in everything beyond a sequence's length. Prints the largest relative error of an
-output vector, by case; exits with 1 if one is above the bound, or a second run or one in bfloat16
-gives something else.
+Every case has sinks, the remainder of its last block in a ring, and new tokens that are exact, in
+the same softmax (of one new token in the same kernel), and NaN in everything that is not there.
+Prints the largest relative error of an output vector, by case; exits with 1 if one is above the
+bound, or a second run or one in bfloat16 gives something else.
 """
 
 import argparse
@@ -142,8 +142,8 @@ def shifts(mean: Any, b: int, inv_freq: Any, every: int) -> Any:
     return ((1 - way) * before + way * after)[:, None]
 
 
-def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of attend_tiles, and those of attend_exact."""
+def make(case: Case, seed: int) -> dict[str, Any]:
+    """Arguments of attend_tiles."""
     c, rng = case, np.random.default_rng(seed)
     lengths = np.resize(np.array(c.lengths or (c.N * c.b,)), c.B)
     blocks = lengths // c.part
@@ -159,7 +159,7 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     )
     key_codes = rng.integers(0, c.K, (c.B, c.H, c.N, c.b, c.R)).astype(np.uint8)
     value_codes = rng.integers(0, 16, (c.B, c.H, c.N, c.b, c.S)).astype(np.uint8)
-    exact_keys, exact_values = normal(2, c.B, c.H, SINKS + c.part, c.d)
+    exact_keys, exact_values = normal(2, c.B, c.H, SINKS + c.part + c.T, c.d)
     if c.kind == "flat":
         query = np.zeros_like(query)
     if c.kind == "mean":
@@ -180,11 +180,11 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         exact_keys[:, :, 1] = 0
         toward = query[:, 0, :, 0]
         exact_keys[:, :, 1] = toward * (40 / (toward**2).sum(-1, keepdims=True))
-    there = np.arange(SINKS + c.part) < (SINKS + lengths % c.part)[:, None]
-    for x in (exact_keys, exact_values):
-        x[np.broadcast_to(~there[:, None], x.shape[:-1])] = np.nan
+    held, first = lengths % c.part, rng.integers(0, 10**6, c.B)
+    new = rng.integers(0, 2, c.B) if c.T == 1 else np.full(c.B, c.T)
+    recent = recent_of(c, exact_keys, exact_values, held=held, first=first, new=new)
     kind = jnp.bfloat16 if c.bf16 else jnp.float32
-    coded = {
+    return {
         "query": jnp.asarray(query),
         "mean": None if c.every is None else jnp.asarray(mean),
         "inv_freq": jnp.asarray(inv_freq),
@@ -193,29 +193,58 @@ def make(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "key_codewords": jnp.asarray(keys).astype(kind),
         "value_codewords": jnp.asarray(values).astype(kind),
         "blocks": jnp.asarray(blocks, jnp.int32),
+        "recent": recent,
     }
-    exact = {
-        "query": jnp.asarray(query),
-        "keys": jnp.asarray(exact_keys),
-        "values": jnp.asarray(exact_values),
-        "mask": jnp.asarray(np.broadcast_to(there[:, None], (c.B, c.T, SINKS + c.part))),
-    }
-    return coded, exact
+
+
+def recent_of(
+    case: Case, keys: np.ndarray, values: np.ndarray, **counts: np.ndarray
+) -> reference.Recent:
+    """Sinks, a ring and new tokens in bfloat16, of arrays with these after each other; NaN in what
+    does not hold a token."""
+    ring = (np.arange(case.part) - counts["first"][:, None]) % case.part < counts["held"][:, None]
+    own = np.arange(case.T) < counts["new"][:, None]
+    there = np.concatenate([np.ones((case.B, SINKS), bool), ring, own], axis=1)
+    arrays = []
+    for x in (keys, values):
+        x = jnp.asarray(np.where(there[:, None, :, None], x, np.nan), jnp.bfloat16)
+        sinks, window, last = jnp.split(x, (SINKS, SINKS + case.part), axis=2)
+        arrays += [sinks, window, jnp.swapaxes(last, 1, 2)]
+    numbers = {name: jnp.asarray(x, jnp.int32) for name, x in counts.items()}
+    return reference.Recent(*arrays, sinks=jnp.full(case.B, SINKS), **numbers)
 
 
 @functools.partial(jax.jit, static_argnames=("every", "fills", "dtype"))
-def fused(
-    coded: dict[str, Any], exact: dict[str, Any], *, every: int, fills: int, dtype: Any
-) -> tuple[Any, Any]:
-    """The operation under test: the kernel, what is exact beside it."""
+def fused(given: dict[str, Any], *, every: int, fills: int, dtype: Any) -> tuple[Any, Any]:
+    """The operation under test."""
     how = {"first": SINKS, "every": every, "fills": fills, "dtype": dtype}
-    beside = tuple(x[None] for x in reference.attend_exact(**exact))
-    return mosaic_gpu.attend_tiles(**coded, **how, beside=beside)
+    return mosaic_gpu.attend_tiles(**given, **how)
 
 
-def in_float64(
-    coded: dict[str, Any], exact: dict[str, Any], *, every: int, fills: int
-) -> tuple[Any, Any]:
+def exact_of(r: reference.Recent) -> tuple[Any, Any, Any]:
+    """Keys and values ``[B, H, n, d]`` in float64, zeros where there are none, and where each new
+    token sees them ``[B, T, n]``."""
+    tokens, ring = r.key.shape[1], r.window_key.shape[2]
+    step, slot = jnp.arange(tokens), jnp.arange(ring)
+    inside = (slot - r.first[:, None]) % ring < r.held[:, None]
+    own = (step <= step[:, None]) & (step < r.new[:, None, None])
+    whole = (len(r.new), tokens)
+    mask = jnp.concatenate(
+        [
+            jnp.ones((*whole, SINKS), bool),
+            jnp.broadcast_to(inside[:, None], (*whole, ring)),
+            own,
+        ],
+        axis=2,
+    )
+    arrays = []
+    for sinks, window, new in (r[:3], r[3:6]):
+        x = jnp.concatenate([sinks, window, jnp.swapaxes(new, 1, 2)], axis=2)
+        arrays.append(jnp.where(mask.any(axis=1)[:, None, :, None], x, 0).astype(jnp.float64))
+    return *arrays, mask
+
+
+def in_float64(coded: dict[str, Any], *, every: int, fills: int) -> tuple[Any, Any]:
     """Softmax attention over decoded keys and values, all of it in float64."""
 
     def written_out(codes: Any, codewords: Any) -> Any:  # [B H N b R], [H 1 R K d]
@@ -229,7 +258,7 @@ def in_float64(
         return jax.lax.fori_loop(0, codes.shape[-1], add, start)
 
     @jax.jit
-    def run(coded: dict[str, Any], exact: dict[str, Any]) -> tuple[Any, Any]:
+    def run(coded: dict[str, Any]) -> tuple[Any, Any]:
         key_words, value_words = coded["key_codewords"], coded["value_codewords"]
         keys = tiles.keys_from_tiles(coded["key_tiles"], *key_words.shape[2:4])
         values = tiles.values_from_tiles(coded["value_tiles"], value_words.shape[2])
@@ -245,12 +274,9 @@ def in_float64(
         query = turned(query, -start, coded["inv_freq"])
         old = jnp.einsum("BTHqNd,BHNbd->BTHqNb", query, keys)
         old = jnp.where(there[:, None, None, None], old, -jnp.inf)
-        seen = exact["mask"][:, :1, :, None]
-        new_keys, new_values = (
-            jnp.where(seen, exact[name], 0).astype(jnp.float64) for name in ("keys", "values")
-        )
-        new = jnp.einsum("BTHqd,BHnd->BTHqn", exact["query"].astype(jnp.float64), new_keys)
-        new = jnp.where(exact["mask"][:, :, None, None], new, -jnp.inf)
+        new_keys, new_values, mask = exact_of(coded["recent"])
+        new = jnp.einsum("BTHqd,BHnd->BTHqn", coded["query"].astype(jnp.float64), new_keys)
+        new = jnp.where(mask[:, :, None, None], new, -jnp.inf)
         scores = jnp.concatenate([old.reshape(*old.shape[:4], -1), new], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)
         split = weights.shape[-1] - new.shape[-1]
@@ -260,16 +286,16 @@ def in_float64(
         return out, jax.nn.logsumexp(scores, axis=-1)
 
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, run(coded, exact))
+        return jax.tree.map(np.asarray, run(coded))
 
 
 def check(case: Case, seed: int) -> float:
     """The largest relative error of an output vector (or absolute one of the log-sum-exp)."""
-    coded, exact = make(case, seed)
+    given = make(case, seed)
     how: Any = {"every": case.every or 1, "fills": case.fills}
-    run = functools.partial(fused, coded, exact, **how)
+    run = functools.partial(fused, given, **how)
     out, lse = jax.tree.map(np.asarray, run(dtype=jnp.float32))
-    want, want_lse = in_float64(coded, exact, **how)
+    want, want_lse = in_float64(given, **how)
     error = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
     worst = float(error.max())
     again = np.asarray(run(dtype=jnp.float32)[0])

@@ -43,7 +43,7 @@ CASES = [
 ]
 
 
-def arguments(case: Case, seed: int) -> tuple[np.ndarray, ...]:
+def arguments(case: Case, seed: int) -> tuple[np.ndarray, reference.Recent]:
     """Of `attend_recent`; NaN in all that may not be read. A sequence has nothing but itself, and
     if there are three, one not even that."""
     rng = np.random.default_rng(seed)
@@ -68,12 +68,13 @@ def arguments(case: Case, seed: int) -> tuple[np.ndarray, ...]:
         arrays += [few, ring, own]
     query = 3 * rng.normal(size=(B, 1, H, case.q, d)) / d**0.5
     counts = (np.asarray(x, np.int32) for x in (sinks, first, held, new))
-    return query.astype(np.float32), *(np.asarray(x, jnp.bfloat16) for x in arrays), *counts
+    given = reference.Recent(*(np.asarray(x, jnp.bfloat16) for x in arrays), *counts)
+    return query.astype(np.float32), given
 
 
-def exact(query: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact(query: np.ndarray, recent: reference.Recent) -> tuple[np.ndarray, np.ndarray]:
     """The same in float64, one sequence after the other."""
-    *arrays, sinks, first, held, new = others
+    *arrays, sinks, first, held, new = recent
     out, lse = np.zeros(query.shape), np.full(query.shape[:-1], -np.inf)
     for b in range(len(query)):
         slots = (first[b] + np.arange(held[b])) % arrays[1].shape[2]

@@ -6,13 +6,13 @@ import functools
 import check_decode
 import pytest
 
-from gsrq_jax.kernels import decode, mosaic_gpu
+from gsrq_jax.kernels import decode, devices, mosaic_gpu
 from gsrq_jax.kernels.errors import InputError
 
 
 def on_hopper():
     try:
-        mosaic_gpu.check_device()
+        devices.check_hopper()
     except InputError:
         return False
     return True
@@ -32,9 +32,10 @@ def test_the_reference_against_float64(monkeypatch, kind):
     small = {"H": 2, "q": 2, "N": 3, "b": 128, "d": 64, "R": 4, "S": 4}
     lengths = check_decode.ragged(128, 3)
     case = check_decode.Case(B=len(lengths), kind=kind, lengths=lengths, **small)
-    assert check_decode.check(case, 0) < 1e-5
+    bound = 1e-4 if kind == "sink" else 1e-5  # queries and weights of exact tokens have 16 bits
+    assert check_decode.check(case, 0) < bound
     for every in (None, 16):
-        assert check_decode.check(dataclasses.replace(case, every=every, B=2), 1) < 1e-5
+        assert check_decode.check(dataclasses.replace(case, every=every, B=2), 1) < bound
     lengths = check_decode.ragged(64, 6)
     parts = dataclasses.replace(case, every=16, fills=2, B=len(lengths), lengths=lengths)
-    assert check_decode.check(parts, 2) < 1e-5
+    assert check_decode.check(parts, 2) < bound

@@ -21,9 +21,8 @@ def test_the_reference_against_float64(monkeypatch):
     assert not check_recent.check(case, 0) <= 10 * check_recent.BOUND
 
 
-def one_too_few(*arrays):
-    *others, held, new = arrays
-    return reference.attend_recent(*others, held - 1, new)
+def one_too_few(query, recent):
+    return reference.attend_recent(query, recent._replace(held=recent.held - 1))
 
 
 def test_says_which_case_is_too_large(monkeypatch, capsys):

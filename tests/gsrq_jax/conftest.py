@@ -1,12 +1,12 @@
 import pytest
 
 from gsrq_jax.kernels import cluster as plain
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_cluster
+from gsrq_jax.kernels import devices, mosaic_gpu_cluster
 
 
 @pytest.fixture
 def plain_kernels(monkeypatch):
     """The kernels' functions in plain jnp, where a GPU would have the kernels."""
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(devices, "check_hopper", lambda: None)
     for name in ("nearest", "cell_sums"):
         monkeypatch.setattr(mosaic_gpu_cluster, name, getattr(plain, name))

@@ -58,6 +58,8 @@ class Lanes:
     def integer(self, number):
         return np.full(32, number & 0xFFFFFFFF, np.uint32)
 
+    unknown = integer
+
     def floating(self, number):
         return np.full(32, number, np.float32)
 
@@ -186,6 +188,11 @@ class Lanes:
     def sync_block(self):
         self._all()
         self.gate.everyone.wait(PATIENCE)
+
+    def sync_first(self, warps):
+        assert (self.index < warps).all()
+        self._all()
+        self.gate.some(warps).wait(PATIENCE)
 
     # --- memory
 
@@ -379,10 +386,24 @@ class Gate:
 
     def __init__(self, warps):
         self.everyone = threading.Barrier(warps)
+        self.first = None
         self.changed = threading.Condition()
         self.barriers = {}
         self.failed = []
         self.copies = Copies()
+
+    def some(self, warps):
+        """The barrier of the first of them, always as many."""
+        with self.changed:
+            self.first = self.first or threading.Barrier(warps)
+        assert self.first.parties == warps
+        return self.first
+
+    def abort(self):
+        """Nobody waits any more."""
+        for barrier in (self.everyone, self.first):
+            if barrier:
+                barrier.abort()
 
 
 class Copies:
@@ -451,7 +472,7 @@ def run_block(memory, warps, block, shared_start, shared_bytes, program):
             with gate.changed:
                 gate.failed.append(error)
                 gate.changed.notify_all()
-            gate.everyone.abort()
+            gate.abort()
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(warps)]
     for thread in threads:

@@ -1,8 +1,8 @@
 """Lowers the fused GPU kernel on a machine without a GPU, and assembles it where ptxas is.
 
 As a program, with a libcuda, fake or not, on the library path:
-``python lowering.py assemble NAME=NUMBER …`` (of `shapes`) prints what ptxas says about the kernel,
-``nearest``, ``sums`` or ``cluster`` what about those of k-means (`nearest_module`, `sums_module`),
+``python lowering.py assemble NAME=NUMBER …`` (of `operation`) prints what ptxas says about the
+kernel, ``nearest``, ``sums`` or ``cluster`` what about those of k-means,
 ``recent`` what about that of exact tokens, ``finish`` what about that after attention, ``greedy``
 what about that which encodes,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
@@ -23,6 +23,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from gsrq_jax.kernels import (
+    devices,
     mosaic_gpu,
     mosaic_gpu_cluster,
     mosaic_gpu_encode,
@@ -30,6 +31,7 @@ from gsrq_jax.kernels import (
     mosaic_gpu_recent,
     tiles,
 )
+from gsrq_jax.kernels.reference import Recent
 
 supported = pytest.mark.skipif(
     not jax.__version__.startswith(("0.11.", "0.12.")),
@@ -37,8 +39,8 @@ supported = pytest.mark.skipif(
 )
 
 
-HOW = "every", "fills"
-"""Arguments of attend_tiles that are not arrays."""
+HOW = "every", "fills", "recent"
+"""What is no size, of those of an operation."""
 
 
 def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
@@ -56,6 +58,25 @@ def shapes(B=2, T=1, H=8, q=4, N=16, b=256, d=128, R=32, K=16, S=32):
     }
 
 
+def exact(B=2, T=1, H=8, d=128, sinks=4, ring=640, **_):
+    """Tokens that are exact, without numbers."""
+    s, bfloat16 = jax.ShapeDtypeStruct, jnp.bfloat16
+    stored = s((B, H, sinks, d), bfloat16), s((B, H, ring, d), bfloat16), s((B, T, H, d), bfloat16)
+    return Recent(*stored, *stored, *(s((B,), jnp.int32),) * 4)
+
+
+def operation(sizes):
+    """`attend_tiles` as a function of its arguments, and these; ``recent=1`` if it has `exact`
+    tokens."""
+    sizes = dict(sizes)
+    how = {name: sizes.pop(name) for name in HOW if name in sizes}
+    arguments = shapes(**sizes)
+    if how.pop("recent", 0):
+        arguments["recent"] = exact(**sizes)
+    attend = functools.partial(mosaic_gpu.attend_tiles, **how)
+    return lambda x: attend(**x), arguments
+
+
 def on_abstract(kind="NVIDIA H100 80GB HBM3"):
     """A context in which jax believes that there is such a GPU."""
     from jax.sharding import AbstractDevice
@@ -65,10 +86,9 @@ def on_abstract(kind="NVIDIA H100 80GB HBM3"):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def mosaic_module(arguments, **how):
-    """Module of the kernel of attention; `finish_module` has that which follows."""
-    attend = functools.partial(mosaic_gpu.attend_tiles, **how)
-    return max(modules(lambda x: attend(**x), arguments), key=len)
+def mosaic_module(sizes):
+    """Module of the kernel of an `operation`; `finish_module` has that which follows."""
+    return max(modules(*operation(sizes)), key=len)
 
 
 def nearest_module(P=2, n=4096, d=128, K=256, unit=0, **given):
@@ -90,11 +110,8 @@ def sums_module(P=2, n=4096, d=128, K=256, kinds=1, **given):
 
 def recent_module(B=2, H=8, q=4, d=128, S=4, C=640):
     """Module of the kernel of exact tokens."""
-    s, bfloat16 = jax.ShapeDtypeStruct, jnp.bfloat16
-    stored = s((B, H, S, d), bfloat16), s((B, H, C, d), bfloat16), s((B, 1, H, d), bfloat16)
-    counts = (s((B,), jnp.int32),) * 4
-    query = s((B, 1, H, q, d), jnp.float32)
-    return only_module(mosaic_gpu_recent.attend_recent, query, *stored, *stored, *counts)
+    query = jax.ShapeDtypeStruct((B, 1, H, q, d), jnp.float32)
+    return only_module(mosaic_gpu_recent.attend_recent, query, exact(B, 1, H, d, S, C))
 
 
 def finish_module(B=2, T=1, H=8, q=4, d=128, S=32, parts=32, P=10, short=0):
@@ -200,7 +217,7 @@ def compiled(function, arguments, library, how=None, **options):
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
     )
-    with mock.patch.object(mosaic_gpu, "check_device"):
+    with mock.patch.object(devices, "check_hopper"):
         lowered = jax.jit(function, **options).lower(*arguments)
     how = {"xla_gpu_autotune_level": 0} | (how or {})
     return lowered.compile(compiler_options=how).as_text()
@@ -287,15 +304,14 @@ if __name__ == "__main__":
         }[what]
         assemble(make(**numbers), library)
         sys.exit()
-    how = {name: numbers.pop(name) for name in HOW if name in numbers}
     if what == "assemble":
-        assemble(mosaic_module(shapes(**numbers), **how), library)
+        assemble(mosaic_module(numbers), library)
     elif what == "cluster":
         assemble(nearest_module(), library)
         assemble(sums_module(kinds=2), library)
     elif what == "compile":
-        attend = functools.partial(mosaic_gpu.attend_tiles, **how)
-        print(compiled(lambda x: attend(**x), (shapes(**numbers),), library))
+        attend, arguments = operation(numbers)
+        print(compiled(attend, (arguments,), library))
     elif what == "pieces":
         from gsrq_jax.kernels.precision import in_pieces
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from lowering import shapes
 from test_mosaic_gpu import Shape, in_float64, make, options
+from test_mosaic_gpu_recent import some as some_recent
 from test_reference import check
 
-from gsrq_jax.kernels import decode, mosaic_gpu
+from gsrq_jax.kernels import decode, devices, mosaic_gpu, mosaic_gpu_recent
 from gsrq_jax.kernels.errors import InputError
 
 
@@ -40,18 +41,18 @@ def test_values_come_in_the_dtype_that_is_asked_for():
     shape = Shape(B=2, N=2, b=128, R=4, S=4, blocks=(1, 0))
     x = make(shape)
     attend = functools.partial(decode.attend_tiles, **options(shape), implementation="reference")
-    out, lse = attend(**x)
-    beside = out[None] + 1, lse[None]
-    for given in (None, beside):
-        want, _ = attend(**x, beside=given)
-        short, lse = attend(**x, beside=given, dtype=jnp.bfloat16)
+    sizes = mosaic_gpu_recent.Problem(shape.B, shape.H, shape.q, shape.d, 4, 9)
+    _, exact = some_recent(sizes, [4, 1], [3, 0], [9, 0], [1, 0])
+    for recent in (None, exact):
+        want, _ = attend(**x, recent=recent)
+        short, lse = attend(**x, recent=recent, dtype=jnp.bfloat16)
         assert (want.dtype, short.dtype, lse.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
         np.testing.assert_array_equal(short, want.astype(jnp.bfloat16))
 
 
 def test_the_kernel_is_taken_where_it_is_supported(monkeypatch):
     taken = []
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(devices, "check_hopper", lambda: None)
     monkeypatch.setattr(mosaic_gpu, "attend_tiles", lambda *arrays, **_: taken.append(arrays))
     decode.attend_tiles(**shapes())
     decode.attend_tiles(**shapes(d=96), implementation="fused")

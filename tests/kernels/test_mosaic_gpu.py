@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import Lanes, run_kernel
-from lowering import HOW, mosaic_module, on_abstract, shapes, supported
+from lowering import HOW, exact, mosaic_module, on_abstract, shapes, supported
+from test_mosaic_gpu_recent import some as some_recent
 from test_reference import check, decode, expected
 
-from gsrq_jax.kernels import mosaic_gpu, pieces, reference, tiles
+from gsrq_jax.kernels import devices, mosaic_gpu, mosaic_gpu_recent, pieces, reference, tiles
 from gsrq_jax.kernels.errors import InputError
 
 
@@ -108,16 +109,20 @@ def on_lanes(x, config=None, **how):
     return after(made["histogram"], made["scale"], x["value_codewords"])
 
 
-def run_on_lanes(x, config=None, first=4, every=1, stride=1, fills=1):
+def run_on_lanes(x, config=None, first=4, every=1, stride=1, fills=1, recent=None):
     """The kernel run by numpy: the shapes, and all that it writes."""
     problem = mosaic_gpu.problem_of(**x, every=every, stride=stride, fills=fills)
+    exact = recent and mosaic_gpu_recent.problem_of(x["query"], recent)
+    problem = dataclasses.replace(problem, recent=exact)
     config = config or mosaic_gpu.choose_config(problem)
 
     @jax.jit
-    def before(query, mean, inv_freq, words):
-        return mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, first)
+    def before(query, mean, inv_freq, words, value_words):
+        return mosaic_gpu.score_inputs(problem, query, mean, inv_freq, words, value_words, first)
 
-    inputs = before(x["query"], x["mean"], x["inv_freq"], x["key_codewords"])
+    names = "query", "mean", "inv_freq", "key_codewords", "value_codewords"
+    inputs = before(*(x[name] for name in names))
+    inputs += mosaic_gpu_recent.arrays_of(recent) if recent else ()
     made = mosaic_gpu.outputs(problem, config)
     outputs = [
         np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else 2**30, dtype)
@@ -213,6 +218,47 @@ def test_on_numpy_lanes(shape, config):
     check((lse,), (want_lse,), atol=1e-3)
 
 
+SMALL = {"N": 2, "R": 4, "S": 4}
+WITH_RECENT = {  # shape, layout, slots of sinks and window; sinks, first, held, new
+    "full, wrapped, some thread blocks have none": (
+        Shape(**SMALL, d=128, blocks=(2,)),
+        Config(4, 1, 5, 1),
+        (4, 200),
+        ([4], [777], [200], [1]),
+    ),
+    "eight query heads, one without codes, one part": (
+        Shape(**SMALL, B=2, q=8, blocks=(1, 0), every=16),
+        Config(8, 1, 1, 1),
+        (4, 131),
+        ([4, 3], [5, 130], [131, 67], [1, 1]),
+    ),
+    "three query heads, nothing at all, no sinks": (
+        Shape(**SMALL, B=2, H=2, q=3, blocks=(2, 0)),
+        Config(4, 1, 2, 1),
+        (0, 70),
+        ([0, 0], [3, 0], [70, 0], [1, 0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITH_RECENT.values(), ids=WITH_RECENT.keys())
+def test_exact_tokens_in_the_same_kernel(case):
+    """They are the reference's, and no bit of what is coded is another."""
+    shape, config, slots, counts = case
+    x = make(shape)
+    sizes = mosaic_gpu_recent.Problem(shape.B, shape.H, shape.q, shape.d, *slots)
+    _, recent = some_recent(sizes, *counts)
+    _, made = run_on_lanes(x, config, recent=recent, **options(shape))
+    _, alone = run_on_lanes(x, config, **options(shape))
+    for name, coded in alone.items():
+        np.testing.assert_array_equal(made[name], coded)
+    parts = mosaic_gpu_recent.in_parts(made["recent"], made["recent_lse"])
+    got = reference.merge(list(zip(*parts, strict=True)))
+    want = (a[0] for a in reference.attend_recent(x["query"], recent))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 2.0])
 def test_error_by_the_spread_of_scores(spread):
     shape = Shape(d=128, R=32, S=4, N=4, blocks=(4,))
@@ -250,7 +296,7 @@ def test_a_query_that_is_not_finite_shows(monkeypatch):
     x = make(shape)
     for row, bad in enumerate((np.nan, 1e6, np.inf)):
         x["query"][row, 0, 0, 1, 5] = bad
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(devices, "check_hopper", lambda: None)
     histogram, scale = np.zeros((3, 1, 4, 4, 16), np.float32), np.zeros((3, 1, 4), np.int32)
     histogram[:2, ..., 0] = 1e-9  # the third sequence has nothing coded
     monkeypatch.setattr(mosaic_gpu, "fused_kernel", lambda *_: lambda *_: (histogram, scale))
@@ -334,6 +380,8 @@ def test_put_together_weighs_parts_by_their_scales():
         {"R": 64, "S": 64},
         {"R": 32, "K": 256, "S": 64},
         {"b": 128, "N": 99, "B": 64},
+        {"every": 16, "recent": 1},
+        {"R": 64, "S": 64, "recent": 1},
     ],
 )
 def test_the_layout_fits_and_nothing_overlaps(sizes):
@@ -341,10 +389,11 @@ def test_the_layout_fits_and_nothing_overlaps(sizes):
     config = mosaic_gpu.choose_config(problem)
     m = mosaic_gpu.Memory.of(problem, config)
     assert m.nbytes <= mosaic_gpu.SHARED_BYTES
-    starts = [m.tables, m.staged, m.knots, m.slots, m.facts, m.scales, m.arrived, m.full, m.free]
+    starts = [m.tables, m.staged, m.knots, m.slots, m.facts, m.scales, m.recent, m.arrived]
+    starts += [m.full, m.free]
     assert starts == sorted(starts)
     assert m.table_bytes % 4096 == m.staged % 16 == m.slots % 16 == m.slot_bytes % 16 == 0
-    assert m.facts % 16 == m.scales % 16 == m.arrived % 8 == 0
+    assert m.facts % 16 == m.scales % 16 == m.recent % 16 == m.arrived % 8 == 0
 
 
 # --- which layout is chosen -----------------------------------------------------------------------
@@ -375,7 +424,7 @@ def test_chunks_of_a_short_sequence_are_spread():
     """As one scorer's chunk takes less than eight scorers' at once."""
     problem = mosaic_gpu.problem_of(**shapes(B=1, N=16, b=512), every=16)
     config = mosaic_gpu.choose_config(problem, mosaic_gpu.Tuning())
-    assert problem.pairs * config.splits > mosaic_gpu.PROCESSORS / 2
+    assert problem.pairs * config.splits > devices.PROCESSORS / 2
     of_all, of_two = (
         mosaic_gpu.work(problem, dataclasses.replace(config, splits=n, span=1)) for n in (4, 16)
     )
@@ -493,7 +542,7 @@ def test_knots_that_are_not_supported():
     ],
 )
 def test_layouts_that_cannot_be(monkeypatch, config, message):
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(devices, "check_hopper", lambda: None)
     with pytest.raises(InputError, match=message):
         mosaic_gpu.attend_tiles(**shapes(b=1024), config=config)
 
@@ -521,6 +570,8 @@ FORMS = {
     "256 codewords": {"R": 16, "K": 256},
     "knots": {"b": 512, "every": 16},
     "half of a block valid": {"b": 512, "every": 16, "fills": 2},
+    "exact tokens": {"b": 1024, "every": 16, "fills": 4, "recent": 1},
+    "exact tokens, 8 heads, head_dim 64": {"q": 8, "d": 64, "R": 64, "S": 64, "recent": 1},
 }
 
 
@@ -532,14 +583,18 @@ def parted(sizes):
 
 def problem_of(sizes):
     sizes, how = parted(sizes)
-    return mosaic_gpu.problem_of(**shapes(**sizes), **how)
+    recent = how.pop("recent", 0)
+    problem = mosaic_gpu.problem_of(**shapes(**sizes), **how)
+    if not recent:
+        return problem
+    given = shapes(**sizes)["query"], exact(**sizes)
+    return dataclasses.replace(problem, recent=mosaic_gpu_recent.problem_of(*given))
 
 
 @supported
 @pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
 def test_lowers_without_a_gpu(sizes):
-    sizes, how = parted(sizes)
-    assert len(mosaic_module(shapes(**sizes), **how)) > 10_000
+    assert len(mosaic_module(sizes)) > 10_000
 
 
 @supported
@@ -565,7 +620,14 @@ def test_assembles_without_a_gpu(sizes, without_a_gpu):
 
 @supported
 @pytest.mark.parametrize(
-    "sizes", [{}, {"b": 128, "q": 8, "T": 3}, {"R": 16, "K": 256}, {"b": 512, "every": 16}]
+    "sizes",
+    [
+        {},
+        {"b": 128, "q": 8, "T": 3},
+        {"R": 16, "K": 256},
+        {"b": 512, "every": 16},
+        {"b": 512, "every": 16, "recent": 1},
+    ],
 )
 def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
     """XLA copies nothing large and, but for finished tables, has nothing to do but angles of
@@ -576,8 +638,11 @@ def test_compiles_for_a_gpu_without_one(sizes, without_a_gpu):
     assert " copy(" not in entry
     fusions = re.findall(r" fusion\((.*?)\)", entry)
     if sizes.get("K", 16) == 16:
-        assert fusions
-        assert all(re.fullmatch(r"%x__inv_freq__\S*", given) for given in fusions)
+        of_counts = [given for given in fusions if "recent___held" in given]
+        assert len(of_counts) == sizes.get("recent", 0), fusions
+        others = [given for given in fusions if given not in of_counts]
+        assert others
+        assert all(re.fullmatch(r"%x__inv_freq__\S*", given) for given in others)
         assert not re.search(r" dot\(|cublas", hlo)
 
 

@@ -18,7 +18,7 @@ from lanes import run_kernel
 from lowering import on_abstract, supported
 
 from gsrq_jax import kmeans
-from gsrq_jax.kernels import cluster, mosaic_gpu, mosaic_gpu_cluster
+from gsrq_jax.kernels import cluster, devices, mosaic_gpu, mosaic_gpu_cluster
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.mosaic_gpu_cluster import Problem
 
@@ -193,7 +193,7 @@ def test_chosen_layouts_fit(problems, points, channels, codewords):
     mosaic_gpu_cluster.check_sums(p, 1, sums)
     blocks = problems * channels // sums.width * sums.splits
     if problems * points >= 2**20:
-        waves = blocks / mosaic_gpu.PROCESSORS
+        waves = blocks / devices.PROCESSORS
         assert waves / math.ceil(waves) > 0.9  # few processors wait for the last thread blocks
 
 
@@ -248,7 +248,7 @@ NOT_TAKEN = {
 
 @pytest.mark.parametrize(("shape", "match"), NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
 def test_kernels_are_taken_where_they_are_not_refused(shape, match):
-    with mock.patch.object(mosaic_gpu, "check_device"):
+    with mock.patch.object(devices, "check_hopper"):
         assert cluster.fused(None, 1000, 128, 16)
         assert not cluster.fused(None, *shape)
         with pytest.raises(InputError, match=match):
@@ -256,7 +256,7 @@ def test_kernels_are_taken_where_they_are_not_refused(shape, match):
 
 
 def test_kernels_are_not_taken_with_numbers_of_64_bits():
-    with mock.patch.object(mosaic_gpu, "check_device"), jax.enable_x64(True):
+    with mock.patch.object(devices, "check_hopper"), jax.enable_x64(True):
         assert not cluster.fused(None, 1000, 128, 16)
         with pytest.raises(InputError, match="turn jax_enable_x64 off"):
             cluster.fused("mosaic_gpu", 1000, 128, 16)
@@ -268,7 +268,7 @@ def test_kernels_are_not_taken_where_a_partitioner_may_spread_the_points():
         return points
 
     asked, points = [], jnp.zeros((512, 1))
-    with mock.patch.object(mosaic_gpu, "check_device"):
+    with mock.patch.object(devices, "check_hopper"):
         for kind in (AxisType.Auto, AxisType.Explicit):
             with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("x",), axis_types=(kind,))):
                 fused(None, points)

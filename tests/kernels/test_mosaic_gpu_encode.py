@@ -13,7 +13,7 @@ from lowering import encode_module, on_abstract, supported
 from scripts import script
 
 from gsrq_jax import residual
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_encode
+from gsrq_jax.kernels import devices, mosaic_gpu_encode
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.mosaic_gpu import SHARED_BYTES
 from gsrq_jax.kernels.mosaic_gpu_encode import (
@@ -191,7 +191,7 @@ def plain_kernel(problem, config):
 @supported
 def test_leading_axes(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_encode, "encode_kernel", plain_kernel)
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(devices, "check_hopper", lambda: None)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 4, 5, 128)), jnp.bfloat16)
     words = jnp.asarray(rng.normal(size=(3, 4, 2, 3, 16, 64)), jnp.bfloat16)

@@ -6,15 +6,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from lanes import run_kernel
-from lowering import on_abstract, recent_module, supported
+from lowering import exact, on_abstract, recent_module, supported
 
 from gsrq_jax.kernels import decode, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
-from gsrq_jax.kernels.mosaic_gpu_recent import WARPS, Addresses, Problem, RecentKernel
+from gsrq_jax.kernels.mosaic_gpu_recent import WARPS, Problem
 
 
 def some(p, sinks, first, held, new, seed=0):
-    """Arguments of `attend_recent`; what may not be read is NaN."""
+    """Arguments of `attend_recent`: the query, and a `Recent` whose unread slots are NaN."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -34,23 +34,21 @@ def some(p, sinks, first, held, new, seed=0):
         arrays += [few, ring, own]
     query = (2 * normal(p.batch, 1, p.heads, p.group, p.dim) / p.dim**0.5).astype(np.float32)
     counts = [np.asarray(x, np.int32) for x in (sinks, first, held, new)]
-    return query, *(x.astype(ml_dtypes.bfloat16) for x in arrays), *counts
+    return query, reference.Recent(*(x.astype(ml_dtypes.bfloat16) for x in arrays), *counts)
 
 
-def run(p, query, *others):
+def run(p, query, recent):
     """The kernel's parts, by numpy lanes, merged."""
-    *arrays, sinks, first, held, new = others
-    out = np.full((p.batch, p.heads, p.parts, p.group, p.dim), np.nan, np.float32)
-    lse = np.full(out.shape[:-1], np.nan, np.float32)
-    counts = np.stack([sinks, new, first, held], axis=1)
+    arrays = [np.asarray(x) for x in mosaic_gpu_recent.arrays_of(recent)]
+    made = p.outputs(p.own_parts).values()
+    outputs = [np.full(shape, np.nan, dtype) for shape, dtype in made]
 
     def program(warp, *places):
-        RecentKernel(p, warp, Addresses(*places)).run()
+        mosaic_gpu_recent.one_part(p, warp, *places)
 
-    parts = p.batch * p.heads * p.parts
-    arrays = query, *arrays, counts
-    out, lse = run_kernel(program, parts, WARPS, p.nbytes, arrays, (out, lse))
-    return reference.merge([(out[:, None, :, i], lse[:, None, :, i]) for i in range(p.parts)])
+    nbytes, blocks = p.nbytes(WARPS) + 16, p.pairs * p.own_parts
+    made = run_kernel(program, blocks, WARPS, nbytes, (query, *arrays), outputs)
+    return reference.merge(list(zip(*mosaic_gpu_recent.in_parts(*made), strict=True)))
 
 
 CASES = {
@@ -70,11 +68,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_is_the_reference(case):
     p, *counts = case
-    query, *others = some(p, *counts)
-    want, want_lse = (x[0] for x in reference.attend_recent(query, *others))
-    if not p.sinks:
-        others[0], others[3] = others[2], others[5]
-    out, lse = run(p, query, *others)
+    query, recent = some(p, *counts)
+    want, want_lse = (x[0] for x in reference.attend_recent(query, recent))
+    out, lse = run(p, query, recent)
     empty = np.asarray(counts).sum(axis=0) == counts[1]  # first is no number of tokens
     np.testing.assert_allclose(out[~empty], want[~empty], rtol=0, atol=5e-5)
     np.testing.assert_allclose(lse[~empty], want_lse[~empty], rtol=0, atol=5e-5)
@@ -83,10 +79,11 @@ def test_is_the_reference(case):
 
 
 def test_parts():
-    assert Problem(1, 8, 4, 128, 4, 640).parts == 10  # at least 64 tokens each
-    assert Problem(8, 8, 4, 128, 4, 640).parts == 5  # enough for two on each processor
-    assert Problem(64, 8, 4, 128, 4, 640).parts == 1
-    assert Problem(1, 8, 4, 128, 0, 1).parts == 1
+    assert Problem(1, 8, 4, 128, 4, 640).own_parts == 11  # of at most 64 tokens
+    assert Problem(8, 8, 4, 128, 4, 640).own_parts == 5  # enough for two on each processor
+    assert Problem(64, 8, 4, 128, 4, 640).own_parts == 1
+    assert Problem(1, 8, 4, 128, 0, 1).own_parts == 1
+    assert Problem(1, 8, 4, 128, 4, 640).parts(3) == 3
 
 
 @pytest.mark.parametrize(
@@ -106,20 +103,21 @@ def test_refused(shape, dtype, words):
         for s in ((batch, heads, 4, dim), (batch, heads, 70, dim), (batch, tokens, heads, dim))
     )
     count = jnp.zeros(batch, jnp.int32)
-    others = sink, window, key, sink, window, key, count, count, count, count + 1
+    recent = reference.Recent(sink, window, key, sink, window, key, *(count,) * 3, count + 1)
     with pytest.raises(InputError, match=words):
-        decode.attend_recent(query, *others, implementation="fused")
-    out, _ = decode.attend_recent(query, *others)  # by the reference, silently
+        decode.attend_recent(query, recent, implementation="fused")
+    out, _ = decode.attend_recent(query, recent)  # by the reference, silently
     assert out.shape == (1, *shape)
 
 
 def test_values_that_are_not_as_keys():
-    query, arrays = jnp.zeros((1, 1, 1, 4, 64)), [jnp.zeros((1, 1, 8, 64), jnp.bfloat16)] * 6
-    wide, short = arrays[5].astype(jnp.float32), arrays[5][:, :, :7]
+    query, same = jnp.zeros((1, 1, 1, 4, 64)), jnp.zeros((1, 1, 8, 64), jnp.bfloat16)
+    recent = reference.Recent(*(same,) * 6, *(jnp.ones(1, jnp.int32),) * 4)
+    wide, short = same.astype(jnp.float32), same[:, :, :7]
     with pytest.raises(InputError, match="some of float32"):
-        mosaic_gpu_recent.problem_of(query, *arrays[:5], wide)
+        mosaic_gpu_recent.problem_of(query, recent._replace(value=wide))
     with pytest.raises(InputError, match=r"values as keys, \(1, 1, 8, 64\), got values \(1, 1, 7"):
-        mosaic_gpu_recent.problem_of(query, *arrays[:5], short)
+        mosaic_gpu_recent.problem_of(query, recent._replace(value=short))
 
 
 @supported
@@ -130,9 +128,7 @@ def test_lowers(dim):
 
 @supported
 def test_is_taken_where_it_is_supported():
-    s, bfloat16, count = jax.ShapeDtypeStruct, jnp.bfloat16, jax.ShapeDtypeStruct((1,), jnp.int32)
-    stored = s((1, 2, 4, 64), bfloat16), s((1, 2, 70, 64), bfloat16), s((1, 1, 2, 64), bfloat16)
-    arrays = s((1, 1, 2, 4, 64), jnp.float32), *stored, *stored, *(count,) * 4
+    query = jax.ShapeDtypeStruct((1, 1, 2, 4, 64), jnp.float32)
     with on_abstract():
-        traced = jax.jit(lambda *x: decode.attend_recent(*x)).trace(*arrays)
+        traced = jax.jit(lambda *x: decode.attend_recent(*x)).trace(query, exact(1, 1, 2, 64))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scripts import script
 
-from gsrq_jax.kernels import mosaic_gpu
+from gsrq_jax.kernels import devices, mosaic_gpu
 from gsrq_jax.kernels.mosaic_gpu import Tuning
 
 tune = script("benchmarks", "tune_decode")
@@ -42,7 +42,7 @@ def on_fake_gpu(tune, monkeypatch, tmp_path):
     """Call with a kernel: what is measured on is that and `time_of`, what is kept a file here."""
 
     def put(kernel=fake_kernel):
-        monkeypatch.setattr(mosaic_gpu, "check_device", lambda: None)
+        monkeypatch.setattr(devices, "check_hopper", lambda: None)
         monkeypatch.setattr(mosaic_gpu, "fused_kernel", kernel)
         monkeypatch.setattr(tune, "_CACHE", 1)
         monkeypatch.setattr(tune.decode_speed, "MODELS", {"llama-3-8b": tune.decode_speed.TOY})
