@@ -132,8 +132,8 @@ BARS = {  # (batch, context): times as fast as bf16, of the kernel and of all, a
     (32, 8192): ((4, 3), (5, 3.5)),
 }
 SPEED = "decode-speed/nvidia-h100"
-NOW, BEFORE = "decode-speed/nvidia-h200", "decode-speed/nvidia-h200-before"
-"""Of the kernel as it is, and of the one that products were made before, on one card."""
+NOW = "decode-speed/nvidia-h200"
+"""Of the kernel as it is; the other is of the one that products were made before."""
 
 
 def _speed(part: str, file: str = SPEED) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -171,21 +171,21 @@ def attention() -> str:
 
 
 def layer() -> str:
-    """Microseconds of a layer's attention before and now, and how many times bf16's speed."""
-    rows, before = (_speed("attention", file) for file in (NOW, BEFORE))
+    """Microseconds of a layer's attention, of the kernel and of all, beside bf16's."""
+    rows = _speed("attention", NOW)
     lines = [
-        "| batch × context | best bf16, µs | 1 bit: before, now | times as fast as bf16 "
-        "| 0.5 bit: before, now | times as fast as bf16 |",
+        "| batch × context | best bf16, µs | 1 bit: kernel, all | times as fast "
+        "| 0.5 bit: kernel, all | times as fast |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for batch, context in dict.fromkeys(k[:2] for k in rows):
-        here = {k[2]: r["microseconds"] for k, r in rows.items() if k[:2] == (batch, context)}
-        best = min(took for what, took in here.items() if what.startswith("bf16"))
+        here = {k[2]: r for k, r in rows.items() if k[:2] == (batch, context)}
+        best = min(r["microseconds"] for what, r in here.items() if what.startswith("bf16"))
         cells = [f"{batch} × {_length(context)}", f"{best:.1f}"]
         for what in ("1 bit", "0.5 bit"):
-            was = before.get((batch, context, what, None), {}).get("microseconds")
-            cells.append(f"{f'{was:.1f}' if was else 'not measured'}, {here[what]:.1f}")
-            cells.append(f"{best / here[what]:.2f}")
+            took = here[what]["kernel"], here[what]["microseconds"]
+            cells.append(", ".join(f"{t:.1f}" for t in took))
+            cells.append(", ".join(f"{best / t:.2f}" for t in took))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -247,12 +247,12 @@ def most() -> str:
     return "\n".join(lines)
 
 
-SHOWN = ((8, 32768), (32, 8192), (1, 131072), (32, 131072), (1, 2**20), (1, 8192))
+SHOWN = ((8, 32768), (32, 8192), (1, 131072), (8, 131072), (1, 2**20), (1, 8192))
 
 
 def speed() -> str:
     """The decode loop over both caches, as a user sees it, with weights in bfloat16."""
-    rows = _speed("model")
+    rows = _speed("model", NOW)
     lines = [
         "| sequences × tokens | bf16 cache: tokens/s, GB in all | 1 bit: tokens/s, GB in all |",
         "| --- | --- | --- |",
@@ -263,18 +263,12 @@ def speed() -> str:
             r = rows[batch, context, what, "bf16"]
             cells.append(r.get("error") or f"{r['tokens_per_second']:.0f}, {r['bytes'] / 1e9:.0f}")
         lines.append(f"| {batch} × {_length(context)} | {' | '.join(cells)} |")
-    full, coded = (_most(2**15)[what] for what in ("bf16", "1 bit"))
-    cells = [
-        f"{r['tokens_per_second']:.0f}, {r['bytes'] / 1e9:.0f}, of {r['batch']}"
-        for r in (full, coded)
-    ]
-    lines.append(f"| as many as fit × 32k | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"- {source(SPEED)}"])
+    return "\n".join([*lines, "", f"- {source(NOW)}"])
 
 
-def prompts() -> str:
+def prompts(file: str = SPEED) -> str:
     """Time of reading a prompt into both caches."""
-    rows = _speed("prefill")
+    rows = _speed("prefill", file)
     lines = [
         "| tokens | bf16, ms | 1 bit, ms | of the device's time, what bf16 does not take |",
         "| --- | --- | --- | --- |",
@@ -300,6 +294,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/kernels.md": {
         "layer": layer,
         "loops now": functools.partial(loops, NOW),
+        "prompts now": functools.partial(prompts, NOW),
         "attention": attention,
         "loops": loops,
         "most": most,
