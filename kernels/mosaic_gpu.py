@@ -5,8 +5,8 @@ all warps make products of these rows with codewords and mean key (`mosaic_gpu_p
 eight warps *score*: each goes through blocks of its own, makes the block's table in shared memory,
 looks up 256 tokens at a time, and puts their probabilities, as bit planes, into its slots of a
 ring. Eight warps *count*: all of them go through the slots and add up, by binary products, how much
-probability falls on each value code. Histogram × codebook, once the parts are put together, is the
-output.
+probability falls on each value code; before, they attend to what is exact (`mosaic_gpu_recent`).
+Histogram × codebook, once the parts are put together, is the output.
 docs/kernels.md explains it with a picture; `gsrq_jax.kernels.pieces` has the steps.
 
 What goes in is `gsrq_jax.kernels.reference.attend_tiles`'s: B sequences, T query tokens, H KV

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import Lanes, run_kernel
-from lowering import HOW, exact, mosaic_module, on_abstract, shapes, supported
+from lowering import (
+    HOW,
+    exact,
+    modules,
+    mosaic_module,
+    on_abstract,
+    operation,
+    shapes,
+    supported,
+)
 from test_mosaic_gpu_recent import some as some_recent
 from test_reference import check, decode, expected
 
@@ -595,6 +604,20 @@ def problem_of(sizes):
 @pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS.keys())
 def test_lowers_without_a_gpu(sizes):
     assert len(mosaic_module(sizes)) > 10_000
+
+
+@supported
+@pytest.mark.parametrize(
+    ("sizes", "kernels"),
+    [
+        ({"b": 512, "every": 16, "recent": 1}, 2),
+        ({"R": 64, "S": 64, "every": 16, "recent": 1, "b": 1024}, 3),  # no room for them
+        ({"b": 512, "every": 16, "recent": 1, "T": 2}, 2),  # by XLA
+        ({"b": 512, "every": 16, "recent": 1, "N": 0}, 0),
+    ],
+)
+def test_who_attends_to_exact_tokens(sizes, kernels):
+    assert len(modules(*operation(sizes))) == kernels
 
 
 @supported
