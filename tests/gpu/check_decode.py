@@ -112,6 +112,7 @@ CASES = [
     Case(every=32, b=128, N=33, lengths=ragged(128, 33), B=14),
     Case(every=64, R=16, K=256, B=2, lengths=ragged(256, 16)),
     Case(B=32, H=8, N=4, bf16=False),
+    Case(every=16, b=512, N=64, B=16),
     Case(every=16, b=512, N=8, fills=2, lengths=ragged(256, 16), B=14),
     Case(every=16, b=1024, N=4, fills=4, lengths=ragged(256, 16), B=14),
     Case(every=16, b=1024, N=4, fills=4, kind="one", lengths=(4096, 3583, 256)),

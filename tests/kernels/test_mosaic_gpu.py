@@ -268,6 +268,18 @@ def test_exact_tokens_in_the_same_kernel(case):
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("shape", [Shape(N=3, R=4, S=4, blocks=(3,), every=16), Shape(b=128, N=3)])
+def test_many_chunks_give_the_same_bits(monkeypatch, shape):
+    """Of which each tile has a body of its own."""
+    x, how = make(shape), options(shape)
+    problem = mosaic_gpu.problem_of(**x, every=shape.every)
+    assert mosaic_gpu.work(problem, mosaic_gpu.choose_config(problem))[0] <= mosaic_gpu.FEW
+    few = on_lanes(x, **how)
+    monkeypatch.setattr(mosaic_gpu, "FEW", 0)
+    for a, b in zip(few, on_lanes(x, **how), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 2.0])
 def test_error_by_the_spread_of_scores(spread):
     shape = Shape(d=128, R=32, S=4, N=4, blocks=(4,))
@@ -579,6 +591,7 @@ FORMS = {
     "256 codewords": {"R": 16, "K": 256},
     "knots": {"b": 512, "every": 16},
     "half of a block valid": {"b": 512, "every": 16, "fills": 2},
+    "many chunks": {"b": 1024, "every": 16, "fills": 4, "B": 8, "N": 128},
     "exact tokens": {"b": 1024, "every": 16, "fills": 4, "recent": 1},
     "exact tokens, 8 heads, head_dim 64": {"q": 8, "d": 64, "R": 64, "S": 64, "recent": 1},
 }
