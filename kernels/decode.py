@@ -1,6 +1,5 @@
 """Attention over codes in a kernel's layout by whatever can do it here."""
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -121,10 +120,7 @@ def attend_recent(
         InputError: if the implementation asked for is unknown or does not support this.
     """
     if implementation is None:
-        implementation = "reference"
-        with contextlib.suppress(InputError):
-            mosaic_gpu_recent.check_supported(query, recent)
-            implementation = "fused"
+        implementation = "fused" if mosaic_gpu_recent.supported(query, recent) else "reference"
     return _by(
         implementation,
         lambda: None,

@@ -873,19 +873,20 @@ class FusedKernel:
 
     def _recent_and_count(self, busy: int) -> None:
         """Exact tokens by all warps that may count, then codes by those that do."""
-        warp, at, exact = self.warp, self.at, self.problem.recent
+        warp, exact = self.warp, self.problem.recent
         if exact:
-            names = "query", *mosaic_gpu_recent.ARRAYS, "recent", "recent_lse"
-            places = mosaic_gpu_recent.Addresses(*(getattr(at, name) for name in names))
             parts, part = exact.parts(self.config.splits), warp.block % self.config.splits
-            tokens = mosaic_gpu_recent.RecentTokens(
-                *(exact, warp, places, self.rows, self.base + self.memory.recent),
-                warps=COUNTERS,
-                part=part,
-                parts=parts,
-                sync=functools.partial(warp.sync_first, COUNTERS),
-            )
-            warp.when(warp.less(part, parts), tokens.run)
+
+            def recent() -> None:
+                mosaic_gpu_recent.RecentTokens(
+                    *(exact, warp, self.at, self.rows, self.base + self.memory.recent),
+                    warps=COUNTERS,
+                    part=part,
+                    parts=parts,
+                    sync=functools.partial(warp.sync_first, COUNTERS),
+                ).run()
+
+            warp.when(warp.less(part, parts), recent)
         warp.when(warp.less(warp.index, busy), self.count)
 
     def _prefetch(self) -> None:

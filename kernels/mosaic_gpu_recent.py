@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.mosaic_gpu_products import Rows
 from gsrq_jax.kernels.pieces import LN2, ROWS
 from gsrq_jax.kernels.reference import Recent
+
+if TYPE_CHECKING:
+    from gsrq_jax.kernels import mosaic_gpu
 
 WARPS = 4
 AHEAD = 2
@@ -114,14 +117,6 @@ def problem_of(query: Any, recent: Recent) -> Problem:
     return Problem(batch, heads, group, dim, recent.sink_key.shape[2], recent.window_key.shape[2])
 
 
-def supported(query: Any, recent: Recent) -> Problem | None:
-    """The shapes of a call, None if the kernel does not have them."""
-    try:
-        return problem_of(query, recent)
-    except InputError:
-        return None
-
-
 def check_supported(query: Any, recent: Recent) -> Problem:
     """The shapes of a call that can be made here.
 
@@ -131,6 +126,14 @@ def check_supported(query: Any, recent: Recent) -> Problem:
     problem = problem_of(query, recent)
     devices.check_hopper()
     return problem
+
+
+def supported(query: Any, recent: Recent) -> Problem | None:
+    """`check_supported`, None instead of the error."""
+    try:
+        return check_supported(query, recent)
+    except InputError:
+        return None
 
 
 def attend_recent(
@@ -213,8 +216,8 @@ class Addresses:
     window_value: Any
     value: Any
     counts: Any
-    out: Any
-    lse: Any
+    recent: Any
+    recent_lse: Any
 
 
 class RecentTokens:
@@ -224,7 +227,7 @@ class RecentTokens:
         self,
         problem: Problem,
         warp: Any,
-        at: Addresses,
+        at: "Addresses | mosaic_gpu.Addresses",
         rows: Rows,
         base: Any,
         *,
@@ -397,8 +400,8 @@ class RecentTokens:
         inverse = warp.reciprocal(warp.select(some, total, 1.0))
         row, there = self.rows.row(i)
         at = warp.wide((self.head * self.parts + self.part) * p.group + row)
-        out = self.at.out + at * (p.dim * 4) + warp.wide(warp.lane * (n * 4))
+        out = self.at.recent + at * (p.dim * 4) + warp.wide(warp.lane * (n * 4))
         warp.store_global(out, [x * inverse for x in sums], where=there)
         lse = warp.select(some, (most + warp.log2(total)) * LN2, -math.inf)
         first = warp.less(warp.select(there, warp.lane, 1), 1)
-        warp.store_global(self.at.lse + at * 4, [lse], where=first)
+        warp.store_global(self.at.recent_lse + at * 4, [lse], where=first)

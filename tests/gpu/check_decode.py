@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_checks import recent_of
 
 from gsrq_jax.kernels import mosaic_gpu, reference, tiles
 
@@ -183,8 +184,9 @@ def make(case: Case, seed: int) -> dict[str, Any]:
         exact_keys[:, :, 1] = toward * (40 / (toward**2).sum(-1, keepdims=True))
     held, first = lengths % c.part, rng.integers(0, 10**6, c.B)
     new = rng.integers(0, 2, c.B) if c.T == 1 else np.full(c.B, c.T)
-    recent = recent_of(c, exact_keys, exact_values, held=held, first=first, new=new)
     kind = jnp.bfloat16 if c.bf16 else jnp.float32
+    counts = {"sinks": np.full(c.B, SINKS), "first": first, "held": held, "new": new}
+    recent = recent_of(exact_keys, exact_values, c.part, kind, **counts)
     return {
         "query": jnp.asarray(query),
         "mean": None if c.every is None else jnp.asarray(mean),
@@ -196,23 +198,6 @@ def make(case: Case, seed: int) -> dict[str, Any]:
         "blocks": jnp.asarray(blocks, jnp.int32),
         "recent": recent,
     }
-
-
-def recent_of(
-    case: Case, keys: np.ndarray, values: np.ndarray, **counts: np.ndarray
-) -> reference.Recent:
-    """Sinks, a ring and new tokens in bfloat16, of arrays with these after each other; NaN in what
-    does not hold a token."""
-    ring = (np.arange(case.part) - counts["first"][:, None]) % case.part < counts["held"][:, None]
-    own = np.arange(case.T) < counts["new"][:, None]
-    there = np.concatenate([np.ones((case.B, SINKS), bool), ring, own], axis=1)
-    arrays = []
-    for x in (keys, values):
-        x = jnp.asarray(np.where(there[:, None, :, None], x, np.nan), jnp.bfloat16)
-        sinks, window, last = jnp.split(x, (SINKS, SINKS + case.part), axis=2)
-        arrays += [sinks, window, jnp.swapaxes(last, 1, 2)]
-    numbers = {name: jnp.asarray(x, jnp.int32) for name, x in counts.items()}
-    return reference.Recent(*arrays, sinks=jnp.full(case.B, SINKS), **numbers)
 
 
 @functools.partial(jax.jit, static_argnames=("every", "fills", "dtype"))

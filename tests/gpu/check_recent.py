@@ -12,7 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_checks import exit_code
+from gpu_checks import exit_code, recent_of
 
 from gsrq_jax.kernels import mosaic_gpu_recent, reference
 
@@ -55,21 +55,10 @@ def arguments(case: Case, seed: int) -> tuple[np.ndarray, reference.Recent]:
         held[-1] = sinks[-1] = 0
     if not case.full and B > 2:
         new[-2] = held[-2] = sinks[-2] = 0
-    arrays = []
-    for _ in range(2):
-        few, ring, own = (
-            rng.normal(size=shape) for shape in ((B, H, case.S, d), (B, H, case.C, d), (B, 1, H, d))
-        )
-        for b in range(B):
-            few[b, :, sinks[b] :] = np.nan
-            ring[b, :, (first[b] + np.arange(held[b], case.C)) % case.C] = np.nan
-            if not new[b]:
-                own[b] = np.nan
-        arrays += [few, ring, own]
+    keys, values = rng.normal(size=(2, B, H, case.S + case.C + 1, d))
     query = 3 * rng.normal(size=(B, 1, H, case.q, d)) / d**0.5
-    counts = (np.asarray(x, np.int32) for x in (sinks, first, held, new))
-    given = reference.Recent(*(np.asarray(x, jnp.bfloat16) for x in arrays), *counts)
-    return query.astype(np.float32), given
+    counts = {"sinks": sinks, "first": first, "held": held, "new": new}
+    return query.astype(np.float32), recent_of(keys, values, case.C, jnp.bfloat16, **counts)
 
 
 def exact(query: np.ndarray, recent: reference.Recent) -> tuple[np.ndarray, np.ndarray]:

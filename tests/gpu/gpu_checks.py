@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+
+from gsrq_jax.kernels.reference import Recent
 
 
 def exit_code(cases: Sequence[Any], too_large: Callable[[Any, int], list[str]]) -> int:
@@ -19,3 +22,46 @@ def exit_code(cases: Sequence[Any], too_large: Callable[[Any, int], list[str]]) 
             print(case, "| TOO LARGE:", *found, flush=True)
         bad |= bool(found)
     return int(bad)
+
+
+def recent_of(
+    keys: np.ndarray,
+    values: np.ndarray,
+    ring: int,
+    dtype: Any,
+    *,
+    sinks: np.ndarray,
+    first: np.ndarray,
+    held: np.ndarray,
+    new: np.ndarray,
+) -> Recent:
+    """Of arrays ``[B, H, n, d]``: slots of sinks, those of a ring, and new tokens, as many as the
+    most of ``new``, at least one. NaN in what does not hold a token.
+
+    Args:
+        keys: of all.
+        values: likewise.
+        ring: slots.
+        dtype: of both.
+        sinks: as `Recent` has them, like all that follow.
+        first: likewise.
+        held: likewise.
+        new: likewise.
+    """
+    tokens = max(1, int(new.max()))
+    most = keys.shape[2] - ring - tokens
+    slot = (np.arange(ring) - first[:, None]) % ring
+    there = np.concatenate(
+        [
+            np.arange(most) < sinks[:, None],
+            slot < held[:, None],
+            np.arange(tokens) < new[:, None],
+        ],
+        axis=1,
+    )
+    arrays: list[np.ndarray] = []
+    for x in (keys, values):
+        x = np.where(there[:, None, :, None], x, np.nan).astype(dtype)
+        few, window, own = np.split(x, (most, most + ring), axis=2)
+        arrays += [few, window, np.swapaxes(own, 1, 2)]
+    return Recent(*arrays, *(np.asarray(x, np.int32) for x in (sinks, first, held, new)))
