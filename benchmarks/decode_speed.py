@@ -11,7 +11,10 @@ that model reading a prompt. Writes `results/decode-speed/<device>.json` row by 
 matter most first, and beside it a table and a plot; the same command goes on where one was cut off.
 ``--render FILE`` writes only these again.
 
-Peers in torch are measured where it is installed, FlashAttention-3 where it or vLLM is, too.
+Rivals are measured where torch is installed: its own attention, FlashAttention-3 (its package or
+vLLM's) and FlashInfer, over bf16 caches and over fp8 ones (e4m3, scales of 1). One that is missing
+or fails has a row that says why. Before a rival is timed, its output is compared with torch's
+attention over the same numbers in bf16.
 
 The largest batches have arrays of a quarter of the memory, which jax must own in one piece for
 them. It does where torch needs none of it: with ``--part model``, or where no torch is installed.
@@ -48,7 +51,7 @@ from gsrq_jax.baselines.uniform import UniformSpec
 from gsrq_jax.cache import init_cache
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.kernels import decode
-from gsrq_jax.kernels.reference import scale_of
+from gsrq_jax.kernels.reference import Recent, scale_of
 from gsrq_jax.models import commands, generation, llama
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.results import commit, device, versions, write_result
@@ -70,7 +73,15 @@ TOY = dataclasses.replace(
     head_dim=64,
 )
 MODELS = {"llama-3-8b": LLAMA_3_8B, "toy": TOY}
-FULL = "bf16"
+FULL, FP8 = "bf16", "fp8"
+SINKS = 4
+PAGE = 64  # tokens of a page of FlashInfer's caches: the largest that both its kernels take
+# Bytes a second of the memory by the vendor's data sheet.
+BY_VENDOR = "the vendor's data sheet"
+VENDOR = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12}
+# How far a rival's output may be from attention in bf16 over the same numbers, relatively. A query,
+# probabilities and an output in fp8 are each 2 or 3 % off; what is read wrongly is 100 % off.
+TOLERANCE = 0.15
 ATTEND, APPEND = (
     "attend",
     "append",
@@ -87,6 +98,11 @@ class Config:
         shapes: batch x context of attention; the model's loop comes first, and with int8 weights,
             too, at the first four.
         bits: rates of the codes.
+        layout: of the codes: ``tiles``, with 16 codewords a stage, or ``planes``, with two.
+        together: rates at which planes that two KV heads share are measured, too.
+        exact: tokens of the window beside the coded ones, in the same softmax, with sinks and a new
+            token; 0 for coded tokens alone.
+        fp8: also caches in fp8 (e4m3), by every attention for them.
         peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
         block: tokens of a rotary frame; by default 1024 for contexts from 32k tokens on, else 512.
         unit: tokens that are encoded together, of which a frame has several; 0 for all of one.
@@ -121,6 +137,10 @@ class Config:
         *("1x4096", "8x4096", "1x8192", "1x32768"),
     )
     bits: tuple[float, ...] = (1.0, 0.5)
+    layout: Literal["tiles", "planes"] = "tiles"
+    together: tuple[float, ...] = (1.0,)
+    exact: int = 0
+    fp8: bool = True
     peers: tuple[Literal["int8", "kivi2"], ...] = ("int8", "kivi2")
     block: int | None = None
     unit: int = 256
@@ -151,18 +171,24 @@ class Config:
         sizes = MODELS[self.model]
         return dataclasses.replace(sizes, layers=self.layers) if self.layers else sizes
 
-    def spec(self, bits: float, context: int) -> QuantSpec:
-        """Of a cache at this rate for so many tokens."""
+    def blocks(self, context: int) -> tuple[int, int]:
+        """Tokens of a block in a cache for so many tokens, and blocks of a frame."""
         frame = self.block or (1024 if context >= 32768 else 512)
         block = min(self.unit or frame, frame)
+        return block, frame // block
+
+    def spec(self, bits: float, context: int) -> QuantSpec:
+        """Of a cache at this rate for so many tokens."""
+        block, frame_blocks = self.blocks(context)
+        layout: Any = self.layout
         return QuantSpec.from_bits(
             bits,
             self.sizes.head_dim,
-            codewords=16,
+            codewords=2 if layout == "planes" else 16,
             block=block,
-            frame_blocks=frame // block,
+            frame_blocks=frame_blocks,
             mean_every=self.mean_every,
-            layout="tiles",
+            layout=layout,
         )
 
     @property
@@ -219,11 +245,24 @@ def microseconds(run: Callable[[], Any], count: int, times: int) -> dict[str, fl
 
 
 @functools.cache
-def bandwidth(times: int) -> float:
-    """Bytes a second that the device's memory gives a program that reads and writes as much."""
+def measured_bandwidth(times: int) -> float:
+    """Bytes a second that the device's memory gives a program that only reads; the best time."""
     x = _made(lambda: jnp.ones((2**28 if on_gpu() else 2**20,), jnp.float32))
-    flip = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, x: x * jnp.float32(i), x))
-    return 2 * x.nbytes / microseconds(lambda: flip(x), 20, times)["microseconds"] * 1e6
+
+    @jax.jit
+    def read(x: jax.Array) -> jax.Array:
+        # Each round needs the one before, so that none is left out.
+        return jax.lax.fori_loop(0, 20, lambda _, mean: jnp.abs(x - mean).mean(), x[0])
+
+    took = [microseconds(lambda: read(x), 20, 1)["microseconds"] for _ in range(times)]
+    return x.nbytes / min(took) * 1e6
+
+
+def bandwidth(times: int) -> tuple[float, str]:
+    """Bytes a second of the device's memory, and who says so."""
+    if vendor := VENDOR.get(jax.devices()[0].device_kind):
+        return vendor, BY_VENDOR
+    return measured_bandwidth(times), "the best read measured here"
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -250,6 +289,44 @@ def coded_layer(
     return mean, keys, values, words, value_words, full
 
 
+def planes_layer(
+    key: jax.Array, config: Config, bits: float, batch: int, context: int, heads: int
+) -> tuple[Any, ...]:
+    """What `gsrq_jax.kernels.decode.attend_planes` takes, like `coded_layer`; random.
+
+    Args:
+        heads: KV heads that share the bits of a token.
+    """
+    c, (block, fills) = config.sizes, config.blocks(context)
+    frames, at = context // (block * fills), jax.random.split(key, 5)
+    stages = round(bits * c.head_dim * heads)
+    lead = batch, c.kv_heads // heads, frames, block * fills // 32, stages
+    keys, values = (jax.random.bits(k, lead, jnp.uint32) for k in at[:2])
+    words, value_words = (
+        jax.random.normal(k, (c.kv_heads, 1, stages, 2, c.head_dim)) * stages**-0.5 for k in at[2:4]
+    )
+    mean = jax.random.normal(at[4], (c.kv_heads, c.head_dim))
+    full = jnp.full((batch,), frames * fills, jnp.int32)
+    return mean, keys, values, words.astype(jnp.bfloat16), value_words.astype(jnp.bfloat16), full
+
+
+def exact_part(key: jax.Array, config: Config, batch: int) -> Recent | None:
+    """Sinks, a full window and a new token, in bfloat16; random. None without a window."""
+    if not config.exact:
+        return None
+    c, at = config.sizes, jax.random.split(key, 2)
+    slots, full = (SINKS, config.exact, 1), functools.partial(jnp.full, (batch,), dtype=jnp.int32)
+    keys, values = (
+        [jax.random.normal(k, (batch, c.kv_heads, n, c.head_dim), jnp.bfloat16) for n in slots]
+        for k in at
+    )
+    for made in keys, values:
+        made[2] = jnp.swapaxes(made[2], 1, 2)
+    return Recent(
+        *keys, *values, sinks=full(SINKS), first=full(0), held=full(slots[1]), new=full(1)
+    )
+
+
 def exact_layer(
     key: jax.Array, config: Config, batch: int, context: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -263,6 +340,14 @@ def exact_layer(
 
     k, v = map(sequences, jax.random.split(key))
     return k, v
+
+
+def fp8_layer(
+    key: jax.Array, config: Config, batch: int, context: int
+) -> tuple[jax.Array, jax.Array]:
+    """The same in fp8."""
+    k, v = exact_layer(key, config, batch, context)
+    return k.astype(jnp.float8_e4m3fn), v.astype(jnp.float8_e4m3fn)
 
 
 def rounded_layer(
@@ -294,6 +379,30 @@ def exact_attention(
         key_value_seq_lengths=lengths,
         implementation="cudnn" if on_gpu() else "xla",
     )
+
+
+def fp8_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """cuDNN's attention over fp8 with a query in fp8, as jax has it inside; the output, too, is in
+    fp8, times `output_scale`."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def number(x: float) -> jax.Array:
+        return jnp.full((1, 1, 1, 1), x, jnp.float32)
+
+    scales: Any = dict.fromkeys(cudnn.fp8_params_keys, number(1))
+    # Probabilities are at most 1: they get the range of fp8.
+    scales |= {"scale_s": number(256), "descale_s": number(1 / 256)}
+    scales["scale_o"] = number(output_scale(key.shape[1]))
+    out, *_ = cudnn.dot_product_attention(
+        query, key, value, fp8_params=scales, scale=scale_of(query.shape[-1]), use_fp8=True
+    )
+    return out
+
+
+def output_scale(context: int) -> float:
+    """What an output is multiplied by so that fp8 can hold it: a mean of random values is the
+    smaller, the more tokens there are."""
+    return 16 * math.sqrt(context)
 
 
 def profile(run: Callable[[], Any], count: int, hlo: str) -> dict[str, float]:
@@ -389,6 +498,8 @@ class Way:
         query: makes a query from a key: scaled, where what rotates a model's query does it.
         attend: ``(query, *layer)`` to the output.
         layer: makes one layer's arrays from a key.
+        want: ``(query, *layer)`` to what the output has to be within `TOLERANCE`, where others have
+            written the attention.
     """
 
     what: str
@@ -396,15 +507,19 @@ class Way:
     query: Callable[[jax.Array], jax.Array]
     attend: Callable[..., jax.Array]
     layer: Callable[[jax.Array], tuple[Any, ...]]
+    want: Callable[..., jax.Array] | None = None
 
 
 def ways(config: Config, batch: int, context: int) -> list[Way]:
-    """All that jax runs: bf16, the peers, then each rate."""
+    """All that jax runs: bf16, fp8, the peers, then each rate."""
     c = config.sizes
     group, scale = c.heads // c.kv_heads, scale_of(c.head_dim)
 
     def drawn(key: jax.Array) -> jax.Array:
         return jax.random.normal(key, (batch, 1, c.heads, c.head_dim))
+
+    def in_fp8(key: jax.Array) -> jax.Array:
+        return drawn(key).astype(jnp.float8_e4m3fn)
 
     def of_heads(key: jax.Array) -> jax.Array:
         return drawn(key).reshape(batch, 1, c.kv_heads, group, c.head_dim) * scale
@@ -412,27 +527,55 @@ def ways(config: Config, batch: int, context: int) -> list[Way]:
     def rounded(query: jax.Array, key: Any, value: Any, spec: UniformSpec) -> jax.Array:
         return uniform_attention.attend(query[:, 0], key, value, spec)
 
-    def coded(query: jax.Array, mean: jax.Array, *layer: Any, fills: int) -> jax.Array:
+    fills = config.blocks(context)[1]
+
+    def coded(query: jax.Array, recent: Any, mean: jax.Array, *layer: Any) -> jax.Array:
         inv_freq = jnp.asarray(c.inv_freq)  # as in a model, the same in all layers
-        out, _ = decode.attend_tiles(
-            query, mean, inv_freq, *layer, first=4, every=config.mean_every, fills=fills
-        )
+        attend = getattr(decode, f"attend_{config.layout}")
+        how = {"first": SINKS, "every": config.mean_every, "fills": fills, "recent": recent}
+        out, _ = attend(query, mean, inv_freq, *layer, **how)
         return out
+
+    def with_exact(key: jax.Array, make: Callable[[jax.Array], tuple[Any, ...]]) -> tuple[Any, ...]:
+        return exact_part(jax.random.fold_in(key, 1), config, batch), *make(key)
+
+    def in_bf16(*arrays: jax.Array) -> jax.Array:
+        exact = exact_attention(*(x.astype(jnp.bfloat16) for x in arrays))
+        return exact.astype(jnp.float32) * output_scale(context)
 
     size: dict[str, Any] = {"batch": batch, "context": context}
     exact = functools.partial(exact_layer, config=config, **size)
     name = f"{FULL}, jax ({'cuDNN' if on_gpu() else 'XLA'})"
     found = [Way(name, 16, lambda key: drawn(key).astype(jnp.bfloat16), exact_attention, exact)]
+    if config.fp8 and on_gpu():
+        layer = functools.partial(fp8_layer, config=config, **size)
+        found.append(Way(f"{FP8}, jax (cuDNN)", 8, in_fp8, fp8_attention, layer, in_bf16))
     for name in config.peers:
         spec = peer_spec(name, c.head_dim)
         layer = functools.partial(rounded_layer, spec=spec, heads=c.kv_heads, **size)
         attend = functools.partial(rounded, spec=spec)
         found.append(Way(f"{name}, XLA", spec.stored_bits, of_heads, attend, layer))
-    for bits in config.bits:
-        layer = functools.partial(coded_layer, config=config, bits=bits, **size)
-        attend = functools.partial(coded, fills=config.spec(bits, context).frame_blocks)
-        found.append(Way(f"{bits:g} bit", bits, of_heads, attend, layer))
+    for bits, heads in coded_rates(config):
+        given: dict[str, Any] = {"config": config, "bits": bits, **size}
+        if config.layout == "planes":
+            layer = functools.partial(planes_layer, heads=heads, **given)
+        else:
+            layer = functools.partial(coded_layer, **given)
+        layer = functools.partial(with_exact, make=layer)
+        found.append(Way(coded_name(bits, heads), bits, of_heads, coded, layer))
     return found
+
+
+def coded_rates(config: Config) -> list[tuple[float, int]]:
+    """Rates of codes whose attention is measured, and KV heads that share them."""
+    shared = config.together if config.layout == "planes" else ()
+    both = {(bits, 1) for bits in config.bits} | {(bits, 2) for bits in shared}
+    return sorted(both, key=lambda x: (-x[0], x[1]))
+
+
+def coded_name(bits: float, heads: int = 1) -> str:
+    """Of a row of codes."""
+    return f"{bits:g} bit" + (f", {heads} heads together" if heads > 1 else "")
 
 
 def distinct(nbytes: int, config: Config) -> int:
@@ -491,7 +634,12 @@ def measure_attention(
     """Of a program that `chained` made."""
     make = jax.jit(way.layer)
     keys = jax.random.split(jax.random.key(0), len(layers_of(way, config)))
-    run = functools.partial(program, way.query(jax.random.key(1)), list(map(make, keys)))
+    query, layers = way.query(jax.random.key(1)), list(map(make, keys))
+    off = {}
+    if way.want is not None:
+        got, want = jax.jit(way.attend)(query, *layers[0]), jax.jit(way.want)(query, *layers[0])
+        off = checked(*(np.asarray(x.astype(jnp.float32)) for x in (got, want)))
+    run = functools.partial(program, query, layers)
     once = microseconds(lambda: run(jnp.int32(1)), 1, 3)["microseconds"]
     rounds, count = math.ceil(config.at_least * 1e6 / once), rounds_within(batch, context)
     count *= config.operations
@@ -499,38 +647,106 @@ def measure_attention(
     operations = profile(lambda: run(jnp.int32(1)), count, program.as_text())
     if operations:
         took["device_microseconds"] = sum(operations.values())
-    return took | by_part(operations) | {"operations": operations}
+    return took | off | by_part(operations) | {"operations": operations}
 
 
-def torch_attentions() -> dict[str, Callable[..., Any]]:
-    """What there is for torch on this device: ``(query[B,1,Q,d], key, value [B,T,H,d])``."""
+def checked(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
+    """How far a rival's output is from what it has to be, relatively.
+
+    Raises:
+        RivalError: if that is further than `TOLERANCE`.
+    """
+    off = float(np.linalg.norm(got.reshape(want.shape) - want) / np.linalg.norm(want))
+    if not off < TOLERANCE:
+        raise RivalError(f"wrong: its output is {off:.3g} from that of bf16, relatively")
+    return {"relative_error": off}
+
+
+class RivalError(Exception):
+    """Why an attention of others is not measured, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """An attention for torch.
+
+    Attributes:
+        load: imports it and returns ``(query [B,1,Q,d], key, value)`` to the output, which has the
+            query's size; keys and values are ``[B,T,H,d]``, or ``[pages,H,64,d]`` in pages.
+        fp8: the cache is in fp8.
+        query8: so is the query.
+        paged: the cache is in pages.
+    """
+
+    load: Callable[[], Callable[..., Any]]
+    fp8: bool = False
+    query8: bool = False
+    paged: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a number of the cache."""
+        return 8 if self.fp8 else 16
+
+
+def rivals(fp8: bool) -> dict[str, Rival]:
+    """All attentions for torch, by the names of their rows, whether they are there or not."""
+    found = {
+        "torch SDPA": Rival(lambda: sdpa),
+        "FlashAttention-3": Rival(flash_attention),
+        "FlashInfer": Rival(flashinfer_batch, paged=True),
+        "FlashInfer XQA": Rival(flashinfer_xqa, paged=True),
+    }
+    rows = {f"{FULL}, {name}": rival for name, rival in found.items()}
+    if fp8:
+        for name, rival in list(found.items())[1:]:
+            query8 = name == "FlashAttention-3"
+            rows[f"{FP8}, {name}"] = dataclasses.replace(rival, fp8=True, query8=query8)
+    return rows
+
+
+def torch_attentions(fp8: bool = False) -> dict[str, Rival]:
+    """`rivals` where torch has a GPU; else none, and one line that says so."""
+    if not on_gpu():
+        return {}
     try:
         import torch
-    except ImportError:
+    except ImportError as error:
+        print(f"torch's attentions are left out: {error}", flush=True)
         return {}
-    if not (on_gpu() and torch.cuda.is_available()):
+    if not torch.cuda.is_available():
+        print("torch's attentions are left out: it finds no GPU", flush=True)
         return {}
+    return rivals(fp8)
 
-    def sdpa(query: Any, key: Any, value: Any) -> Any:
-        by_head = (x.transpose(1, 2) for x in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*by_head, enable_gqa=True)
 
-    found: dict[str, Callable[..., Any]] = {"torch SDPA": sdpa}
+def loaded(rival: Rival) -> Callable[..., Any]:
+    """Its attention.
+
+    Raises:
+        RivalError: if it is not installed or does not load.
+    """
     try:
-        found["FlashAttention-3"] = flash_attention()
-    except ModuleNotFoundError:
-        pass
-    except Exception as error:  # it is there and does not load: its row says why
+        return rival.load()
+    except ModuleNotFoundError as error:
+        raise RivalError(f"not installed: no module {error.name!r}") from error
+    except Exception as error:
+        raise RivalError(f"does not load: {one_line(error)}") from error
 
-        def failed(*_: Any, error: Exception = error) -> Any:
-            raise error
 
-        found["FlashAttention-3"] = failed
-    return found
+def sdpa(query: Any, key: Any, value: Any) -> Any:
+    """torch's own attention."""
+    import torch
+
+    by_head = (x.transpose(1, 2) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(*by_head, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def flash_attention() -> Callable[..., Any]:
     """FlashAttention-3: its own package, or else the part of vLLM's that does not need the rest.
+
+    In fp8 it takes a query in fp8, too.
 
     Raises:
         ModuleNotFoundError: if neither is installed.
@@ -546,12 +762,14 @@ def flash_attention() -> Callable[..., Any]:
     from vllm.vllm_flash_attn import flash_attn_interface as flash
 
     @functools.cache
-    def planned(batch: int, heads: int, kv_heads: int, dim: int, tokens: int) -> dict[str, Any]:
+    def planned(
+        batch: int, heads: int, kv_heads: int, dim: int, tokens: int, dtype: Any
+    ) -> dict[str, Any]:
         """What all layers of a step have in common, as vLLM makes it: once, before them."""
         kind = {"dtype": torch.int32, "device": "cuda"}
         starts, used = torch.arange(batch + 1, **kind), torch.full((batch,), tokens, **kind)
         plan = flash.get_scheduler_metadata(
-            *(batch, 1, tokens, heads, kv_heads, dim, used), cu_seqlens_q=starts
+            *(batch, 1, tokens, heads, kv_heads, dim, used), qkv_dtype=dtype, cu_seqlens_q=starts
         )
         return {"cu_seqlens_q": starts, "seqused_k": used, "scheduler_metadata": plan}
 
@@ -562,27 +780,101 @@ def flash_attention() -> Callable[..., Any]:
             max_seqlen_q=1,
             max_seqlen_k=tokens,
             fa_version=3,
-            **planned(batch, heads, kv_heads, dim, tokens),
+            **planned(batch, heads, kv_heads, dim, tokens, key.dtype),
         )[:, None]
 
     return attend
 
 
-def measure_torch(
-    attend: Callable[..., Any], config: Config, batch: int, context: int
-) -> dict[str, Any]:
+def flashinfer_batch() -> Callable[..., Any]:
+    """FlashInfer's decode over pages on tensor cores, planned once for all layers of a step."""
+    import flashinfer
+    import torch
+
+    @functools.lru_cache(1)
+    def planned(batch: int, heads: int, kv_heads: int, dim: int, pages: int, dtype: Any) -> Any:
+        kind = {"dtype": torch.int32, "device": "cuda"}
+        work = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            work, "HND", use_tensor_cores=True, backend="fa2"
+        )
+        starts, last = torch.arange(batch + 1, **kind) * pages, torch.full((batch,), PAGE, **kind)
+        wrapper.plan(
+            *(starts, torch.arange(batch * pages, **kind), last, heads, kv_heads, dim, PAGE),
+            q_data_type=torch.bfloat16,
+            kv_data_type=dtype,
+        )
+        return wrapper
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        (batch, _, heads, dim), (pages, kv_heads, *_) = query.shape, key.shape
+        wrapper = planned(batch, heads, kv_heads, dim, pages // batch, key.dtype)
+        return wrapper.run(query[:, 0], (key, value))[:, None]
+
+    return attend
+
+
+def flashinfer_xqa() -> Callable[..., Any]:
+    """FlashInfer's XQA over pages, TensorRT-LLM's decode kernel; in fp8 one made for Hopper."""
+    import torch
+    from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+    @functools.lru_cache(1)
+    def planned(batch: int, pages: int) -> tuple[Any, Any, Any]:
+        kind = {"dtype": torch.int32, "device": "cuda"}
+        work = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
+        table = torch.arange(batch * pages, **kind).reshape(batch, pages)
+        return work, table, torch.full((batch,), pages * PAGE, **kind)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        (batch, _, _, dim), pages = query.shape, key.shape[0] // query.shape[0]
+        return xqa_batch_decode_with_kv_cache(
+            *(query[:, 0], (key, value), *planned(batch, pages), pages * PAGE),
+            bmm1_scale=scale_of(dim),
+            kv_layout="HND",
+        )[:, None]
+
+    return attend
+
+
+def in_rows(pages: Any, batch: int) -> Any:
+    """Pages ``[pages,H,64,d]`` of sequences one after the other as ``[B,T,H,d]``."""
+    _, heads, tokens, dim = pages.shape
+    apart = pages.reshape(batch, -1, heads, tokens, dim).swapaxes(2, 3)
+    return apart.reshape(batch, -1, heads, dim)
+
+
+def measure_torch(rival: Rival, config: Config, batch: int, context: int) -> dict[str, Any]:
     """Attention by torch, called from Python or replayed as a CUDA graph, whichever is faster."""
     import torch
 
+    attend = loaded(rival)
     c, kind = config.sizes, {"dtype": torch.bfloat16, "device": "cuda"}
     # As SDPA likes them: heads before tokens. Seen the other way around, FlashAttention takes them.
-    past = (batch, c.kv_heads, context, c.head_dim)
+    past: tuple[int, ...] = (batch, c.kv_heads, context, c.head_dim)
+    if rival.paged:
+        past = (batch * context // PAGE, c.kv_heads, PAGE, c.head_dim)
+
+    def drawn(*shape: int, small: bool) -> Any:
+        x = torch.randn(*shape, **kind)
+        return x.to(torch.float8_e4m3fn) if small else x
+
+    def right() -> dict[str, float]:
+        full = (x.to(torch.bfloat16) for x in (query, *layers[0]))
+        query16, *layer = full
+        want = sdpa(query16, *(in_rows(x, batch) if rival.paged else x for x in layer))
+        return checked(*(x.float().cpu().numpy() for x in (attend(query, *layers[0]), want)))
+
     try:
-        query = torch.randn(batch, 1, c.heads, c.head_dim, **kind)
+        query = drawn(batch, 1, c.heads, c.head_dim, small=rival.query8)
         layers = [
-            [torch.randn(past, **kind).transpose(1, 2) for _ in range(2)]
-            for _ in range(distinct(4 * math.prod(past), config))
+            [drawn(*past, small=rival.fp8) for _ in range(2)]
+            for _ in range(distinct(2 * rival.bits * math.prod(past) // 8, config))
         ]
+        if not rival.paged:
+            layers = [[x.transpose(1, 2) for x in layer] for layer in layers]
+        off = right()
+        torch.cuda.empty_cache()
 
         def through() -> None:
             for i in range(config.operations):
@@ -606,7 +898,7 @@ def measure_torch(
             found.append(timed(graph.replay))
         except RuntimeError:  # not all can be captured
             traceback.print_exc()
-        return min(found, key=lambda took: took["microseconds"])
+        return min(found, key=lambda took: took["microseconds"]) | off
     except torch.cuda.OutOfMemoryError:
         return {"error": UNFIT}
     finally:
@@ -907,22 +1199,26 @@ def planned(config: Config) -> list[Measurement]:
             row = {"part": "attention", "what": what, "batch": batch, "context": context}
             found.append(Measurement(row | {"bits": bits}, rank, prepare, measure))
 
-        exact, *others = ways(config, batch, context)
-        torch = torch_attentions()
-        for way in (exact, *others):
+        def by_jax(way: Way, program: Any) -> dict[str, Any]:
+            return measure_attention(way, program, config, batch, context)
+
+        def by_torch(rival: Rival, _: None) -> dict[str, Any]:
+            return measure_torch(rival, config, batch, context)
+
+        for way in ways(config, batch, context):
             add(
                 way.what,
                 way.bits,
                 functools.partial(chained, way, config, batch, context),
-                lambda program, way=way: measure_attention(way, program, config, batch, context),
+                functools.partial(by_jax, way),
             )
-            if way is exact:
-                for name, attend in torch.items():
+            for name, rival in torch.items():
+                if name.split(",")[0] == way.what.split(",")[0]:
                     add(
-                        f"{FULL}, {name}",
-                        16,
+                        name,
+                        rival.bits,
                         lambda: None,
-                        lambda _, attend=attend: measure_torch(attend, config, batch, context),
+                        functools.partial(by_torch, rival),
                     )
 
     def model(
@@ -949,6 +1245,7 @@ def planned(config: Config) -> list[Measurement]:
 
     first = config.pairs[:4]
     if config.part in ("all", "attention"):
+        torch = torch_attentions(config.fp8)
         for shape in config.pairs:
             attention(0 if shape in first else 2, *shape)
     if config.part in ("all", "prefill"):
@@ -1007,7 +1304,7 @@ def run(config: Config, done: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict
                 m, made = some.pop(0)  # forgets what the one before held
                 row = m.row | _outcome(lambda m=m, made=made: m.measure(made.result()))
                 if row["part"] == "attention" and "error" not in row:
-                    row["floor_microseconds"] = floor(config, row)
+                    row["floor_microseconds"] = floor(config, row, bandwidth(config.times)[0])
                 print({name: x for name, x in row.items() if name != "operations"}, flush=True)
                 yield row
 
@@ -1019,11 +1316,19 @@ def _outcome(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What it measured, or the error that kept it from that: other rows are to be had yet."""
     try:
         return measure()
+    except RivalError as error:
+        return {"error": str(error)}
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return {"error": UNFIT}
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        return {"error": one_line(error)}
+
+
+def one_line(error: Exception) -> str:
+    """Its type and the first line of what it says."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def largest_of(batch: int, measure: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
@@ -1037,30 +1342,98 @@ def largest_of(batch: int, measure: Callable[[int], dict[str, Any]]) -> dict[str
     return row | {"batch": batch}
 
 
-def floor(config: Config, row: Mapping[str, Any]) -> float:
-    """Microseconds that the device's memory takes for an attention's keys and values alone."""
+def floor(config: Config, row: Mapping[str, Any], speed: float) -> float:
+    """Microseconds that keys and values alone take at ``speed`` bytes a second."""
     c = config.sizes
     numbers = row["batch"] * row["context"] * 2 * c.kv_heads * c.head_dim
-    return numbers * row["bits"] / 8 / bandwidth(config.times) * 1e6
+    return numbers * row["bits"] / 8 / speed * 1e6
+
+
+def floored(data: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """A result's rows with floors, and what these are.
+
+    Floors by the vendor's bandwidth are computed here. Files of before December 2026 have floors by
+    a copy that was measured, and their tables are then right, too.
+    """
+    rows = [dict(row) for row in data["rows"]]
+    speed, of = data.get("memory", {}).get("bytes_per_second"), data.get("memory", {}).get("of")
+    if vendor := VENDOR.get(data["device"]):
+        speed, of = vendor, BY_VENDOR
+        config = Config(model=data["config"].get("model", Config.model))
+        for row in rows:
+            if "floor_microseconds" in row:
+                row["floor_microseconds"] = floor(config, row, vendor)
+    if speed is None:
+        return rows, "Floor: the bytes of keys and values alone."
+    return rows, (f"Floor: the bytes of keys and values alone, at {speed / 1e12:.3g} TB/s ({of}).")
+
+
+def best_of(
+    rows: Sequence[Mapping[str, Any]], kind: str
+) -> dict[tuple[int, int], Mapping[str, Any]]:
+    """Of each shape, the fastest row of attention over a cache of this kind."""
+    best: dict[tuple[int, int], Mapping[str, Any]] = {}
+    for row in rows:
+        if row["part"] == "attention" and row["what"].startswith(kind) and "error" not in row:
+            shape = row["batch"], row["context"]
+            if shape not in best or row["microseconds"] < best[shape]["microseconds"]:
+                best[shape] = row
+    return best
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of attention with how many times as fast as the best bf16 of their shape they are."""
-    best: dict[Any, float] = {}
-    for row in rows:
-        if row["part"] == "attention" and row["what"].startswith(FULL) and "error" not in row:
-            shape = row["batch"], row["context"]
-            best[shape] = min(best.get(shape, math.inf), row["microseconds"])
+    """Rows of attention with how many times as fast as the best bf16 and the best fp8 of their
+    shape they are."""
+    best, best8 = best_of(rows, FULL), best_of(rows, FP8)
     found = []
     for row in rows:
-        base = best.get((row["batch"], row["context"]))
         more = {}
-        if row["part"] == "attention" and "error" not in row and base is not None:
-            more["times"] = base / row["microseconds"]
-            if "kernel" in row:
-                more["times_kernel"] = base / row["kernel"]
+        if row["part"] == "attention" and "error" not in row:
+            shape = row["batch"], row["context"]
+            if base := best.get(shape):
+                more["times"] = base["microseconds"] / row["microseconds"]
+                if "kernel" in row:
+                    more["times_kernel"] = base["microseconds"] / row["kernel"]
+            if base := best8.get(shape):
+                more["times_fp8"] = base["microseconds"] / row["microseconds"]
         found.append({**row, **more})
     return found
+
+
+def bars(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table with a line a shape: the best bf16 and fp8, and every rate of codes beside both."""
+    rows = [r for r in rows if r["part"] == "attention"]
+    best, best8 = best_of(rows, FULL), best_of(rows, FP8)
+    rates = list(dict.fromkeys(r["what"] for r in rows if re.match(r"[\d.]+ bit", r["what"])))
+    if not (rates and best):
+        return []
+
+    def of(row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return "–"
+        return f"{row['microseconds']:.1f} ({row['what'].partition(', ')[2]})"
+
+    def cell(row: Mapping[str, Any] | None) -> str:
+        if row is None or "error" in row:
+            return row["error"] if row else "–"
+        both = (f"{row[name]:.1f} ×" if name in row else "–" for name in ("times", "times_fp8"))
+        return f"{row['microseconds']:.1f}: " + ", ".join(both)
+
+    lines = [
+        "Microseconds of the whole operation; codes: how many times as fast as the best bf16, as "
+        "the best fp8:",
+        "",
+        f"| batch × context | best bf16 | best fp8 | {' | '.join(rates)} |",
+        "| --- | --- | --- |" + " --- |" * len(rates),
+    ]
+    of_codes = {(r["batch"], r["context"], r["what"]): r for r in rows if r["what"] in rates}
+    for shape in dict.fromkeys((r["batch"], r["context"]) for r in rows):
+        cells = (cell(of_codes.get((*shape, rate))) for rate in rates)
+        lines.append(
+            f"| {shape[0]} × {shape[1]:,} | {of(best.get(shape))} | {of(best8.get(shape))} "
+            f"| {' | '.join(cells)} |"
+        )
+    return [*lines, ""]
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -1070,22 +1443,28 @@ def markdown(data: Mapping[str, Any]) -> str:
         f"{data['date'][:10]}.",
         "",
     ]
-    rows = [r for r in data["rows"] if r["part"] == "attention"]
+    found, floors = floored(data)
+    rows = [r for r in compared(found) if r["part"] == "attention"]
     if rows:
         lines += [
+            *bars(rows),
+            floors,
+            "",
             "| batch × context | attention | µs | on the device | of it the kernel | floor "
-            "| times bf16 | the kernel alone |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| times bf16 | the kernel alone | times fp8 |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     for r in rows:
         device, kernel, least, took = (
             f"{r[name]:.1f}" if name in r else "–"
             for name in ("device_microseconds", "kernel", "floor_microseconds", "microseconds")
         )
-        times, alone = (f"{r[n]:.1f} ×" if r.get(n) else "–" for n in ("times", "times_kernel"))
+        times, alone, times8 = (
+            f"{r[n]:.1f} ×" if r.get(n) else "–" for n in ("times", "times_kernel", "times_fp8")
+        )
         lines.append(
             f"| {r['batch']} × {r['context']:,} | {r['what']} | {r.get('error', took)} | {device} "
-            f"| {kernel} | {least} | {times} | {alone} |"
+            f"| {kernel} | {least} | {times} | {alone} | {times8} |"
         )
     rows = [r for r in data["rows"] if r["part"] == "model"]
     parts = ("kernel", ATTEND, APPEND, "products", "rest")
@@ -1139,19 +1518,20 @@ def markdown(data: Mapping[str, Any]) -> str:
 
 def picture(data: Mapping[str, Any], path: pathlib.Path) -> None:
     """Microseconds of attention by shape, against the floor of their bytes."""
-    rows = [r for r in data["rows"] if r["part"] == "attention" and "error" not in r]
+    found, _ = floored(data)
+    rows = [r for r in found if r["part"] == "attention" and "error" not in r]
     shapes = list(dict.fromkeys((r["batch"], r["context"]) for r in rows))
     whats = list(dict.fromkeys(r["what"] for r in rows))
     figure, axis = plt.subplots(figsize=(8, 4))
     for i, what in enumerate(whats):
-        found = {(r["batch"], r["context"]): r for r in rows if r["what"] == what}
-        places = [n + 0.8 * (i / len(whats) - 0.5) for n, s in enumerate(shapes) if s in found]
-        took = [found[s]["microseconds"] for s in shapes if s in found]
+        of = {(r["batch"], r["context"]): r for r in rows if r["what"] == what}
+        places = [n + 0.8 * (i / len(whats) - 0.5) for n, s in enumerate(shapes) if s in of]
+        took = [of[s]["microseconds"] for s in shapes if s in of]
         bars = axis.bar(places, took, 0.8 / len(whats), align="edge", label=what)
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
-        floor = [found[s]["floor_microseconds"] for s in shapes if s in found]
+        floors = [of[s]["floor_microseconds"] for s in shapes if s in of]
         width = 0.8 / len(whats)
-        axis.hlines(floor, places, [p + width for p in places], colors="black", lw=1)
+        axis.hlines(floors, places, [p + width for p in places], colors="black", lw=1)
     axis.set_yscale("log")
     axis.set_ylabel("µs a layer; the line: its bytes alone")
     axis.set_xticks(range(len(shapes)), [f"{b} × {n:,}" for b, n in shapes])
@@ -1198,9 +1578,14 @@ def main(config: Config) -> None:
         fields = json.loads(json.dumps(fields))
         command = shlex.join(["python", "benchmarks/decode_speed.py", *sys.argv[1:]])
         rows = earlier(file, fields)
+        more: dict[str, Any] = {"config": fields}
         for row in run(config, rows):
             rows.append(row)
-            write_result(file, compared(rows), command=command, config=fields)
+            if "floor_microseconds" in row:
+                more["memory"] = dict(
+                    zip(("bytes_per_second", "of"), bandwidth(config.times), strict=True)
+                )
+            write_result(file, compared(rows), command=command, **more)
         if not rows:
             return
     data = json.loads(file.read_text(encoding="utf-8"))

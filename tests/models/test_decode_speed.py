@@ -75,11 +75,17 @@ def test_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
     assert coded["times"] == pytest.approx(exact["microseconds"] / coded["microseconds"])
     ratio = exact["floor_microseconds"] / coded["floor_microseconds"]
     assert ratio == pytest.approx(16)
+    speed = data["memory"]["bytes_per_second"]
+    assert exact["floor_microseconds"] == pytest.approx(2 * 256 * 2 * 2 * 64 * 2 / speed * 1e6)
+    assert data["memory"]["of"] == "the best read measured here"
+    assert 1e8 < speed < 1e12  # of a CPU, whose caches are quick
     for what in ("bf16", "1 bit"):
         assert rows["model", what, "int8"]["tokens_per_second"] > 0
         assert rows["model", what, "int8"]["bytes"] > 1e5
     table = file.with_suffix(".md").read_text()
     assert "| 2 × 256 | 1 bit | " in table
+    assert "TB/s (the best read measured here)" in table
+    assert "| batch × context | best bf16 | best fp8 | 1 bit |" in table
     assert "| 2 × 256 | bf16 | int8 | " in table
     assert "| 140 | bf16 | " in table
     assert file.with_suffix(".png").stat().st_size > 10_000
@@ -321,42 +327,198 @@ def test_scopes_of_a_decode_loop(benchmark):
     assert "dot_general" in scopes  # with weights
 
 
+class Tensor(np.ndarray):
+    """So much of a tensor as the benchmark uses."""
+
+    def transpose(self, *axes):
+        return np.swapaxes(self, *axes)
+
+    def to(self, dtype):
+        del dtype
+        return self
+
+    def float(self):
+        return self
+
+    cpu = float
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+def product_attention(query, key, value, enable_gqa):
+    """torch's SDPA in numpy: ``[B,H,T,d]``."""
+    assert enable_gqa
+    group = query.shape[1] // key.shape[1]
+    k, v = (np.repeat(np.asarray(x), group, axis=1) for x in (key, value))
+    scores = np.asarray(query) @ np.swapaxes(k, 2, 3) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).view(Tensor)
+
+
+def test_fp8_by_jax(benchmark, monkeypatch):
+    """Its program is lowered without a GPU; the output's scale is one that fp8 can hold."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    query, key = (
+        jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
+        for shape in ((8, 1, 32, 128), (8, 4096, 8, 128))
+    )
+    traced = jax.jit(benchmark.fp8_attention).trace(query, key, key)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmaxF8" in text
+    assert "1.024000e+03" in text
+
+    keys, values = benchmark.fp8_layer(jax.random.key(0), toy(benchmark), 2, 4096)
+    assert keys.dtype == values.dtype == jnp.float8_e4m3fn
+    query = jax.random.normal(jax.random.key(1), (2, 1, 4, 64))
+    exact = benchmark.exact_attention(query, *(x.astype(jnp.float32) for x in (keys, values)))
+    scaled = exact * benchmark.output_scale(4096)
+    got = scaled.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    assert 0 < benchmark.checked(np.asarray(got), np.asarray(scaled))["relative_error"] < 0.04
+    with pytest.raises(benchmark.RivalError, match="wrong: its output is nan"):
+        benchmark.checked(np.full(3, np.nan), np.ones(3))
+
+
 @pytest.fixture
 def torch(benchmark, monkeypatch):
     """So much of torch that its attentions can be told from each other."""
     torch = types.ModuleType("torch")
-    torch.int32 = np.int32
-    torch.arange, torch.full = (
-        lambda *a, make=make, device, **given: make(*a, **given) for make in (np.arange, np.full)
+    rng = np.random.default_rng(0)
+
+    def randn(*shape, dtype, device):
+        return rng.normal(size=shape).view(Tensor)
+
+    def on_device(make):
+        return lambda *a, device, **given: make(*a, **given)
+
+    torch.int32, torch.uint8 = np.int32, np.uint8
+    torch.bfloat16, torch.float8_e4m3fn = "bf16", "fp8"
+    torch.randn = randn
+    torch.arange, torch.full, torch.zeros = map(on_device, (np.arange, np.full, np.zeros))
+    functional = types.SimpleNamespace(scaled_dot_product_attention=product_attention)
+    torch.nn = types.SimpleNamespace(functional=functional)
+    torch.cuda = types.SimpleNamespace(
+        is_available=lambda: True,
+        synchronize=lambda: None,
+        empty_cache=lambda: None,
+        OutOfMemoryError=MemoryError,
     )
-    torch.cuda = types.SimpleNamespace(is_available=lambda: True)
     monkeypatch.setattr(benchmark, "on_gpu", lambda: True)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    for name in ("flash_attn_interface", "vllm"):
+    for name in ("flash_attn_interface", "vllm", "flashinfer", "flashinfer.decode"):
         monkeypatch.setitem(sys.modules, name, None)
     return torch
 
 
-def test_attention_by_torch(benchmark, monkeypatch, torch):
-    """FlashAttention-3 is there if it is installed, and takes the arrays in its order."""
-    assert list(benchmark.torch_attentions()) == ["torch SDPA"]
+def test_attentions_by_torch(benchmark, monkeypatch, torch, capsys):
+    """Each has its rows, whether it is there or not."""
+    names = ["torch SDPA", "FlashAttention-3", "FlashInfer", "FlashInfer XQA"]
+    assert list(benchmark.torch_attentions()) == [f"bf16, {name}" for name in names]
+    found = benchmark.torch_attentions(fp8=True)
+    assert [name for name in found if "fp8" in name] == [f"fp8, {name}" for name in names[1:]]
+    for name, rival in found.items():
+        assert rival.bits == (8 if "fp8" in name else 16)
+        assert rival.query8 == (name == "fp8, FlashAttention-3")
+    rows = [m.row for m in benchmark.planned(toy(benchmark, part="attention", bits=(), peers=()))]
+    assert [r["what"] for r in rows] == [
+        *("bf16, jax (cuDNN)", *(name for name in found if "bf16" in name)),
+        *("fp8, jax (cuDNN)", *(name for name in found if "fp8" in name)),
+    ]
     flash = types.ModuleType("flash_attn_interface")
     flash.flash_attn_with_kvcache = lambda query, key, value: (query, key, value)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", flash)
-    found = benchmark.torch_attentions()
-    assert found["FlashAttention-3"](1, 2, 3) == (1, 2, 3)
+    assert benchmark.loaded(found["fp8, FlashAttention-3"])(1, 2, 3) == (1, 2, 3)
+    torch.cuda.is_available = lambda: False
+    assert benchmark.torch_attentions() == {}
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert benchmark.torch_attentions() == {}
+    assert capsys.readouterr().out.count("torch's attentions are left out: ") == 2
     monkeypatch.setattr(benchmark, "on_gpu", lambda: False)
     assert benchmark.torch_attentions() == {}
+
+
+def test_a_rival_that_is_missing_or_wrong_is_a_row(benchmark, torch, capsys):
+    """Its row says why, in one line; nothing is timed."""
+    config = toy(benchmark, part="attention")
+
+    def compile_fails():
+        raise RuntimeError("nvcc: for a test\nand more")
+
+    rivals = {
+        "bf16, missing": benchmark.Rival(benchmark.flashinfer_xqa, paged=True),
+        "bf16, broken": benchmark.Rival(compile_fails),
+        "bf16, wrong": benchmark.Rival(lambda: lambda query, key, value: 2 * query),
+    }
+    outcomes = {
+        name: benchmark._outcome(lambda r=rival: benchmark.measure_torch(r, config, 2, 128))
+        for name, rival in rivals.items()
+    }
+    assert outcomes["bf16, missing"] == {"error": "not installed: no module 'flashinfer.decode'"}
+    assert outcomes["bf16, broken"] == {"error": "does not load: RuntimeError: nvcc: for a test"}
+    (wrong,) = outcomes["bf16, wrong"].values()
+    assert wrong.startswith("wrong: its output is ")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def pages_of(key, numbers):
+    """Pages of one sequence as ``[1,H,T,d]``."""
+    chosen = np.asarray(key)[numbers]
+    return np.swapaxes(chosen, 0, 1).reshape(1, chosen.shape[1], -1, chosen.shape[3])
+
+
+def test_flash_infer(benchmark, monkeypatch, torch):
+    """Both its kernels read the pages of the right sequence; a plan is made once for all layers."""
+    flashinfer, decoder = types.ModuleType("flashinfer"), types.ModuleType("flashinfer.decode")
+    plans = []
+
+    def by_pages(query, cache, numbers):
+        sequences = [
+            product_attention(q[None, :, None], *(pages_of(x, n) for x in cache), enable_gqa=True)
+            for q, n in zip(np.asarray(query), numbers, strict=True)
+        ]
+        return np.concatenate(sequences)[:, :, 0].view(Tensor)
+
+    class Wrapper:
+        def __init__(self, work, layout, use_tensor_cores, backend):
+            assert (layout, use_tensor_cores, backend) == ("HND", True, "fa2")
+
+        def plan(self, starts, indices, last, *sizes, q_data_type, kv_data_type):
+            assert sizes == (4, 2, 64, 64)
+            assert (q_data_type, kv_data_type) == ("bf16", "float64")
+            np.testing.assert_array_equal(last, [64, 64])
+            self.numbers = [indices[a:b] for a, b in itertools.pairwise(starts)]
+            plans.append(self.numbers)
+
+        def run(self, query, cache):
+            return by_pages(query, cache, self.numbers)
+
+    def xqa(query, cache, work, table, lengths, longest, bmm1_scale, kv_layout):
+        assert (longest, bmm1_scale, kv_layout) == (192, 1 / 8, "HND")
+        np.testing.assert_array_equal(lengths, [192, 192])
+        return by_pages(query, cache, table)
+
+    flashinfer.BatchDecodeWithPagedKVCacheWrapper = Wrapper
+    decoder.xqa_batch_decode_with_kv_cache = xqa
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
+    monkeypatch.setitem(sys.modules, "flashinfer.decode", decoder)
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 1, 4, 64)).view(Tensor)
+    key, value = rng.normal(size=(2, 6, 2, 64, 64)).view(Tensor)
+    want = benchmark.sdpa(query, *(benchmark.in_rows(x, 2) for x in (key, value)))
+    assert want.shape == query.shape
+    for name in ("bf16, FlashInfer", "bf16, FlashInfer XQA"):
+        attend = benchmark.loaded(benchmark.rivals(fp8=True)[name])
+        for _ in range(2):
+            np.testing.assert_allclose(attend(query, key, value), want, rtol=1e-6)
+    assert len(plans) == 1
 
 
 @pytest.mark.parametrize("slow", [0.0, 0.02], ids=["slow graph", "fast graph"])
 @pytest.mark.parametrize("captures", [True, False])
 def test_torch_is_timed_with_and_without_a_graph(benchmark, torch, slow, captures, capsys):
     """The faster counts; what cannot be captured is called from Python."""
-
-    class Tensor(np.ndarray):
-        def transpose(self, *axes):
-            return np.swapaxes(self, *axes)
 
     class Graph:
         def replay(self):
@@ -372,18 +534,100 @@ def test_torch_is_timed_with_and_without_a_graph(benchmark, torch, slow, capture
         assert query.shape == (2, 1, 4, 64)
         assert key.shape == value.shape == (2, 30, 2, 64)
         time.sleep(slow / 2)
+        return benchmark.sdpa(query, key, value)
 
-    def randn(*shape, dtype, device):
-        return np.zeros(shape[0] if len(shape) == 1 else shape).view(Tensor)
-
-    torch.bfloat16, torch.randn = None, randn
-    names = {"OutOfMemoryError": MemoryError, "CUDAGraph": Graph, "graph": capture}
-    for name in ("synchronize", "empty_cache"):
-        names[name] = lambda: None
-    vars(torch.cuda).update(names)
-    took = benchmark.measure_torch(attend, toy(benchmark, at_least=1e-6), 2, 30)["microseconds"]
-    assert (took > 5000) == (slow > 0 and not captures)  # two layers a round
+    vars(torch.cuda).update({"CUDAGraph": Graph, "graph": capture})
+    rival = benchmark.Rival(lambda: attend)
+    took = benchmark.measure_torch(rival, toy(benchmark, at_least=1e-6), 2, 30)
+    assert took["relative_error"] == 0
+    assert (took["microseconds"] > 5000) == (slow > 0 and not captures)  # two layers a round
     assert ("for a test" in capsys.readouterr().err) == (not captures)
+
+
+def row(what, batch, context, microseconds, **more):
+    given = {"part": "attention", "what": what, "batch": batch, "context": context}
+    return given | {"bits": 16.0, "microseconds": microseconds} | more
+
+
+def test_the_table_of_bars(benchmark):
+    """Codes beside the best bf16 and the best fp8 of the same shape."""
+    rows = benchmark.compared(
+        [
+            row("bf16, jax (cuDNN)", 8, 131072, 940.0),
+            row("bf16, FlashInfer", 8, 131072, 920.0),
+            row("fp8, FlashInfer XQA", 8, 131072, 460.0),
+            row("fp8, FlashAttention-3", 8, 131072, 500.0) | {"error": "wrong"},
+            row("1 bit", 8, 131072, 100.0, kernel=92.0),
+            row("1 bit, 2 heads together", 8, 131072, 0.0) | {"error": "too large"},
+            row("bf16, torch SDPA", 1, 4096, 12.0),
+            row("1 bit", 1, 4096, 6.0),
+        ]
+    )
+    assert rows[4]["times"] == pytest.approx(9.2)
+    assert rows[4]["times_kernel"] == pytest.approx(10)
+    assert rows[4]["times_fp8"] == pytest.approx(4.6)
+    table = benchmark.bars(rows)
+    assert table[2:6] == [
+        "| batch × context | best bf16 | best fp8 | 1 bit | 1 bit, 2 heads together |",
+        "| --- | --- | --- | --- | --- |",
+        "| 8 × 131,072 | 920.0 (FlashInfer) | 460.0 (FlashInfer XQA) | 100.0: 9.2 ×, 4.6 × "
+        "| too large |",
+        "| 1 × 4,096 | 12.0 (torch SDPA) | – | 6.0: 2.0 ×, – | – |",
+    ]
+    assert benchmark.bars(rows[:4]) == []
+
+
+def test_floors_are_the_vendors(benchmark, monkeypatch):
+    """Also in a file whose floors are of a copy that was measured."""
+    device = types.SimpleNamespace(device_kind="NVIDIA H200")
+    monkeypatch.setattr(benchmark.jax, "devices", lambda: [device])
+    assert benchmark.bandwidth(3) == (4.8e12, "the vendor's data sheet")
+    old = row("bf16, torch SDPA", 8, 131072, 924.0, floor_microseconds=1153.0)
+    data = {"device": "NVIDIA H200", "config": {"model": "llama-3-8b"}, "rows": [old]}
+    (new,), said = benchmark.floored(data)
+    assert new["floor_microseconds"] == pytest.approx(894.8, abs=0.1)
+    assert "4.8 TB/s (the vendor's data sheet)" in said
+    (same,), said = benchmark.floored(data | {"device": "other"})
+    assert same == old
+    assert "TB/s" not in said
+
+
+@pytest.mark.filterwarnings("ignore:the fused GPU kernel")
+@pytest.mark.parametrize("exact", [0, 32])
+def test_planes(benchmark, monkeypatch, exact):
+    """Rows of planes, of one head and of two together, with and without an exact part."""
+
+    def attend_planes(query, mean, inv_freq, keys, values, words, value_words, blocks, **given):
+        batch, _, heads, _, dim = query.shape
+        stages = keys.shape[-1]
+        assert keys.shape == values.shape == (batch, heads * 64 // stages, 2, 4, stages)
+        assert words.shape == value_words.shape == (heads, 1, stages, 2, dim)
+        assert (keys.dtype, given["first"], given["every"], given["fills"]) == ("uint32", 4, 16, 1)
+        if exact:
+            assert given["recent"].window_key.shape == (batch, heads, exact, dim)
+            assert given["recent"].key.shape == (batch, 1, heads, dim)
+        else:
+            assert given["recent"] is None
+        return jnp.zeros_like(query), jnp.zeros(query.shape[:-1])
+
+    if not hasattr(benchmark.decode, "attend_planes"):
+        monkeypatch.setattr(benchmark.decode, "attend_planes", attend_planes, raising=False)
+    given = {"part": "attention", "layout": "planes", "bits": (0.5, 1.0), "exact": exact}
+    config = toy(benchmark, peers=(), **given)
+    if not exact:
+        assert benchmark.coded_rates(config) == [(1.0, 1), (1.0, 2), (0.5, 1)]
+    config = benchmark.dataclasses.replace(config, bits=(1.0,))
+    rows = list(benchmark.run(config))
+    assert [r["what"] for r in rows] == ["bf16, jax (XLA)", "1 bit", "1 bit, 2 heads together"]
+    assert all(r["microseconds"] > 0 for r in rows)
+
+
+@pytest.mark.filterwarnings("ignore:the fused GPU kernel")
+def test_tiles_with_an_exact_part(benchmark):
+    config = toy(benchmark, part="attention", peers=(), exact=32)
+    assert benchmark.coded_rates(config) == [(1.0, 1)]
+    _, coded = benchmark.run(config)
+    assert coded["microseconds"] > 0
 
 
 def test_flash_attention_of_vllm(benchmark, monkeypatch, torch, tmp_path):
@@ -392,8 +636,9 @@ def test_flash_attention_of_vllm(benchmark, monkeypatch, torch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "flash_attn_interface.py").write_text(
         "plans = 0\n"
-        "def get_scheduler_metadata(batch, queries, tokens, heads, kv_heads, dim, used,"
+        "def get_scheduler_metadata(batch, queries, tokens, heads, kv_heads, dim, used, qkv_dtype,"
         " cu_seqlens_q):\n"
+        "    assert qkv_dtype == 'float64'\n"
         "    global plans\n"
         "    plans += 1\n"
         "    return batch, queries, tokens, heads, kv_heads, dim\n"
@@ -406,10 +651,11 @@ def test_flash_attention_of_vllm(benchmark, monkeypatch, torch, tmp_path):
     monkeypatch.delitem(sys.modules, "vllm")
     extension = folder / "_vllm_fa3_C.py"
     extension.write_text("raise ImportError('undefined symbol: for a test')")
-    with pytest.raises(ImportError, match="for a test"):  # when it is measured
-        benchmark.torch_attentions()["FlashAttention-3"](1, 2, 3)
+    rival = benchmark.torch_attentions()["bf16, FlashAttention-3"]
+    with pytest.raises(benchmark.RivalError, match=r"does not load: ImportError: .*for a test"):
+        benchmark.loaded(rival)
     extension.write_text("")
-    attend = benchmark.torch_attentions()["FlashAttention-3"]
+    attend = benchmark.loaded(rival)
     query, key = np.ones((3, 1, 8, 4)), np.ones((3, 50, 2, 4))
     for _ in range(2):
         assert attend(query, key, key).shape == query.shape
