@@ -103,6 +103,8 @@ class Config:
         exact: tokens of the window beside the coded ones, in the same softmax, with sinks and a new
             token; 0 for coded tokens alone.
         fp8: also caches in fp8 (e4m3), by every attention for them.
+        without: rows of bf16 and fp8 that are left out, such as ``fp8, FlashInfer XQA``: a kernel
+            that reads where it may not takes the GPU from all that come after it.
         peers: uniformly rounded caches, ``int8`` and ``kivi2``, whose attention XLA compiles.
         block: tokens of a rotary frame; by default 1024 for contexts from 32k tokens on, else 512.
         unit: tokens that are encoded together, of which a frame has several; 0 for all of one.
@@ -141,6 +143,7 @@ class Config:
     together: tuple[float, ...] = (1.0,)
     exact: int = 0
     fp8: bool = True
+    without: tuple[str, ...] = ()
     peers: tuple[Literal["int8", "kivi2"], ...] = ("int8", "kivi2")
     block: int | None = None
     unit: int = 256
@@ -1196,6 +1199,8 @@ def planned(config: Config) -> list[Measurement]:
 
     def attention(rank: int, batch: int, context: int) -> None:
         def add(what: str, bits: float, prepare: Any, measure: Any) -> None:
+            if what in config.without:
+                return
             row = {"part": "attention", "what": what, "batch": batch, "context": context}
             found.append(Measurement(row | {"bits": bits}, rank, prepare, measure))
 
