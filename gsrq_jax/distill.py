@@ -48,14 +48,21 @@ def init(optimizer: optax.GradientTransformation, codebooks: Codebooks) -> Disti
 
 def moved(codebooks: Codebooks, moves: Moves) -> Codebooks:
     """The codebooks after ``moves``, codewords in float32."""
-
-    def add(words: Array, move: Array) -> Array:
-        words = words.astype(jnp.float32)
-        rms = jnp.sqrt(jnp.mean(jnp.square(words), axis=(-2, -1), keepdims=True))
-        return words + rms * move
-
-    key, value = add(codebooks.key, moves["key"]), add(codebooks.value, moves["value"])
+    key = moved_words(codebooks.key, moves["key"])
+    value = moved_words(codebooks.value, moves["value"])
     return dataclasses.replace(codebooks, key=key, value=value)
+
+
+def moved_words(
+    words: Float[Array, "*lead R K g"], move: Float[Array, "*lead R K g"]
+) -> Float[Array, "*lead R K g"]:
+    """Codewords after a move, float32; of two a stage the mean moves in the first stage alone."""
+    words = words.astype(jnp.float32)
+    rms = jnp.sqrt(jnp.mean(jnp.square(words), axis=(-2, -1), keepdims=True))
+    if words.shape[-2] == 2:
+        later = jnp.arange(words.shape[-3])[:, None, None] > 0
+        move = move - jnp.where(later, move.mean(axis=-2, keepdims=True), 0)
+    return words + rms * move
 
 
 def step(

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
+from gsrq_jax import joint, kmeans
 from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels import devices, mosaic_gpu_encode
 from gsrq_jax.kmeans import (
     AxisName,
     Implementation,
-    Rule,
     ShapeUpdate,
     assign,
     cell_sums,
@@ -35,6 +35,7 @@ from gsrq_jax.kmeans import (
 from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec, check_beam
 
+Rule = kmeans.Rule | Literal["joint"]
 RIDGE = 0.1  # the best of 0.01, 0.1 and 1 on held-out keys and values, 16 points a cell
 CODES = "codes"  # name by which a rematerialisation policy can save what `encode` returns
 MOST_UNKNOWNS = 16384  # of a refit, whose equations then take a gibibyte
@@ -84,7 +85,7 @@ def fit(
     spec: ResidualSpec,
     weights: Float[Array, "*lead n"] | Float[Array, "*lead n groups"] | None = None,
     *,
-    rule: Rule = "gskm",
+    rule: Rule | None = None,
     shape_update: ShapeUpdate = "unit",
     iterations: int = 10,
     warmup: int = 5,
@@ -110,9 +111,13 @@ def fit(
         spec: the code; ``spec.dim`` is ``d``.
         weights: ``[*lead, n]``, or ``[*lead, n, groups]`` where each group of a point has its own;
             not negative. What has weight 0 may hold anything.
-        rule: ``gskm`` (paper), ``kmeans`` or ``spherical``; see `gsrq_jax.kmeans`.
+        rule: ``gskm`` (paper), ``kmeans`` or ``spherical``, see `gsrq_jax.kmeans`; or ``joint`` for
+            two codewords a stage, see `gsrq_jax.joint`, which makes no use of ``rng``,
+            ``shape_update``, ``warmup``, ``ridge`` and ``implementation``. None is ``joint`` where
+            a stage has two codewords, else ``gskm``.
         shape_update: for ``gskm``.
-        iterations: passes over the points in each stage, after the spherical start.
+        iterations: passes over the points in each stage, after the spherical start; with ``joint``
+            rounds of encoding and least squares.
         warmup: passes of the spherical start; other rules than ``gskm`` spend them on their own.
         beam: of the encoder that the codewords are for, see `encode`.
         refits: times that points are coded and all stages fitted anew by `refit`. The codewords
@@ -138,34 +143,47 @@ def fit(
     if d != spec.dim:
         raise InputError(f"the spec is for {spec.dim} channels, but the points have {d}")
     check_beam(beam)
-    start = 1 if rule == "gskm" else 0
     at_least(1, iterations=iterations)
+    rule = rule or ("joint" if spec.codewords == 2 else "gskm")
+    if rule == "joint":
+        _check_joint(spec, n, refits)
+    start = 1 if rule == "gskm" else 0
     at_least(start, warmup=warmup)
     at_least(0, refits=refits)
     if refits:
         _check_refit(spec.stages, spec.codewords, ridge)
     weights = _of_groups(weights, points, spec.groups).reshape(-1, n, spec.groups)
-    problem = functools.partial(
-        _fit_stages,
-        spec=spec,
-        beam=beam,
-        refits=refits,
-        ridge=ridge,
-        axis_name=axis_name,
-        cluster=functools.partial(
-            cluster,
-            codewords=spec.codewords,
-            rule=rule,
-            shape_update=shape_update,
-            iterations=iterations,
-            warmup=warmup,
-            chunk=chunk,
+    if rule == "joint":
+        problem: Callable = functools.partial(
+            _fit_jointly,
+            spec=spec,
+            beam=beam,
+            rounds=iterations,
+            chunk=chunk or _joint_chunk(len(weights) * spec.groups, spec.stages, beam),
             axis_name=axis_name,
+        )
+    else:
+        problem = functools.partial(
+            _fit_stages,
+            spec=spec,
+            beam=beam,
+            refits=refits,
+            ridge=ridge,
+            axis_name=axis_name,
+            cluster=functools.partial(
+                cluster,
+                codewords=spec.codewords,
+                rule=rule,
+                shape_update=shape_update,
+                iterations=iterations,
+                warmup=warmup,
+                chunk=chunk,
+                axis_name=axis_name,
+                implementation=implementation,
+            ),
+            chunk=chunk,
             implementation=implementation,
-        ),
-        chunk=chunk,
-        implementation=implementation,
-    )
+        )
     points = points.reshape(len(weights), n, spec.groups, spec.group)
     keys = _keys(rng, len(weights), spec.groups, problem_axis)
 
@@ -211,8 +229,7 @@ def _fit_stages(
         x = jnp.sum(jnp.where(weights > 0, weights * x, 0))
         return x if axis_name is None else lax.psum(x, axis_name)
 
-    points = jnp.where((weights > 0)[:, None], points, 0).astype(jnp.float32)
-    weights = jnp.where(weights > 0, weights, 0)
+    points, weights = _without_unweighted(points, weights)
     energy, weight = total(jnp.sum(jnp.square(points), -1)), total(jnp.ones_like(weights))
 
     def walk(steps: Array, codewords_of: Callable) -> tuple[Array, Array, FitReport]:
@@ -289,6 +306,75 @@ def _fit_stages(
 
     (_, _, best), _ = lax.scan(again, (words, codes, (words, report)), length=refits)
     return best
+
+
+def _without_unweighted(points: Array, weights: Array) -> tuple[Array, Array]:
+    """Points in float32, 0 where they weigh nothing, and weights of at least 0."""
+    points = jnp.where((weights > 0)[:, None], points, 0).astype(jnp.float32)
+    return points, jnp.where(weights > 0, weights, 0)
+
+
+def _fit_jointly(
+    _: Array,
+    points: Array,
+    weights: Array,
+    *,
+    spec: ResidualSpec,
+    beam: int,
+    rounds: int,
+    chunk: int,
+    axis_name: AxisName,
+) -> tuple[Array, FitReport]:
+    """One problem, by `joint.fit`; the report is of its first stages, as they are coded."""
+
+    def total(x: Array) -> Array:
+        x = jnp.sum(weights * x, axis=-1)
+        return x if axis_name is None else lax.psum(x, axis_name)
+
+    points, weights = _without_unweighted(points, weights)
+    words, bits = joint.fit(
+        *(points, weights, spec.stages),
+        rounds=rounds,
+        beam=beam,
+        chunk=chunk,
+        axis_name=axis_name,
+    )
+    energy, weight = total(jnp.sum(jnp.square(points), -1)), total(jnp.ones_like(weights))
+
+    def stage(left: Array, step: tuple[Array, Array]) -> tuple[Array, FitReport]:
+        words, bit = step
+        left = left - words[bit]
+        found = jnp.stack([total(bit == 0), total(bit == 1)])
+        return left, FitReport(
+            error=_ratio(total(jnp.sum(jnp.square(left), -1)), energy),
+            cosine=_ratio(total(_cosine(points, points - left)), weight),
+            dead=jnp.sum(found <= 0, dtype=jnp.int32),
+        )
+
+    _, report = lax.scan(stage, points, (words, bits.T))
+    return words, report
+
+
+def _joint_chunk(problems: int, stages: int, beam: int) -> int:
+    """Vectors of each problem that are encoded jointly at a time."""
+    return max(1, 4 * _FLOATS // (problems * stages * (beam + 1)))
+
+
+def _check_joint(spec: ResidualSpec, points: int, refits: int) -> None:
+    if spec.codewords != 2:
+        raise InputError(
+            f"rule joint is for 2 codewords a stage, got {spec.codewords}; choose another rule, or "
+            "2 codewords"
+        )
+    if refits:
+        raise InputError("rule joint fits all stages together in every round; leave out refits")
+    if spec.stages > joint.MOST_BITS * spec.group:
+        raise InputError(
+            f"rule joint takes at most {joint.MOST_BITS} stages a channel, got {spec.stages} for "
+            f"{spec.group} channels"
+        )
+    if points < 2:
+        raise InputError("rule joint needs two points or more")
 
 
 @functools.partial(jax.jit, static_argnames=("ridge", "chunk", "axis_name"))
@@ -441,7 +527,8 @@ def encode(
 ) -> UInt[Array, "*lead n groups stages"]:
     """Codes of vectors: greedy, or the best that a beam search over the stages finds.
 
-    A beam keeps the ``beam`` partial sums nearest to the vector and extends each by every codeword
+    Stages of two codewords are encoded jointly, see `gsrq_jax.joint.encode`. Of more codewords a
+    beam keeps the ``beam`` partial sums nearest to the vector and extends each by every codeword
     of the next stage. The greedy path is followed beside it, so that no vector's code is worse
     than its greedy one. Equal distances are decided for the better partial sum, then for the
     lower codeword. On TPUs the greedy search is one kernel, and with bfloat16 codewords of 64 or
@@ -472,6 +559,8 @@ def encode(
     check_beam(beam)
     at_least(1, chunk=chunk)
     x, codewords = lax.stop_gradient((x, codewords))
+    if k == 2:
+        return checkpoint_name(_encode_jointly(x, codewords, beam, chunk), CODES)
     if beam == 1 and k <= 256 and devices.on_tpu():
         from gsrq_jax.kernels import mosaic_tpu_encode  # takes longer to import than all of this
 
@@ -482,6 +571,19 @@ def encode(
     else:
         codes = plain(x, codewords)
     return checkpoint_name(codes, CODES)
+
+
+def _encode_jointly(x: Array, codewords: Array, beam: int, chunk: int | None) -> Array:
+    """`encode` of two codewords a stage."""
+    *lead, n, _ = x.shape
+    *_, groups, stages, _, group = codewords.shape
+    problems = math.prod(lead) * groups
+    split = jnp.moveaxis(x.reshape(-1, n, groups, group), 2, 1).reshape(problems, n, group)
+    encode = functools.partial(
+        joint.encode, beam=beam, chunk=chunk or _joint_chunk(problems, stages, beam)
+    )
+    bits = jax.vmap(encode)(split, codewords.reshape(problems, stages, 2, group))
+    return jnp.moveaxis(bits.reshape(*lead, groups, n, stages), -3, -2)
 
 
 def _by_kernel(x: Array, codewords: Array) -> bool:
@@ -708,6 +810,9 @@ def decode(
             f"codewords of shape {codewords.shape} do not fit codes of shape {codes.shape}: "
             "leading axes, groups and stages must be equal"
         )
+    if codewords.shape[-2] == 2:
+        x = joint.decode(jnp.swapaxes(codes, -3, -2), codewords)  # [*lead, G, n, g]
+        return jnp.swapaxes(x, -3, -2).reshape(*lead, n, -1).astype(dtype)
     by_stage = jnp.moveaxis(codewords.astype(jnp.float32), -3, 0)  # [R, *lead, G, K, g]
     codes_by_stage = jnp.swapaxes(jnp.moveaxis(codes, -1, 0), -1, -2)  # [R, *lead, G, n]
 

@@ -779,24 +779,105 @@ def _learn(
     """Codebooks, what fitting them found, and sensitivities if stages were given by them.
 
     For those, codebooks of twice the stages are fitted first: their first stages serve any lower
-    number. Without refits they are also the ones that stay.
+    number. Without refits they are also the ones that stay. Stages of two codewords are fitted
+    together, so there each number of stages that is tried has a fit of its own.
     """
     if config.allocate == "uniform":
         return *_fit(config, spec, model, store, work, mesh), None
-    wide = dataclasses.replace(
-        spec,
-        key=dataclasses.replace(spec.key, stages=2 * spec.key.stages),
-        value=dataclasses.replace(spec.value, stages=2 * spec.value.stages),
-    )
-    if not config.fit.refits:
-        probe = _fit(config, wide, model, store, work, mesh)
-        spec, found = _allocate(config, spec, model, tokens, *probe, work)
-        return *calibration.shortened(*probe, spec), found
+    base = spec.key.stages
+    low, high = _tried(base)
+
+    def fitted(stages: int, **options: Any) -> tuple[Codebooks, LayerReport]:
+        wide = _with_stages(spec, stages)
+        if options:
+            wide = dataclasses.replace(wide, beam=1)
+        return _fit(config, wide, model, store, work, mesh, **options)
+
     quick = dataclasses.replace(config.fit, refits=0, iterations=5, warmup=3)
-    wide = dataclasses.replace(wide, beam=1)
-    probe = _fit(config, wide, model, store, work, mesh, options=quick, kind="probe")
-    spec, found = _allocate(config, spec, model, tokens, *probe, work)
+    if spec.key.codewords == 2:
+        probes = {n: fitted(n, options=quick, kind=f"probe-{n}") for n in (low, base, high)}
+        spec, found = _allocate(config, spec, model, tokens, Tried.of_each(probes), work)
+        return *_fit(config, spec, model, store, work, mesh), found
+    if not config.fit.refits:
+        probe = fitted(2 * base)
+        spec, found = _allocate(config, spec, model, tokens, Tried.first_stages(*probe), work)
+        return *calibration.shortened(*probe, spec), found
+    probe = fitted(2 * base, options=quick, kind="probe")
+    spec, found = _allocate(config, spec, model, tokens, Tried.first_stages(*probe), work)
     return *_fit(config, spec, model, store, work, mesh), found
+
+
+def _tried(base: int) -> tuple[int, int]:
+    """A lower and a higher number of stages, whose losses give slopes."""
+    step = max(1, round(base * 3 / 8))
+    return max(1, base - step), base + step
+
+
+def _with_stages(spec: QuantSpec, stages: int) -> QuantSpec:
+    """The spec with so many stages of keys and of values."""
+    key, value = (dataclasses.replace(code, stages=stages) for code in (spec.key, spec.value))
+    return dataclasses.replace(spec, key=key, value=value)
+
+
+class Tried(NamedTuple):
+    """Codebooks by which stages are allocated.
+
+    Attributes:
+        books: of stages ``[L]`` of the keys and of the values of each layer, all in one shape.
+        distortion: of each layer and side after 0, 1 … stages, ``[L, 2, most + 1]``.
+    """
+
+    books: Callable[[np.ndarray, np.ndarray], Codebooks]
+    distortion: Float[np.ndarray, "L 2 stages+1"]
+
+    @classmethod
+    def first_stages(cls, books: Codebooks, report: LayerReport) -> "Tried":
+        """Codebooks whose first stages serve any lower number, encoded greedily."""
+        books = codec.respec(codebook.stored(books), beam=1)
+        sides = [np.asarray(found.error)[..., 0, :].mean(axis=1) for found in report]
+        distortion = np.pad(np.stack(sides, axis=1), ((0, 0), (0, 0), (1, 0)), constant_values=1)
+        return cls(functools.partial(calibration.first_stages, books), distortion)
+
+    @classmethod
+    def of_each(cls, probes: dict[int, tuple[Codebooks, LayerReport]]) -> "Tried":
+        """Codebooks of a few numbers of stages, each layer and side of one of them.
+
+        The logarithm of the distortion is linear between these numbers, and beyond them.
+        """
+        most = max(probes)
+        spec = _with_stages(probes[most][0].spec, most)
+        wide = {n: calibration.widened(*found, spec) for n, found in probes.items()}
+        numbers = sorted(probes)
+
+        def pick(key_stages: np.ndarray, value_stages: np.ndarray) -> Codebooks:
+            def side(name: str, stages: np.ndarray) -> Array:
+                parts = jnp.stack([getattr(codebook.stored(wide[n][0]), name) for n in numbers])
+                return parts[np.searchsorted(numbers, stages), np.arange(len(stages))]
+
+            books = wide[most][0]
+            return dataclasses.replace(
+                books, key=side("key", key_stages), value=side("value", value_stages)
+            )
+
+        logs = np.log(
+            [
+                [np.asarray(found.error)[..., 0, n - 1].mean(axis=1) for found in probes[n][1]]
+                for n in numbers
+            ]
+        )  # [numbers, 2, L]
+        at = np.concatenate([[0], numbers])
+        logs = np.concatenate([np.zeros_like(logs[:1]), logs])
+        slope = (logs[-1] - logs[-2]) / (at[-1] - at[-2])
+        every = np.arange(2 * numbers[1] + 1)
+
+        def curve(known: np.ndarray, slope: float) -> np.ndarray:
+            return np.interp(every, at, known) + slope * np.maximum(every - at[-1], 0)
+
+        sides, layers = slope.shape
+        distortion = np.exp(
+            [[curve(logs[:, s, i], slope[s, i]) for s in range(sides)] for i in range(layers)]
+        )
+        return cls(pick, distortion)
 
 
 def _fit(
@@ -863,30 +944,24 @@ def _allocate(
     spec: QuantSpec,
     model: loading.LoadedModel,
     tokens: Int[np.ndarray, "n T"],
-    books: Codebooks,
-    report: LayerReport,
+    tried: Tried,
     work: pathlib.Path,
 ) -> tuple[QuantSpec, dict[str, Any]]:
     """The spec with stages by measured sensitivity, and what was measured, for the report.
 
-    ``books`` have twice the stages of ``spec``. The divergence of the model is measured, encoding
-    greedily, with fewer and with more stages in one side of one layer at a time.
+    The divergence of the model is measured with fewer and with more stages in one side of one layer
+    at a time.
     """
-    base, layers = spec.key.stages, len(books.key)
-    step, most = max(1, round(base * 3 / 8)), books.spec.key.stages
-    books = codec.respec(codebook.stored(books), beam=1)
-    distortion = np.ones((layers, 2, most + 1))
-    for side, found in enumerate(report):
-        distortion[:, side, 1:] = np.asarray(found.error)[..., 0, :].mean(axis=1)
-
-    low, high = max(1, base - step), base + step
+    base, (layers, _, numbers) = spec.key.stages, tried.distortion.shape
+    most, (low, high) = numbers - 1, _tried(base)
+    distortion = tried.distortion
     rows = tokens[-_PROBED:]
     exact = [
         evaluation.exact_hidden(model.graphdef, model.params, jnp.asarray(x)[None]) for x in rows
     ]
 
     def measured(stages: Int[np.ndarray, "L 2"]) -> float:
-        part = calibration.first_stages(books, stages[:, 0], stages[:, 1])
+        part = tried.books(stages[:, 0], stages[:, 1])
         return evaluation.fidelity(model.graphdef, model.params, rows, part, exact=exact).kl
 
     file = work / "sensitivity.npz"
@@ -905,7 +980,7 @@ def _allocate(
 
     if config.allocate == "sides":
         loss = loss.sum(axis=0, keepdims=True)
-    unit = math.gcd(base, max(1, 8 // spec.key.code_bits))  # stages that fill a byte
+    unit = _granularity(spec)
     given = allocation.allocate(
         loss[..., ::unit].reshape(2 * len(loss), -1), 2 * len(loss) * base // unit
     )
@@ -914,6 +989,13 @@ def _allocate(
     facts = {"low": low, "high": high, "most": most, "sequences": len(rows)}
     arrays = {"kl_low": of_low, "kl_high": of_high, "slopes": slopes}
     return spec, facts | {name: x.tolist() for name, x in arrays.items()}
+
+
+def _granularity(spec: QuantSpec) -> int:
+    """Stages that are given together: those of a byte, or of two codewords those of a word, which
+    the kernels read; fewer if the stages to give are no multiple."""
+    unit = 32 if spec.key.codewords == 2 else max(1, 8 // spec.key.code_bits)
+    return math.gcd(spec.key.stages, unit)
 
 
 _PROBED = 4  # sequences on which sensitivities are measured
