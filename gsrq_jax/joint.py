@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, UInt8
 
 from gsrq_jax.kmeans import AxisName
 
-POINTS = 192
-"""Points for each stage in all rounds of a fit but the last two, which take all points."""
+POINTS = 512
+"""Points for each stage that are enough for a fit."""
 _RIDGE = 1e-4  # of the equations, relative to their mean diagonal: halves of a stage may be rare
 _BLOCK = 8  # stages between two products with all signs so far
 _EXACT = lax.Precision.HIGHEST
@@ -196,20 +196,16 @@ def fit(
     def summed(x: Array) -> Array:
         return x if axis_name is None else lax.psum(x, axis_name)
 
-    def again(words: Array, points: Array, weights: Array) -> Array:
-        return _least_squares(
-            points, weights, encode(points, words, beam=beam, chunk=chunk), summed
-        )
+    def again(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The last time only encodes: one encoder in the program, which compiles in a third.
+        words, _ = state
+        bits = encode(points, words, beam=beam, chunk=chunk)
+        new = _least_squares(points, weights, bits, summed)
+        return jnp.where(number < rounds, new, words), bits
 
-    stride = max(1, len(points) * (1 if axis_name is None else lax.axis_size(axis_name)))
-    stride = max(1, stride // (POINTS * stages))
-    some, some_weights = points[::stride], weights[::stride]
     words = codewords_of(*_scalar_start(points, weights, stages, summed))
-    words = lax.fori_loop(
-        0, max(rounds - 2, 0), lambda _, words: again(words, some, some_weights), words
-    )
-    words = lax.fori_loop(0, min(rounds, 2), lambda _, words: again(words, points, weights), words)
-    return words, encode(points, words, beam=beam, chunk=chunk)
+    bits = jnp.broadcast_to((0 * weights[:, None]).astype(jnp.uint8), (len(points), stages))
+    return lax.fori_loop(0, rounds + 1, again, (words, bits))
 
 
 def _least_squares(points: Array, weights: Array, bits: Array, summed: Summed) -> Array:

@@ -325,13 +325,18 @@ def _fit_jointly(
     chunk: int,
     axis_name: AxisName,
 ) -> tuple[Array, FitReport]:
-    """One problem, by `joint.fit`; the report is of its first stages, as they are coded."""
+    """One problem, by `joint.fit`, on as many of the points as are enough for the stages.
+
+    The report is of these points, and of the first stages as they are coded with all.
+    """
 
     def total(x: Array) -> Array:
         x = jnp.sum(weights * x, axis=-1)
         return x if axis_name is None else lax.psum(x, axis_name)
 
-    points, weights = _without_unweighted(points, weights)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    stride = max(1, devices * len(points) // (joint.POINTS * spec.stages))
+    points, weights = _without_unweighted(points[::stride], weights[::stride])
     words, bits = joint.fit(
         *(points, weights, spec.stages),
         rounds=rounds,
