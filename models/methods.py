@@ -80,7 +80,8 @@ class Family:
         fit: of ``(rng, samples, inv_freq, spec)``, one layer's codec, compiled; None where nothing
             is learned and ``spec`` alone makes a `uniform.Uniform`.
         bits: the only rate, for families without ``@bits``.
-        nested: whether the first stages of a higher rate are those of a lower one.
+        nested: whether the first stages of a higher rate are those of a lower one, unless all are
+            fitted together.
         options: how residual codes are learned; None for other methods, which take no options.
         weigh: whether residual codes are learned with weights.
     """
@@ -310,13 +311,16 @@ class _Fit(NamedTuple):
 
 
 def _of_fit(options: Options) -> Options:
-    """What of the options decides how codebooks are learned: with refits their beam does."""
-    beam = tuple(x for x in options.encoder if x[0] == "beam" and _refits(options))
+    """What of the options decides how codebooks are learned: of joint stages their beam does."""
+    beam = tuple(x for x in options.encoder if x[0] == "beam" and _jointly(options))
     return dataclasses.replace(options, encoder=beam)
 
 
-def _refits(options: Options) -> bool:
-    return dict(options.fit).get("refits", 0) > 0
+def _jointly(options: Options) -> bool:
+    """Whether all stages are fitted together, to the codes that the encoder finds: by refits, or
+    because a stage has two codewords."""
+    words = [x for field, x in options.spec if field in ("codewords", "value_codewords")]
+    return dict(options.fit).get("refits", 0) > 0 or 2 in words
 
 
 def _split(name: str) -> tuple[str, Options]:
@@ -389,7 +393,7 @@ def _fitted(
     training.capture(model, tokens, store, weigh=True)
     found: dict[tuple[_Fit, float], Codec] = {}
     for fit, by_bits in wanted.items():
-        if FAMILIES[fit.family].nested and not _refits(fit.options):
+        if FAMILIES[fit.family].nested and not _jointly(fit.options):
             top = max(by_bits.values(), key=lambda spec: spec.bits)
             whole = _fit(fit, top, model, calibration, store, work)
             found |= {(fit, bits): _first_stages(whole, spec) for bits, spec in by_bits.items()}

@@ -184,6 +184,15 @@ def test_options(model, work):
     assert methods.title(list(OPTIONS)[2]) == "GSRQ, block64, refits1, vk16, beam 2"
 
 
+def test_two_codewords_a_stage_are_fitted_for_each_rate_and_beam(model, work):
+    names = ["gsrq@1+k2+beam2", "gsrq@0.5+k2+beam2", "gsrq@0.5+k2"]
+    books = methods.resolve(names, model, CALIBRATION, work, window=8, sinks=2)
+    whole, half, greedy = (np.asarray(books[name].key, np.float32) for name in names)
+    assert whole.shape[-3] == 2 * half.shape[-3]
+    assert np.abs(whole[..., : half.shape[-3], :, :] - half).max() > 0.01
+    assert np.abs(greedy - half).max() > 1e-3
+
+
 def test_fits_are_kept(codecs, model, work, monkeypatch):
     monkeypatch.setattr(methods.training, "key_value_samples", pytest.fail)
     again = methods.resolve(["gsrq@0.5"], model, CALIBRATION, work, window=8, sinks=2)

@@ -548,6 +548,27 @@ def test_sides_alone_of_heads_together(tiny_model, tmp_path, model):
     assert spec.bits == spec.stored_bits == 2
 
 
+def test_two_codewords_a_stage_are_fitted_for_each_number_of_stages(tmp_path):
+    """Bit planes: 64 stages for two heads of 32 channels together, given a word at a time."""
+    folder = tiny.make_model_folder(tmp_path / "model", head_dim=32)
+    flags = ["--model", str(folder), "--out", str(tmp_path / "run"), *tiny.FLAGS, "--heads", "2"]
+    flags += ["--codewords", "2", "--allocate", "layers", "--beam", "2"]
+    commands.train([*flags, "--distill.steps", "2", "--distill.batch", "1"])
+    books = codebook.load(tmp_path / "run" / "codebooks")
+    spec = books.spec
+    assert (spec.bits, spec.code_heads, spec.beam) == (1, (2, 2), 2)
+    given = np.array([spec.key_stages, spec.value_stages])
+    assert (given % 32 == 0).all()
+    assert given.sum() == 4 * 64
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (found["allocation"]["low"], found["allocation"]["high"]) == (40, 88)
+    for side, stages in (("key", spec.key_stages), ("value", spec.value_stages)):
+        for layer, count in enumerate(stages):
+            words = np.asarray(getattr(books, side)[layer, :, 0], np.float32)
+            assert (words[:, count:] == 0).all()
+            assert (np.abs(words[:, :count]).sum(axis=(-1, -2)) > 0).all()
+
+
 @pytest.mark.parametrize("heads", ["3", "0", "4"])
 def test_heads_that_cannot_be_together(tiny_model, tmp_path, capsys, heads):
     out = tmp_path / "run"
