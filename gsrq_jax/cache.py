@@ -367,20 +367,20 @@ def append(
         filled = blocks_after(spec, after) > blocks_after(spec, before)
         # Zero rounds or one: XLA updates a loop's carry in place, a conditional's it would copy.
         rounds = 1 if tokens >= spec.block else filled.any().astype(jnp.int32)
-        key_codes, value_codes, outliers = jax.lax.fori_loop(
-            0,
-            rounds,
-            lambda _, past: _flush(
-                cache.replace(key_codes=past[0], value_codes=past[1], outliers=past[2]),
-                k,
-                v,
-                codec,
-                new,
-                Turn.of(axis_name),
-            ),
-            (cache.key_codes, cache.value_codes, cache.outliers),
-        )
-        cache = cache.replace(key_codes=key_codes, value_codes=value_codes, outliers=outliers)
+        turn = Turn.of(axis_name)
+
+        @jax.named_scope("flush")
+        def flush(i: Array, cache: KVCache) -> KVCache:
+            # What is the same in every round XLA would compute before the loop, and so in every
+            # call: the encoder. All that it reads is tied to the round. The exact tokens are
+            # carried, too: `_write_exact` would else have to change a copy of them.
+            cache, keys, values, books, count = jax.tree.map(
+                lambda x: jax.lax.optimization_barrier((x, i))[0], (cache, k, v, codec, new)
+            )
+            key_codes, value_codes, outliers = _flush(cache, keys, values, books, count, turn)
+            return cache.replace(key_codes=key_codes, value_codes=value_codes, outliers=outliers)
+
+        cache = jax.lax.fori_loop(0, rounds, flush, cache)
     write = jax.vmap(_write_exact, (0, 0, 0, None)) if cache.length.ndim == 2 else _write_exact
     written = write(cache.replace(key_codes=None, value_codes=None), k, v, new)
     return written.replace(key_codes=cache.key_codes, value_codes=cache.value_codes, length=after)

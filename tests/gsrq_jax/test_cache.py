@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -395,6 +398,46 @@ def test_layers_are_encoded_some_at_a_time(monkeypatch, layers):
     got = append(empty(spec, layers=4), k, v, books)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert np.any(want.key_codes)
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_encodes_where_a_block_fills_and_nowhere_else(layers):
+    """In a decode loop: nothing of the encoder around its own loop, nor a copy of the cache."""
+    spec = LAYOUTS["outliers"]
+    books = make_codebooks(spec, np.random.default_rng(15), layers)
+    cache = empty(spec, layers=layers)
+    k = jnp.zeros((*cache.length.shape, 1, HEADS, DIM))
+
+    def loop(cache, k, books, steps):
+        return jax.lax.fori_loop(
+            0, steps, lambda i, cache: append.__wrapped__(cache, k + i, k - i, books), cache
+        )
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(cache, k, books, 5).compile()
+    text = compiled.as_text()
+    assert programs.outside(text, "flush") == []
+    sizes = {",".join(map(str, x.shape)) for x in (cache.key_codes, cache.window_key)}
+    assert not re.findall(rf"\w+\[(?:{'|'.join(sizes)})\]\S* copy\(", text)
+
+
+def test_a_step_that_fills_no_block_takes_a_fraction_of_one_that_does():
+    spec = QuantSpec.from_bits(2, DIM, codewords=256, block=256, window=0, sinks=0)
+    rng = np.random.default_rng(16)
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, spec.block - 1)
+    filling = append(empty(spec, max_length=2 * spec.block), k, v, books)
+    k, v = k[:, :1], v[:, :1]
+    filled = append(filling, k, v, books)
+    assert blocks_after(spec, filled.length).tolist() == [1, 1]
+
+    def seconds(cache):
+        begin = time.perf_counter()
+        jax.block_until_ready(append(cache, k, v, books))
+        return time.perf_counter() - begin
+
+    seconds(filled)
+    once, seldom = (min(seconds(x) for _ in range(10)) for x in (filling, filled))
+    assert once > 5 * seldom
 
 
 def test_heads_together_keep_their_codes_once():

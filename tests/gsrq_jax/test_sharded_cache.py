@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
@@ -135,6 +136,23 @@ def test_some_blocks_at_a_time(name, tokens, monkeypatch):
         monkeypatch.setattr(attention, "_FLOATS", floats)
         got = run(codebooks(spec), spec, mesh, tokens)
         np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+
+
+def test_encodes_where_a_block_fills_and_nowhere_else():
+    """As on one device, for which tests/gsrq_jax/test_cache.py has it."""
+    mesh, spec = make_mesh(4, 2), SPECS["window and sinks"]
+    made = sharded.init_cache(
+        mesh, spec, batch=1, kv_heads=HEADS, head_dim=DIM, max_length=ROOM, dtype=jnp.float32
+    )
+    k = jnp.zeros((1, 1, HEADS, DIM))
+
+    def loop(held, k, books, steps):
+        return jax.lax.fori_loop(
+            0, steps, lambda i, held: sharded.append(mesh, held, k + i, k - i, books), held
+        )
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(made, k, codebooks(spec), 5).compile()
+    assert programs.outside(compiled.as_text(), "flush") == []
 
 
 def test_codecs_without_arrays_and_full_precision():
