@@ -4,7 +4,6 @@ All of it takes rotated queries and keys. Shapes: B sequences, T new tokens, Q q
 heads (Q = H·q), d head_dim.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.cache import (
     KVCache,
@@ -26,7 +25,7 @@ from gsrq_jax.cache import (
     new_tokens,
     outlier_slots,
 )
-from gsrq_jax.codebook import Codebooks, errors, of_heads, unpack
+from gsrq_jax.codebook import Codebooks, errors, indices
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
@@ -106,7 +105,7 @@ def attend(
     alone = True  # whether exact tokens are still to be attended to
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
-        laid_out = books is not None and books.spec.layout != "packed"
+        laid_out = books is not None and books.spec.arrangement.fused
         if implementation is None and not (laid_out and tokens <= FEW):
             implementation = "codes" if tokens == 1 and books is not None else "decoded"
         rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
@@ -178,32 +177,18 @@ def _attend_laid_out(
         "fused": "fused",
         "codes": "reference",
     }
-    attend, codes = decode.attend_words, (cache.key_codes, cache.value_codes)
-    if spec.layout == "tiles":
-        attend = functools.partial(decode.attend_tiles, fills=spec.frame_blocks)
-        codes = jax.tree.map(functools.partial(_by_frames, blocks=spec.frame_blocks), codes)
-    return attend(
+    return spec.arrangement.attend(
         query,
-        codebooks.key_mean,
-        codebooks.inv_freq,
-        *codes,
-        codebooks.key,
-        codebooks.value,
+        codebooks,
+        cache.key_codes,
+        cache.value_codes,
         turn.filled(blocks_after(spec, cache.length)),
         first=spec.sinks + spec.block * turn.first,
         stride=turn.step,
-        every=spec.mean_every,
         recent=recent,
         dtype=dtype,
         implementation=kernels.get(implementation),
     )
-
-
-def _by_frames(
-    codes: UInt32[Array, "B H N tiles words"], *, blocks: int
-) -> UInt32[Array, "B H N/blocks blocks*tiles words"]:
-    """Tiles of the blocks of a frame together."""
-    return codes.reshape(*codes.shape[:2], -1, blocks * codes.shape[3], codes.shape[4])
 
 
 def _by_blocks(
@@ -264,8 +249,7 @@ def _attend_codes(
     return reference.attend_codes(
         framed,
         shift,
-        of_heads(unpack(cache.key_codes, spec.key), spec.key, axis=1),
-        of_heads(unpack(cache.value_codes, spec.value), spec.value, axis=1),
+        *indices(codebooks, cache.key_codes, cache.value_codes, axis=1),
         codebooks.key,
         codebooks.value,
         filled,

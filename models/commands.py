@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from gsrq_jax import codebook, codec
 from gsrq_jax.errors import InputError, at_least
+from gsrq_jax.layouts import LayoutName
 from gsrq_jax.models import (
     fidelity,
     generation,
@@ -33,7 +34,7 @@ from gsrq_jax.models import (
     training,
 )
 from gsrq_jax.models.config import LlamaConfig
-from gsrq_jax.spec import Layout, QuantSpec
+from gsrq_jax.spec import QuantSpec
 
 Config = TypeVar("Config")
 
@@ -163,7 +164,7 @@ class GenerateConfig:
     context: pathlib.Path | None = None
     model: str = "demo"
     codebooks: pathlib.Path | None = None
-    layout: Layout | None = None
+    layout: LayoutName | None = None
     compare: bool = False
     max_new_tokens: int = 128
     max_length: int | None = None

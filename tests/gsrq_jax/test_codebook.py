@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gsrq_jax import codebook
+from gsrq_jax import codebook, layouts
 from gsrq_jax.baselines.uniform import Uniform, UniformSpec
 from gsrq_jax.codebook import Codebooks, load, read_metadata, save, validate
 from gsrq_jax.codec import decoded, respec
@@ -479,7 +479,7 @@ def test_codes_are_the_nearest_in_the_metric():
     v = jnp.asarray(rng.normal(size=(40, 2, 8)), jnp.float32)
     at = jnp.arange(40)
     _, codes = jax.jit(lambda b: b.encode(v, v, at))(books)
-    first = codebook.unpack(codes, books.spec.value)[..., 0, 0]  # [H, b]
+    first = layouts.unpacked(codes, books.spec.value)[..., 0, 0]  # [H, b]
     offered = v[:, :, None] - books.value[:, 0, 0]  # [b, H, K, d]
     moved = jnp.einsum("hde,bhke->bhkd", books.value_metric, offered)
     np.testing.assert_array_equal(first.T, jnp.sum(moved**2, -1).argmin(-1))
@@ -509,7 +509,7 @@ def test_heads_together_are_one_vector_to_the_encoder():
     packed = jax.jit(lambda b: b.encode(v, v, at))(books)
     assert [x.shape for x in packed] == [(2, 40, 1), (2, 40, 1)]
     keys, values = (
-        codebook.unpack(x, code)[:, :, 0]
+        layouts.unpacked(x, code)[:, :, 0]
         for x, code in zip(packed, (spec.key, spec.value), strict=True)
     )
 

@@ -1,0 +1,359 @@
+"""How the codes of a block lie in a cache: one object for each layout, and the table of them.
+
+A layout says which specs it takes, what a block of codes is, how codes come into it and out again,
+and who attends to it. Where layers have stages of their own it also says what a stack stores. No
+other module asks for a layout's name.
+
+Shapes: B sequences, H KV heads (over those that share a code, where codes are meant), N blocks of b
+tokens, G channel groups, R stages.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from gsrq_jax import packing
+from gsrq_jax.errors import InputError
+from gsrq_jax.kernels import decode, tiles, words
+
+if TYPE_CHECKING:
+    from gsrq_jax.codebook import Codebooks
+    from gsrq_jax.spec import QuantSpec, ResidualSpec
+
+LayoutName = Literal["packed", "tiles", "words"]
+Shapes = tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+Facts = Iterable[tuple[str, Any, tuple]]
+"""What is asked of a spec, what it has, and what will do."""
+
+
+class Layout:
+    """What differs between layouts; an object has no state.
+
+    Attributes:
+        name: as `QuantSpec.layout` has it.
+        fused: whether a kernel reads it, and `attend` is there; else attention takes codes out.
+    """
+
+    name: LayoutName
+    fused = False
+
+    def check(self, spec: "QuantSpec") -> None:
+        """Refuse a spec whose codes cannot lie like this.
+
+        Raises:
+            InputError: naming what does not fit, what would, and what was given.
+        """
+        for what, given, wanted in self._asked(spec):
+            if given not in wanted:
+                raise InputError(
+                    f"layout {self.name!r} takes {' or '.join(map(str, wanted))} as {what}, got "
+                    f"{given}; use layout 'packed' or other codebooks"
+                )
+
+    def _asked(self, spec: "QuantSpec") -> Facts:
+        return ()
+
+    def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
+        """What the heads that share a code keep of one block of keys, and of values.
+
+        Args:
+            key: the code of a key.
+            value: the code of a value.
+            block: tokens.
+        """
+        raise NotImplementedError
+
+    def pack(
+        self,
+        keys: UInt8[Array, "*lead b G R"],
+        values: UInt8[Array, "*lead b G R"],
+        spec: "QuantSpec",
+    ) -> tuple[Array, Array]:
+        """Codeword indices as they are stored: ``[*lead, *shape]`` with the shapes of `shapes`.
+
+        ``b`` may be any number of tokens, but for what `check` asks of a block.
+        """
+        raise NotImplementedError
+
+    def unpack(
+        self, key_codes: Array, value_codes: Array, spec: "QuantSpec"
+    ) -> tuple[UInt8[Array, "*lead b G R"], UInt8[Array, "*lead b G R"]]:
+        """The inverse of `pack`."""
+        raise NotImplementedError
+
+    def together(self, spec: "QuantSpec") -> int:
+        """Blocks of a sequence that lie side by side, in caches that have room for all of them."""
+        return 1
+
+    # Stages by layer: a stack stores the units of all layers, one layer after the other.
+
+    def units(self, code: "ResidualSpec") -> int:
+        """Units of a layer's codes, of which a stack has as many as all its layers together."""
+        raise NotImplementedError
+
+    def to_units(self, codes: Array) -> Array:
+        """Codes ``[*lead, *shape]`` as ``[units, *lead, *rest of shape]``."""
+        raise NotImplementedError
+
+    def from_units(self, units: Array) -> Array:
+        """The inverse of `to_units`."""
+        raise NotImplementedError
+
+    # Attention, where there is a kernel.
+
+    def attend(
+        self,
+        query: Float[Array, "B T H q d"],
+        codebooks: "Codebooks",
+        key_codes: Array,
+        value_codes: Array,
+        blocks: Int[Array, " B"],
+        **options: Any,
+    ) -> decode.Part:
+        """Attention of new tokens over one layer's codes, by a kernel or by its reference.
+
+        Args:
+            query: scaled queries, rotated at their own positions, float32.
+            codebooks: of the layer.
+            key_codes: of the cache, ``[B, H, N, *shape]``.
+            value_codes: of the cache.
+            blocks: valid blocks of each sequence; the others are not read.
+            options: ``first``, ``stride``, ``recent``, ``dtype`` and ``implementation``, see
+                `gsrq_jax.kernels.decode.attend_tiles`.
+
+        Raises:
+            InputError: if the implementation asked for does not support this.
+        """
+        raise NotImplementedError
+
+
+class Packed(Layout):
+    """A row of bytes for each token; the units of a stack are bytes of every token."""
+
+    name = "packed"
+
+    def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
+        """Two of uint8 ``[block, bytes]``."""
+        of_keys, of_values = (
+            jax.ShapeDtypeStruct((block, code.nbytes), jnp.uint8) for code in (key, value)
+        )
+        return of_keys, of_values
+
+    def pack(self, keys: Array, values: Array, spec: "QuantSpec") -> tuple[Array, Array]:
+        """See `Layout.pack`."""
+        return _packed(keys, spec.key), _packed(values, spec.value)
+
+    def unpack(
+        self, key_codes: Array, value_codes: Array, spec: "QuantSpec"
+    ) -> tuple[Array, Array]:
+        """See `Layout.unpack`."""
+        return unpacked(key_codes, spec.key), unpacked(value_codes, spec.value)
+
+    def units(self, code: "ResidualSpec") -> int:
+        """Bytes of a vector."""
+        return code.nbytes
+
+    def to_units(self, codes: Array) -> Array:
+        """``[*lead, b, bytes]`` to ``[bytes, *lead, b]``."""
+        return jnp.moveaxis(codes, -1, 0)
+
+    def from_units(self, units: Array) -> Array:
+        """The inverse of `to_units`."""
+        return jnp.moveaxis(units, 0, -1)
+
+
+def _packed(codes: Array, code: "ResidualSpec") -> UInt8[Array, "*lead bytes"]:
+    return packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
+
+
+def unpacked(
+    rows: UInt8[Array, "*lead bytes"], code: "ResidualSpec"
+) -> UInt8[Array, "*lead groups stages"]:
+    """Codeword indices of rows of bytes."""
+    codes = packing.unpack(rows, code.codes, code.code_bits)
+    return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
+
+
+def _of_kernels(spec: "QuantSpec") -> Facts:
+    """What every kernel asks."""
+    return (
+        ("frame", spec.frame, ("block",)),
+        ("outliers", spec.outliers, (0,)),
+    )
+
+
+def _of_heads_apart(spec: "QuantSpec") -> Facts:
+    return (
+        ("heads of a code of keys", spec.key.heads, (1,)),
+        ("heads of a code of values", spec.value.heads, (1,)),
+        ("stages by layer", spec.key_stages, (None,)),
+    )
+
+
+class Tiles(Layout):
+    """As the fused GPU kernel reads them, see `gsrq_jax.kernels.tiles`."""
+
+    name = "tiles"
+    fused = True
+
+    def _asked(self, spec: "QuantSpec") -> Facts:
+        return (
+            *_of_kernels(spec),
+            *_of_heads_apart(spec),
+            ("groups of channels", spec.key.groups, (1,)),
+            ("groups of channels", spec.value.groups, (1,)),
+            ("codewords of a stage of keys", spec.key.codewords, (16, 256)),
+            ("codewords of a stage of values", spec.value.codewords, (16,)),
+            (f"block modulo {tiles.TILE} tokens", spec.block % tiles.TILE, (0,)),
+            (
+                f"block modulo {2 * tiles.TILE} tokens where several have one frame",
+                spec.block % (2 * tiles.TILE) * (spec.frame_blocks > 1),
+                (0,),
+            ),
+        )
+
+    def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
+        """Two of uint32 ``[tiles, words]``."""
+        of_keys, of_values = (
+            jax.ShapeDtypeStruct((block // tiles.TILE, count), jnp.uint32)
+            for count in (
+                tiles.key_words(key.stages, key.codewords),
+                tiles.value_words(value.stages),
+            )
+        )
+        return of_keys, of_values
+
+    def pack(self, keys: Array, values: Array, spec: "QuantSpec") -> tuple[Array, Array]:
+        """See `Layout.pack`."""
+        return (
+            tiles.keys_to_tiles(keys[..., 0, :], spec.key.codewords),
+            tiles.values_to_tiles(values[..., 0, :]),
+        )
+
+    def unpack(
+        self, key_codes: Array, value_codes: Array, spec: "QuantSpec"
+    ) -> tuple[Array, Array]:
+        """See `Layout.unpack`."""
+        keys = tiles.keys_from_tiles(key_codes, spec.key.stages, spec.key.codewords)
+        values = tiles.values_from_tiles(value_codes, spec.value.stages)
+        return keys[..., None, :], values[..., None, :]
+
+    def together(self, spec: "QuantSpec") -> int:
+        """Those of a frame."""
+        return spec.frame_blocks
+
+    def attend(
+        self,
+        query: Array,
+        codebooks: "Codebooks",
+        key_codes: Array,
+        value_codes: Array,
+        blocks: Array,
+        **options: Any,
+    ) -> decode.Part:
+        """See `Layout.attend`."""
+        return _by_frames(
+            decode.attend_tiles, query, codebooks, key_codes, value_codes, blocks, **options
+        )
+
+
+class Words(Layout):
+    """As the fused TPU kernel reads them, see `gsrq_jax.kernels.words`."""
+
+    name = "words"
+    fused = True
+
+    def _asked(self, spec: "QuantSpec") -> Facts:
+        some = (2, 4, 8, words.CODEWORDS)
+        return (
+            *_of_kernels(spec),
+            *_of_heads_apart(spec),
+            ("codewords of a stage of keys", spec.key.codewords, some),
+            ("codewords of a stage of values", spec.value.codewords, some),
+            (f"block modulo {words.LANES} tokens", spec.block % words.LANES, (0,)),
+            ("blocks to a frame", spec.frame_blocks, (1,)),
+        )
+
+    def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
+        """Two of int32 ``[rows, 128]``."""
+        runs = block // words.LANES
+        of_keys, of_values = (
+            jax.ShapeDtypeStruct((runs * words.words_of(code.codes), words.LANES), jnp.int32)
+            for code in (key, value)
+        )
+        return of_keys, of_values
+
+    def pack(self, keys: Array, values: Array, spec: "QuantSpec") -> tuple[Array, Array]:
+        """See `Layout.pack`."""
+        return words.to_words(keys), words.to_words(values)
+
+    def unpack(
+        self, key_codes: Array, value_codes: Array, spec: "QuantSpec"
+    ) -> tuple[Array, Array]:
+        """See `Layout.unpack`."""
+        keys, values = (
+            words.from_words(codes, code.groups, code.stages)
+            for codes, code in ((key_codes, spec.key), (value_codes, spec.value))
+        )
+        return keys, values
+
+    def attend(
+        self,
+        query: Array,
+        codebooks: "Codebooks",
+        key_codes: Array,
+        value_codes: Array,
+        blocks: Array,
+        **options: Any,
+    ) -> decode.Part:
+        """See `Layout.attend`."""
+        codes = key_codes, value_codes
+        return _attended(decode.attend_words, query, codebooks, *codes, blocks, **options)
+
+
+def _attended(
+    attend: Any,
+    query: Array,
+    codebooks: "Codebooks",
+    key_codes: Array,
+    value_codes: Array,
+    blocks: Array,
+    **options: Any,
+) -> decode.Part:
+    return attend(
+        query,
+        codebooks.key_mean,
+        codebooks.inv_freq,
+        key_codes,
+        value_codes,
+        codebooks.key,
+        codebooks.value,
+        blocks,
+        every=codebooks.spec.mean_every,
+        **options,
+    )
+
+
+def _by_frames(
+    attend: Any,
+    query: Array,
+    codebooks: "Codebooks",
+    key_codes: Array,
+    value_codes: Array,
+    blocks: Array,
+    **options: Any,
+) -> decode.Part:
+    """`_attended` to frames of several blocks, whose tiles are one after the other."""
+    fills = codebooks.spec.frame_blocks
+    keys, values = (
+        x.reshape(*x.shape[:2], -1, fills * x.shape[3], x.shape[4])
+        for x in (key_codes, value_codes)
+    )
+    return _attended(attend, query, codebooks, keys, values, blocks, fills=fills, **options)
+
+
+LAYOUTS: dict[LayoutName, Layout] = {x.name: x for x in (Packed(), Tiles(), Words())}
+"""Every layout, by its name."""
