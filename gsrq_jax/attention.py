@@ -6,7 +6,7 @@ heads (Q = H·q), d head_dim.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def attend(
             case "fused":
                 raise InputError(
                     "implementation 'fused' is for a cache whose codes are in its layout; give the "
-                    "codebooks a spec of layout 'tiles' for GPUs, 'words' for TPUs "
+                    "codebooks a spec of layout 'tiles' or 'planes' for GPUs, 'words' for TPUs "
                     "(gsrq_jax.codec.respec)"
                 )
             case "codes":
@@ -201,28 +201,16 @@ def _by_blocks(
 ) -> tuple[Array, Array]:
     """``part(query, cache, codec, turn, filled)``, which holds so many floats a block, over some
     blocks at a time, and only as far as any sequence goes."""
-    slots, few = cache.blocks, max(1, _FLOATS // floats)
-    filled = turn.filled(blocks_after(codec.spec, cache.length))
-    if few >= slots:
-        return part(query, cache, codec, turn, filled)
-    few = -(-slots // -(-slots // few))
-    last = slots - few
 
-    def attend_from(first: Array | int, until: int) -> tuple[Array, Array]:
-        keys, values = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, axis=2),
-            (cache.key_codes, cache.value_codes),
-        )
-        some = cache.replace(key_codes=keys, value_codes=values)
+    def some(codes: Any, first: Array | int, filled: Array) -> tuple[Array, Array]:
+        keys, values = codes
+        held = cache.replace(key_codes=keys, value_codes=values)
         start = Turn(turn.first + first * turn.step, turn.step)
-        return part(query, some, codec, start, jnp.minimum(filled, until) - first)
+        return part(query, held, codec, start, filled)
 
-    def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
-        return reference.merge([sofar, attend_from(i * few, last)])
-
-    # The last few, then those before them, whose number the steps need not divide: no copy is made.
-    rounds = -(-jnp.minimum(filled.max(), last) // few)
-    return jax.lax.fori_loop(0, rounds, further, attend_from(last, slots))
+    filled = turn.filled(blocks_after(codec.spec, cache.length))
+    codes = cache.key_codes, cache.value_codes
+    return reference.by_blocks(some, codes, filled, max(1, _FLOATS // floats))
 
 
 def _floats_of_codes(spec: QuantSpec) -> int:

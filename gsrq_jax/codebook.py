@@ -166,13 +166,13 @@ def stored(codebooks: Codebooks) -> Codebooks:
 def indices(
     codebooks: Codebooks, key_codes: Codes, value_codes: Codes, *, axis: int
 ) -> tuple[UInt8[Array, "*lead H b G R"], UInt8[Array, "*lead H b G R"]]:
-    """Codeword indices of every head of a layer, from codes in whatever layout.
+    """Take the codeword indices of every head of a layer out of codes in their layout.
 
     Args:
         codebooks: of the layer.
-        key_codes: of the keys.
-        value_codes: of the values.
-        axis: of the heads in the result.
+        key_codes: codes of the keys, ``[*lead, H/s, *shape]`` where s heads share one.
+        value_codes: codes of the values.
+        axis: place of the heads in what is returned.
     """
     spec = codebooks.spec
     keys, values = spec.arrangement.unpack(key_codes, value_codes, spec)

@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gsrq_jax import packing
 from gsrq_jax.errors import InputError
-from gsrq_jax.kernels import decode, tiles, words
+from gsrq_jax.kernels import decode, planes, tiles, words
 
 if TYPE_CHECKING:
     from gsrq_jax.codebook import Codebooks
     from gsrq_jax.spec import QuantSpec, ResidualSpec
 
-LayoutName = Literal["packed", "tiles", "words"]
+LayoutName = Literal["packed", "tiles", "words", "planes"]
 Shapes = tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
 Facts = Iterable[tuple[str, Any, tuple]]
 """What is asked of a spec, what it has, and what will do."""
@@ -57,12 +57,15 @@ class Layout:
         return ()
 
     def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
-        """What the heads that share a code keep of one block of keys, and of values.
+        """Give what the heads that share a code keep of one block of keys, and of values.
 
         Args:
             key: the code of a key.
             value: the code of a value.
             block: tokens.
+
+        Returns:
+            Shape and dtype of one array each.
         """
         raise NotImplementedError
 
@@ -72,34 +75,46 @@ class Layout:
         values: UInt8[Array, "*lead b G R"],
         spec: "QuantSpec",
     ) -> tuple[Array, Array]:
-        """Codeword indices as they are stored: ``[*lead, *shape]`` with the shapes of `shapes`.
+        """Put codeword indices into the layout.
 
-        ``b`` may be any number of tokens, but for what `check` asks of a block.
+        Args:
+            keys: indices of the keys; ``b`` is any number of tokens that `check` takes as a block.
+            values: indices of the values.
+            spec: of the codes.
+
+        Returns:
+            Arrays ``[*lead, *shape]`` with the shapes and dtypes of `shapes`.
         """
         raise NotImplementedError
 
     def unpack(
         self, key_codes: Array, value_codes: Array, spec: "QuantSpec"
     ) -> tuple[UInt8[Array, "*lead b G R"], UInt8[Array, "*lead b G R"]]:
-        """The inverse of `pack`."""
+        """Take codeword indices out again: the inverse of `pack`.
+
+        Args:
+            key_codes: codes of the keys.
+            value_codes: codes of the values.
+            spec: of the codes.
+        """
         raise NotImplementedError
 
     def together(self, spec: "QuantSpec") -> int:
-        """Blocks of a sequence that lie side by side, in caches that have room for all of them."""
+        """Count the blocks of a sequence that a cache has all or none of, for a spec."""
         return 1
 
     # Stages by layer: a stack stores the units of all layers, one layer after the other.
 
     def units(self, code: "ResidualSpec") -> int:
-        """Units of a layer's codes, of which a stack has as many as all its layers together."""
+        """Count the units of a layer's codes; a stack has those of all its layers."""
         raise NotImplementedError
 
     def to_units(self, codes: Array) -> Array:
-        """Codes ``[*lead, *shape]`` as ``[units, *lead, *rest of shape]``."""
+        """Cut codes ``[*lead, *shape]`` into units ``[units, *lead, *unit]``."""
         raise NotImplementedError
 
     def from_units(self, units: Array) -> Array:
-        """The inverse of `to_units`."""
+        """Join units again: the inverse of `to_units`."""
         raise NotImplementedError
 
     # Attention, where there is a kernel.
@@ -113,7 +128,7 @@ class Layout:
         blocks: Int[Array, " B"],
         **options: Any,
     ) -> decode.Part:
-        """Attention of new tokens over one layer's codes, by a kernel or by its reference.
+        """Attend with new tokens to one layer's codes, by a kernel or by its reference.
 
         Args:
             query: scaled queries, rotated at their own positions, float32.
@@ -123,6 +138,9 @@ class Layout:
             blocks: valid blocks of each sequence; the others are not read.
             options: ``first``, ``stride``, ``recent``, ``dtype`` and ``implementation``, see
                 `gsrq_jax.kernels.decode.attend_tiles`.
+
+        Returns:
+            Weighted values, and the log-sum-exp of the scores.
 
         Raises:
             InputError: if the implementation asked for does not support this.
@@ -136,7 +154,7 @@ class Packed(Layout):
     name = "packed"
 
     def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
-        """Two of uint8 ``[block, bytes]``."""
+        """Give two of uint8 ``[block, bytes]``."""
         of_keys, of_values = (
             jax.ShapeDtypeStruct((block, code.nbytes), jnp.uint8) for code in (key, value)
         )
@@ -153,15 +171,15 @@ class Packed(Layout):
         return unpacked(key_codes, spec.key), unpacked(value_codes, spec.value)
 
     def units(self, code: "ResidualSpec") -> int:
-        """Bytes of a vector."""
+        """Count the bytes of a vector."""
         return code.nbytes
 
     def to_units(self, codes: Array) -> Array:
-        """``[*lead, b, bytes]`` to ``[bytes, *lead, b]``."""
+        """Cut ``[*lead, b, bytes]`` into ``[bytes, *lead, b]``."""
         return jnp.moveaxis(codes, -1, 0)
 
     def from_units(self, units: Array) -> Array:
-        """The inverse of `to_units`."""
+        """Join units again: the inverse of `to_units`."""
         return jnp.moveaxis(units, 0, -1)
 
 
@@ -172,7 +190,7 @@ def _packed(codes: Array, code: "ResidualSpec") -> UInt8[Array, "*lead bytes"]:
 def unpacked(
     rows: UInt8[Array, "*lead bytes"], code: "ResidualSpec"
 ) -> UInt8[Array, "*lead groups stages"]:
-    """Codeword indices of rows of bytes."""
+    """Take codeword indices out of rows of bytes."""
     codes = packing.unpack(rows, code.codes, code.code_bits)
     return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
 
@@ -216,7 +234,7 @@ class Tiles(Layout):
         )
 
     def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
-        """Two of uint32 ``[tiles, words]``."""
+        """Give two of uint32 ``[tiles, words]``."""
         of_keys, of_values = (
             jax.ShapeDtypeStruct((block // tiles.TILE, count), jnp.uint32)
             for count in (
@@ -242,7 +260,7 @@ class Tiles(Layout):
         return keys[..., None, :], values[..., None, :]
 
     def together(self, spec: "QuantSpec") -> int:
-        """Those of a frame."""
+        """Count those of a frame."""
         return spec.frame_blocks
 
     def attend(
@@ -278,7 +296,7 @@ class Words(Layout):
         )
 
     def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
-        """Two of int32 ``[rows, 128]``."""
+        """Give two of int32 ``[rows, 128]``."""
         runs = block // words.LANES
         of_keys, of_values = (
             jax.ShapeDtypeStruct((runs * words.words_of(code.codes), words.LANES), jnp.int32)
@@ -312,6 +330,89 @@ class Words(Layout):
         """See `Layout.attend`."""
         codes = key_codes, value_codes
         return _attended(decode.attend_words, query, codebooks, *codes, blocks, **options)
+
+
+def _whole_units(stages: int) -> tuple[int, ...]:
+    """The stages nearest to ``stages`` that planes take, from below and from above."""
+    below = stages // planes.UNIT * planes.UNIT
+    return tuple(n for n in (below, below + planes.UNIT) if n)
+
+
+class Planes(Layout):
+    """Codes of two codewords a stage as attention reads them, see `gsrq_jax.kernels.planes`.
+
+    Tiles of 32 tokens; the units of a stack are 32 stages, uint32 ``[tiles, 32]`` of a block: a
+    stack by layer is ``[P, B, H, N, tiles, 32]``, a layer's units one after the other.
+    """
+
+    name = "planes"
+    fused = True
+
+    def _asked(self, spec: "QuantSpec") -> Facts:
+        return (
+            *_of_kernels(spec),
+            ("groups of channels", spec.key.groups, (1,)),
+            ("groups of channels", spec.value.groups, (1,)),
+            ("codewords of a stage of keys", spec.key.codewords, (2,)),
+            ("codewords of a stage of values", spec.value.codewords, (2,)),
+            (f"block modulo {planes.TILE} tokens", spec.block % planes.TILE, (0,)),
+            *(
+                (f"stages of {name}", code.stages, _whole_units(code.stages))
+                for name, codes in zip(("keys", "values"), spec.layer_codes, strict=True)
+                for code in codes
+            ),
+        )
+
+    def shapes(self, key: "ResidualSpec", value: "ResidualSpec", block: int) -> Shapes:
+        """Give two of uint32 ``[tiles, stages]``."""
+        of_keys, of_values = (
+            jax.ShapeDtypeStruct((block // planes.TILE, code.stages), jnp.uint32)
+            for code in (key, value)
+        )
+        return of_keys, of_values
+
+    def pack(self, keys: Array, values: Array, spec: "QuantSpec") -> tuple[Array, Array]:
+        """See `Layout.pack`."""
+        return planes.keys_to_planes(keys[..., 0, :]), planes.values_to_planes(values[..., 0, :])
+
+    def unpack(
+        self, key_codes: Array, value_codes: Array, spec: "QuantSpec"
+    ) -> tuple[Array, Array]:
+        """See `Layout.unpack`."""
+        keys, values = planes.keys_from_planes(key_codes), planes.values_from_planes(value_codes)
+        return keys[..., None, :], values[..., None, :]
+
+    def together(self, spec: "QuantSpec") -> int:
+        """Count those of a frame."""
+        return spec.frame_blocks
+
+    def units(self, code: "ResidualSpec") -> int:
+        """Count what is 32 stages."""
+        return code.stages // planes.UNIT
+
+    def to_units(self, codes: Array) -> Array:
+        """Cut ``[*lead, tiles, stages]`` into ``[units, *lead, tiles, 32]``."""
+        split = codes.reshape(*codes.shape[:-1], -1, planes.UNIT)
+        return jnp.moveaxis(split, -2, 0)
+
+    def from_units(self, units: Array) -> Array:
+        """Join units again: the inverse of `to_units`."""
+        codes = jnp.moveaxis(units, 0, -2)
+        return codes.reshape(*codes.shape[:-2], -1)
+
+    def attend(
+        self,
+        query: Array,
+        codebooks: "Codebooks",
+        key_codes: Array,
+        value_codes: Array,
+        blocks: Array,
+        **options: Any,
+    ) -> decode.Part:
+        """See `Layout.attend`."""
+        return _by_frames(
+            decode.attend_planes, query, codebooks, key_codes, value_codes, blocks, **options
+        )
 
 
 def _attended(
@@ -355,5 +456,5 @@ def _by_frames(
     return _attended(attend, query, codebooks, keys, values, blocks, fills=fills, **options)
 
 
-LAYOUTS: dict[LayoutName, Layout] = {x.name: x for x in (Packed(), Tiles(), Words())}
+LAYOUTS: dict[LayoutName, Layout] = {x.name: x for x in (Packed(), Tiles(), Words(), Planes())}
 """Every layout, by its name."""

@@ -141,7 +141,8 @@ class GenerateConfig:
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         codebooks: folder that training wrote; without it the cache is exact.
         layout: of the codes: ``packed``, or ``tiles`` for the fused GPU kernel, ``words`` for the
-            TPU's; by default as the codebooks have it.
+            TPU's, ``planes`` for two codewords a stage, also the quickest on a CPU; by default as
+            the codebooks have it.
         compare: write with the exact cache, too.
         max_new_tokens: at most so many tokens.
         max_length: tokens that the cache must hold; by default what is needed.

@@ -163,10 +163,15 @@ def test_codecs_without_arrays_and_full_precision():
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel", "ignore:the fused TPU kernel")
-@pytest.mark.parametrize("layout", ["tiles", "words"])
+@pytest.mark.parametrize("layout", ["tiles", "words", "planes"])
 def test_codes_in_layouts_of_kernels(layout):
     """Over KV heads, over blocks of which one has one more, and over both."""
-    spec = dataclasses.replace(SPEC, block=128, mean_every=16, layout=layout, sinks=3)
+    code = SPEC.key
+    if layout == "planes":  # of which two heads share one
+        code = dataclasses.replace(code, stages=32, codewords=2, heads=2)
+    spec = dataclasses.replace(
+        SPEC, key=code, value=code, block=128, mean_every=16, layout=layout, sinks=3
+    )
     k, v = jnp.asarray(np.random.default_rng(3).normal(size=(2, 1, 420, HEADS, DIM)), jnp.float32)
     q = jnp.concatenate([k, v], axis=2)[:, -1:]
 
@@ -185,7 +190,7 @@ def test_codes_in_layouts_of_kernels(layout):
         return step(held, codebooks(spec))
 
     want = attended()
-    for shape in ((1, 8), (8, 1), (2, 4))[layout == "words" :]:
+    for shape in ((1, 8), (8, 1), (2, 4))[layout != "tiles" :]:
         np.testing.assert_allclose(attended(make_mesh(*shape)), want, atol=1e-5)
 
 
