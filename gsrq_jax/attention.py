@@ -105,7 +105,7 @@ def attend(
     alone = True  # whether exact tokens are still to be attended to
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
-        laid_out = books is not None and books.spec.arrangement.fused
+        laid_out = books is not None and books.spec.arrangement.kernel is not None
         if implementation is None and not (laid_out and tokens <= FEW):
             implementation = "codes" if tokens == 1 and books is not None else "decoded"
         rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)

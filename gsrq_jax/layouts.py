@@ -34,11 +34,12 @@ class Layout:
 
     Attributes:
         name: as `QuantSpec.layout` has it.
-        fused: whether a kernel reads it, and `attend` is there; else attention takes codes out.
+        kernel: what the kernel runs on that reads it; None where none does. With a kernel there is
+            `attend`, else attention takes codes out of the layout.
     """
 
     name: LayoutName
-    fused = False
+    kernel: Literal["gpu", "tpu"] | None = None
 
     def check(self, spec: "QuantSpec") -> None:
         """Refuse a spec whose codes cannot lie like this.
@@ -215,7 +216,7 @@ class Tiles(Layout):
     """As the fused GPU kernel reads them, see `gsrq_jax.kernels.tiles`."""
 
     name = "tiles"
-    fused = True
+    kernel = "gpu"
 
     def _asked(self, spec: "QuantSpec") -> Facts:
         return (
@@ -282,7 +283,7 @@ class Words(Layout):
     """As the fused TPU kernel reads them, see `gsrq_jax.kernels.words`."""
 
     name = "words"
-    fused = True
+    kernel = "tpu"
 
     def _asked(self, spec: "QuantSpec") -> Facts:
         some = (2, 4, 8, words.CODEWORDS)
@@ -346,7 +347,7 @@ class Planes(Layout):
     """
 
     name = "planes"
-    fused = True
+    kernel = "gpu"
 
     def _asked(self, spec: "QuantSpec") -> Facts:
         return (
