@@ -35,11 +35,12 @@ from gsrq_jax import sharded
 from gsrq_jax.calibration import DATA, MODEL, FitOptions, LayerSamples
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError
+from gsrq_jax.layouts import LayoutName
 from gsrq_jax.models import generation, llama, sharding, training
 from gsrq_jax.models.config import LLAMA_3_8B, LlamaConfig
 from gsrq_jax.models.generation import DecodeState, Sampler
 from gsrq_jax.results import repeated, write_result
-from gsrq_jax.spec import Layout, QuantSpec
+from gsrq_jax.spec import QuantSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
@@ -93,7 +94,7 @@ class Config:
     chunk: int = 2048
     block: int = 256
     cache_codewords: int = 16
-    layout: Layout = "packed"
+    layout: LayoutName = "packed"
     out: pathlib.Path = ROOT
 
 

@@ -4,15 +4,14 @@ All of it takes rotated queries and keys. Shapes: B sequences, T new tokens, Q q
 heads (Q = H·q), d head_dim.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from gsrq_jax.cache import (
     KVCache,
@@ -26,7 +25,7 @@ from gsrq_jax.cache import (
     new_tokens,
     outlier_slots,
 )
-from gsrq_jax.codebook import Codebooks, errors, of_heads, unpack
+from gsrq_jax.codebook import Codebooks, errors, indices
 from gsrq_jax.codec import Codec, remembered
 from gsrq_jax.errors import InputError
 from gsrq_jax.frame import origin
@@ -106,7 +105,7 @@ def attend(
     alone = True  # whether exact tokens are still to be attended to
     if codec is not None and cache.blocks:
         books = codec if isinstance(codec, Codebooks) and codec.spec.frame != "pre" else None
-        laid_out = books is not None and books.spec.layout != "packed"
+        laid_out = books is not None and books.spec.arrangement.kernel is not None
         if implementation is None and not (laid_out and tokens <= FEW):
             implementation = "codes" if tokens == 1 and books is not None else "decoded"
         rows, turn = math.prod(query.shape[:-1]), Turn.of(axis_name)
@@ -124,7 +123,7 @@ def attend(
             case "fused":
                 raise InputError(
                     "implementation 'fused' is for a cache whose codes are in its layout; give the "
-                    "codebooks a spec of layout 'tiles' for GPUs, 'words' for TPUs "
+                    "codebooks a spec of layout 'tiles' or 'planes' for GPUs, 'words' for TPUs "
                     "(gsrq_jax.codec.respec)"
                 )
             case "codes":
@@ -178,32 +177,18 @@ def _attend_laid_out(
         "fused": "fused",
         "codes": "reference",
     }
-    attend, codes = decode.attend_words, (cache.key_codes, cache.value_codes)
-    if spec.layout == "tiles":
-        attend = functools.partial(decode.attend_tiles, fills=spec.frame_blocks)
-        codes = jax.tree.map(functools.partial(_by_frames, blocks=spec.frame_blocks), codes)
-    return attend(
+    return spec.arrangement.attend(
         query,
-        codebooks.key_mean,
-        codebooks.inv_freq,
-        *codes,
-        codebooks.key,
-        codebooks.value,
+        codebooks,
+        cache.key_codes,
+        cache.value_codes,
         turn.filled(blocks_after(spec, cache.length)),
         first=spec.sinks + spec.block * turn.first,
         stride=turn.step,
-        every=spec.mean_every,
         recent=recent,
         dtype=dtype,
         implementation=kernels.get(implementation),
     )
-
-
-def _by_frames(
-    codes: UInt32[Array, "B H N tiles words"], *, blocks: int
-) -> UInt32[Array, "B H N/blocks blocks*tiles words"]:
-    """Tiles of the blocks of a frame together."""
-    return codes.reshape(*codes.shape[:2], -1, blocks * codes.shape[3], codes.shape[4])
 
 
 def _by_blocks(
@@ -216,28 +201,16 @@ def _by_blocks(
 ) -> tuple[Array, Array]:
     """``part(query, cache, codec, turn, filled)``, which holds so many floats a block, over some
     blocks at a time, and only as far as any sequence goes."""
-    slots, few = cache.blocks, max(1, _FLOATS // floats)
-    filled = turn.filled(blocks_after(codec.spec, cache.length))
-    if few >= slots:
-        return part(query, cache, codec, turn, filled)
-    few = -(-slots // -(-slots // few))
-    last = slots - few
 
-    def attend_from(first: Array | int, until: int) -> tuple[Array, Array]:
-        keys, values = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, first, few, axis=2),
-            (cache.key_codes, cache.value_codes),
-        )
-        some = cache.replace(key_codes=keys, value_codes=values)
+    def some(codes: Any, first: Array | int, filled: Array) -> tuple[Array, Array]:
+        keys, values = codes
+        held = cache.replace(key_codes=keys, value_codes=values)
         start = Turn(turn.first + first * turn.step, turn.step)
-        return part(query, some, codec, start, jnp.minimum(filled, until) - first)
+        return part(query, held, codec, start, filled)
 
-    def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
-        return reference.merge([sofar, attend_from(i * few, last)])
-
-    # The last few, then those before them, whose number the steps need not divide: no copy is made.
-    rounds = -(-jnp.minimum(filled.max(), last) // few)
-    return jax.lax.fori_loop(0, rounds, further, attend_from(last, slots))
+    filled = turn.filled(blocks_after(codec.spec, cache.length))
+    codes = cache.key_codes, cache.value_codes
+    return reference.by_blocks(some, codes, filled, max(1, _FLOATS // floats))
 
 
 def _floats_of_codes(spec: QuantSpec) -> int:
@@ -264,8 +237,7 @@ def _attend_codes(
     return reference.attend_codes(
         framed,
         shift,
-        of_heads(unpack(cache.key_codes, spec.key), spec.key, axis=1),
-        of_heads(unpack(cache.value_codes, spec.value), spec.value, axis=1),
+        *indices(codebooks, cache.key_codes, cache.value_codes, axis=1),
         codebooks.key,
         codebooks.value,
         filled,

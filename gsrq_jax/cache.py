@@ -91,10 +91,12 @@ class KVCache:
         window_key, window_value: ``[B, H, C, d]``, a ring of ``window + block`` slots; heads first,
             so that the products of attention read it where it is.
         key_codes, value_codes: the codec's codes, arrays ``[B, H, N, *shape]``; for residual codes
-            uint8 ``[B, H, N, b, bytes]``, where heads share codes once for all that do. Where the
-            spec gives layers stages of their own, a stack has no axis of layers here but planes,
-            uint8 ``[P, B, H, N, b]``: each byte of a token in the first layer, then those of the
-            second, and so on. `layer_views` takes them apart.
+            the shapes of their layout, packed uint8 ``[B, H, N, b, bytes]``; where heads share
+            codes once for all that do. Where the spec gives layers stages of their own, a stack has
+            no axis of layers here but a pool of units, ``[P, B, H, N, *unit]``: all units of the
+            first layer, then those of the second, and so on, so that a layer's codes are one run of
+            memory. A unit is what the layout says, packed a byte of every token, uint8 ``[P, B, H,
+            N, b]``. `layer_views` takes them apart.
         length: int32 ``[B]``, tokens so far.
         outliers: `Outliers`, or None where the spec has none.
         spec: the quantisation, or None for a cache at full precision (S = N = 0).
@@ -185,18 +187,19 @@ def init_cache(
     else:
         sinks, ring = spec.sinks, spec.ring
         blocks = max(0, max_length - spec.sinks - spec.window) // spec.block
-        step, together = Turn.of(axis_name).step, _of_a_frame(spec)
-        if step > 1 and together > 1:
+        step, together = Turn.of(axis_name).step, spec.blocks_together
+        if step > 1 and together > 1 and isinstance(spec, QuantSpec):
             raise InputError(
-                f"in layout 'tiles' the {together} blocks of a frame cannot be spread over "
+                f"in layout {spec.layout!r} the {together} blocks of a frame cannot be spread over "
                 "devices; use layout 'packed' or codebooks with one block to a frame"
             )
         blocks = -(-blocks // (step * together)) * together
         shapes = spec.code_shapes()
     if layers is not None and _by_layer(spec):
+        units = (jax.eval_shape(spec.arrangement.to_units, shape) for shape in shapes)
         key_codes, value_codes = (
-            jnp.zeros((len(planes), batch, kv_heads // n, blocks, spec.block), jnp.uint8)
-            for planes, n in zip(_planes(spec, layers), shares, strict=True)
+            jnp.zeros((len(of), batch, kv_heads // n, blocks, *unit.shape[1:]), unit.dtype)
+            for of, n, unit in zip(_units(spec, layers), shares, units, strict=True)
         )
     else:
         key_codes, value_codes = (
@@ -223,11 +226,6 @@ def init_cache(
         outliers=outliers,
         spec=spec,
     )
-
-
-def _of_a_frame(spec: CacheSpec | None) -> int:
-    """Blocks that lie together because a kernel reads them in one frame."""
-    return spec.frame_blocks if isinstance(spec, QuantSpec) and spec.layout == "tiles" else 1
 
 
 def outliers_kept(spec: CacheSpec | None) -> int:
@@ -367,20 +365,20 @@ def append(
         filled = blocks_after(spec, after) > blocks_after(spec, before)
         # Zero rounds or one: XLA updates a loop's carry in place, a conditional's it would copy.
         rounds = 1 if tokens >= spec.block else filled.any().astype(jnp.int32)
-        key_codes, value_codes, outliers = jax.lax.fori_loop(
-            0,
-            rounds,
-            lambda _, past: _flush(
-                cache.replace(key_codes=past[0], value_codes=past[1], outliers=past[2]),
-                k,
-                v,
-                codec,
-                new,
-                Turn.of(axis_name),
-            ),
-            (cache.key_codes, cache.value_codes, cache.outliers),
-        )
-        cache = cache.replace(key_codes=key_codes, value_codes=value_codes, outliers=outliers)
+        turn = Turn.of(axis_name)
+
+        @jax.named_scope("flush")
+        def flush(i: Array, cache: KVCache) -> KVCache:
+            # What is the same in every round XLA would compute before the loop, and so in every
+            # call: the encoder. All that it reads is tied to the round. The exact tokens are
+            # carried, too: `_write_exact` would else have to change a copy of them.
+            cache, keys, values, books, count = jax.tree.map(
+                lambda x: jax.lax.optimization_barrier((x, i))[0], (cache, k, v, codec, new)
+            )
+            key_codes, value_codes, outliers = _flush(cache, keys, values, books, count, turn)
+            return cache.replace(key_codes=key_codes, value_codes=value_codes, outliers=outliers)
+
+        cache = jax.lax.fori_loop(0, rounds, flush, cache)
     write = jax.vmap(_write_exact, (0, 0, 0, None)) if cache.length.ndim == 2 else _write_exact
     written = write(cache.replace(key_codes=None, value_codes=None), k, v, new)
     return written.replace(key_codes=cache.key_codes, value_codes=cache.value_codes, length=after)
@@ -437,12 +435,8 @@ def _flush(
         (keys, values), target, outliers = encode(exact, k, v, codec, count)
     of_keys = of_values = target
     if stacked and _by_layer(cache.spec):
-        for_keys, for_values = _planes(cache.spec, len(target))
-        keys, of_keys = keys[for_keys[:, 0], ..., for_keys[:, 1]], target[for_keys[:, 0]]
-        values, of_values = (
-            values[for_values[:, 0], ..., for_values[:, 1]],
-            target[for_values[:, 0]],
-        )
+        of_keys, of_values = (target[units[:, 0]] for units in _units(cache.spec, len(target)))
+        keys, values = _pools(cache.spec, keys, values)
 
     def put_all(codes: Codes, fresh: Codes, target: Array) -> Codes:
         return jax.tree.map(lambda codes, new: put(codes, new, target), codes, fresh)
@@ -534,8 +528,8 @@ def _by_layer(spec: CacheSpec | None) -> TypeGuard[QuantSpec]:
     return isinstance(spec, QuantSpec) and spec.key_stages is not None
 
 
-def _planes(spec: QuantSpec, layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Layer and byte of each plane of a stack's keys, and of its values: ``[P, 2]``.
+def _units(spec: QuantSpec, layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Layer, and number in it, of each unit of a stack's keys, and of its values: ``[P, 2]``.
 
     Raises:
         InputError: if the spec is for another number of layers.
@@ -545,25 +539,27 @@ def _planes(spec: QuantSpec, layers: int) -> tuple[np.ndarray, np.ndarray]:
             f"the spec is for {len(spec.layer_codes[0])} layers, the model has {layers}; "
             "train codebooks for this model"
         )
+    count = spec.arrangement.units
     keys, values = (
-        np.asarray([(i, byte) for i, code in enumerate(codes) for byte in range(code.nbytes)])
+        np.asarray([(i, unit) for i, code in enumerate(codes) for unit in range(count(code))])
         for codes in spec.layer_codes
     )
     return keys, values
+
+
+def _pools(spec: QuantSpec, *codes: Array) -> list[Array]:
+    """Keys and values ``[L, *lead, *shape]`` of most units each to pools ``[P, *lead, *unit]``."""
+    return [
+        spec.arrangement.to_units(of)[units[:, 1], units[:, 0]]
+        for of, units in zip(codes, _units(spec, len(codes[0])), strict=True)
+    ]
 
 
 def stack_layers(cache: KVCache) -> KVCache:
     """A stack from the caches of single layers stacked by ``scan``, ``vmap`` or ``map``."""
     if not _by_layer(cache.spec):
         return cache
-    keys, values = (
-        codes[planes[:, 0], ..., planes[:, 1]]
-        for codes, planes in zip(
-            (cache.key_codes, cache.value_codes),
-            _planes(cache.spec, len(cache.length)),
-            strict=True,
-        )
-    )
+    keys, values = _pools(cache.spec, cache.key_codes, cache.value_codes)
     return cache.replace(key_codes=keys, value_codes=values)
 
 
@@ -571,24 +567,24 @@ def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
     """What to scan over a stack for, and what makes one layer's cache of each slice.
 
     ``views, view = layer_views(cache)``, then ``view(x)`` for each ``x`` that a scan over ``views``
-    hands out. Layers read as many planes as the one with most stages; the codes behind a layer's
+    hands out. Layers read as many units as the one with most stages; the codes behind a layer's
     own are those of its neighbour, for which its codewords are 0. All layers hold as many tokens as
     the first, so that what follows from their number alone is found once, not in each.
     """
     spec, length = cache.spec, cache.length[0]
     if not _by_layer(spec):
         return cache.replace(length=None), lambda x: x.replace(length=length)
-    most = tuple(s.shape[-1] for s in spec.code_shapes())
+    most = tuple(map(spec.arrangement.units, (spec.key, spec.value)))
     pools = cache.key_codes, cache.value_codes
     firsts = tuple(
-        jnp.asarray(np.searchsorted(planes[:, 0], np.arange(len(cache.length))))
-        for planes in _planes(spec, len(cache.length))
+        jnp.asarray(np.searchsorted(units[:, 0], np.arange(len(cache.length))))
+        for units in _units(spec, len(cache.length))
     )
 
     def view(x: tuple[KVCache, tuple[Array, Array]]) -> KVCache:
         exact, starts = x
         keys, values = (
-            jnp.moveaxis(pool.at[start + jnp.arange(n)].get(mode="clip"), 0, -1)
+            spec.arrangement.from_units(pool.at[start + jnp.arange(n)].get(mode="clip"))
             for pool, start, n in zip(pools, starts, most, strict=True)
         )
         return exact.replace(key_codes=keys, value_codes=values, length=length)

@@ -26,11 +26,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, UInt8
 from orbax.checkpoint import v1 as ocp
 
-from gsrq_jax import packing, residual
+from gsrq_jax import residual
 from gsrq_jax.codec import Codes
 from gsrq_jax.errors import InputError, known
 from gsrq_jax.frame import from_frame, origin, to_frame
-from gsrq_jax.kernels import tiles, words
 from gsrq_jax.rope import rotate
 from gsrq_jax.spec import QuantSpec, ResidualSpec
 
@@ -97,43 +96,25 @@ class Codebooks:
     ) -> tuple[Codes, Codes]:
         """Codes of rotated keys and of values, by one layer's codewords and ``spec.beam``.
 
-        A `gsrq_jax.codec.Codec`'s; any number of tokens at any positions will do (in a kernel's
-        layout, any multiple of 128).
+        A `gsrq_jax.codec.Codec`'s; at any positions, and any number of tokens that the layout takes
+        as a block.
 
         Returns:
-            uint8 ``[*lead, H, b, bytes]``, or as tiles uint32 ``[*lead, H, tiles, words]``, or as
-            words int32 ``[*lead, H, rows, 128]``; H being the heads over those that share a code.
+            ``[*lead, H, *shape]`` as the layout has them (`gsrq_jax.layouts`), packed uint8
+            ``[*lead, H, b, bytes]``; H being the heads over those that share a code.
         """
         framed = to_frame(k, positions, self.spec, self.key_mean, self.inv_freq)
         v, spec = v.astype(jnp.float32), self.spec
         keys = _encode(framed, self.key, self.key_metric, spec.key, spec.beam)
         values = _encode(v, self.value, self.value_metric, spec.value, spec.beam)
-        if spec.layout == "tiles":
-            keys, values = keys[..., 0, :], values[..., 0, :]
-            return tiles.keys_to_tiles(keys, spec.key.codewords), tiles.values_to_tiles(values)
-        if spec.layout == "words":
-            return words.to_words(keys), words.to_words(values)
-        return _pack(keys, spec.key), _pack(values, spec.value)
+        return spec.arrangement.pack(keys, values, spec)
 
     def decode(
         self, key_codes: Codes, value_codes: Codes, positions: Int[Array, "*lead b"]
     ) -> tuple[Float[Array, "*lead b H d"], Float[Array, "*lead b H d"]]:
         """Rotated keys and values, float32, that codes stand for."""
         spec = self.spec
-        if spec.layout == "tiles":
-            keys = tiles.keys_from_tiles(key_codes, spec.key.stages, spec.key.codewords)
-            values = tiles.values_from_tiles(value_codes, spec.value.stages)
-            keys, values = keys[..., None, :], values[..., None, :]
-        elif spec.layout == "words":
-            keys, values = (
-                words.from_words(codes, code.groups, code.stages)
-                for codes, code in ((key_codes, spec.key), (value_codes, spec.value))
-            )
-        else:
-            keys, values = (
-                of_heads(unpack(packed, code), code, axis=-4)
-                for packed, code in ((key_codes, spec.key), (value_codes, spec.value))
-            )
+        keys, values = indices(self, key_codes, value_codes, axis=-4)
         framed = _decode(keys, self.key)
         keys = from_frame(framed, positions, spec, self.key_mean, self.inv_freq)
         return keys, _decode(values, self.value)
@@ -182,19 +163,20 @@ def stored(codebooks: Codebooks) -> Codebooks:
     return dataclasses.replace(codebooks, key=key, value=value)
 
 
-def unpack(
-    packed: UInt8[Array, "*lead bytes"], code: ResidualSpec
-) -> UInt8[Array, "*lead groups stages"]:
-    """Codeword indices of packed vectors."""
-    codes = packing.unpack(packed, code.codes, code.code_bits)
-    return codes.reshape(*codes.shape[:-1], code.groups, code.stages)
+def indices(
+    codebooks: Codebooks, key_codes: Codes, value_codes: Codes, *, axis: int
+) -> tuple[UInt8[Array, "*lead H b G R"], UInt8[Array, "*lead H b G R"]]:
+    """Take the codeword indices of every head of a layer out of codes in their layout.
 
-
-def _pack(
-    codes: UInt8[Array, "*lead groups stages"], code: ResidualSpec
-) -> UInt8[Array, "*lead bytes"]:
-    """The inverse of `unpack`."""
-    return packing.pack(codes.reshape(*codes.shape[:-2], code.codes), code.code_bits)
+    Args:
+        codebooks: of the layer.
+        key_codes: codes of the keys, ``[*lead, H/s, *shape]`` where s heads share one.
+        value_codes: codes of the values.
+        axis: place of the heads in what is returned.
+    """
+    spec = codebooks.spec
+    keys, values = spec.arrangement.unpack(key_codes, value_codes, spec)
+    return of_heads(keys, spec.key, axis=axis), of_heads(values, spec.value, axis=axis)
 
 
 def of_heads(codes: Array, code: ResidualSpec, *, axis: int) -> Array:

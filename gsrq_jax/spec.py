@@ -11,15 +11,12 @@ import statistics
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
 
 from gsrq_jax.errors import InputError, at_least
-from gsrq_jax.kernels import tiles, words
+from gsrq_jax.layouts import LAYOUTS, Layout, LayoutName
 
 Frame = Literal["block", "pre", "post"]
 FRAMES: tuple[Frame, ...] = ("block", "pre", "post")
-Layout = Literal["packed", "tiles", "words"]
-LAYOUTS: tuple[Layout, ...] = ("packed", "tiles", "words")
 MOST_BEAM = 32
 
 
@@ -197,6 +194,11 @@ class CacheSpec:
         """KV heads that share the codes of keys, and of values."""
         return 1, 1
 
+    @property
+    def blocks_together(self) -> int:
+        """Blocks of a sequence that a cache has all or none of, because they are read at once."""
+        return 1
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec(CacheSpec):
@@ -221,9 +223,8 @@ class QuantSpec(CacheSpec):
         key_stages: stages of the keys of each layer where layers differ, the most of them
             ``key.stages``; None where all have that many.
         value_stages: the same of the values.
-        layout: of the codes in a cache. ``packed``: a row of bytes for each token; ``tiles`` and
-            ``words``: as the fused GPU kernel (`gsrq_jax.kernels.tiles`) and the TPU's
-            (`gsrq_jax.kernels.words`) read them. Codebooks serve any.
+        layout: of the codes in a cache, one of `gsrq_jax.layouts.LAYOUTS`. Codebooks serve any
+            that takes their codes.
 
     ``block``, ``window`` and ``sinks`` are those of `CacheSpec`.
 
@@ -240,7 +241,7 @@ class QuantSpec(CacheSpec):
     outliers: int = 0
     key_stages: tuple[int, ...] | None = None
     value_stages: tuple[int, ...] | None = None
-    layout: Layout = "packed"
+    layout: LayoutName = "packed"
 
     def __post_init__(self):
         super().__post_init__()
@@ -268,66 +269,28 @@ class QuantSpec(CacheSpec):
                 )
         if self.layout not in LAYOUTS:
             raise InputError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
-        if self.layout != "packed":
-            self._check_layout()
         if (self.key_stages is None) != (self.value_stages is None):
             raise InputError("key_stages and value_stages are given together or not at all")
-        if self.key_stages is None or self.value_stages is None:
-            return
-        for name in ("key_stages", "value_stages"):
-            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
-        if len(self.key_stages) != len(self.value_stages):
+        if self.key_stages is not None:
+            self._check_stages()
+        self.arrangement.check(self)
+
+    def _check_stages(self) -> None:
+        keys, values = (tuple(map(int, x or ())) for x in (self.key_stages, self.value_stages))
+        object.__setattr__(self, "key_stages", keys)
+        object.__setattr__(self, "value_stages", values)
+        if len(keys) != len(values):
             raise InputError(
-                f"key_stages are of {len(self.key_stages)} layers and value_stages of "
-                f"{len(self.value_stages)}; a model has one number"
+                f"key_stages are of {len(keys)} layers and value_stages of {len(values)}; a model "
+                "has one number"
             )
-        for name, stages, code in (
-            ("key", self.key_stages, self.key),
-            ("value", self.value_stages, self.value),
-        ):
+        for name, stages, code in (("key", keys, self.key), ("value", values, self.value)):
             if code.groups > 1:
                 raise InputError("stages can differ between layers only for whole heads")
             if min(stages, default=0) < 1 or max(stages) != code.stages:
                 raise InputError(
                     f"{name}_stages must be at least 1 and the most of them {name}.stages, "
                     f"{code.stages}, got {stages}"
-                )
-
-    def _check_layout(self) -> None:
-        few: tuple[tuple[str, Any, tuple], ...]
-        if self.layout == "tiles":
-            few = (
-                ("groups of channels", self.key.groups, (1,)),
-                ("groups of channels", self.value.groups, (1,)),
-                ("codewords of a stage of keys", self.key.codewords, (16, 256)),
-                ("codewords of a stage of values", self.value.codewords, (16,)),
-                (f"block modulo {tiles.TILE} tokens", self.block % tiles.TILE, (0,)),
-                (
-                    f"block modulo {2 * tiles.TILE} tokens where several have one frame",
-                    self.block % (2 * tiles.TILE) * (self.frame_blocks > 1),
-                    (0,),
-                ),
-            )
-        else:
-            some = (2, 4, 8, words.CODEWORDS)
-            few = (
-                ("codewords of a stage of keys", self.key.codewords, some),
-                ("codewords of a stage of values", self.value.codewords, some),
-                (f"block modulo {words.LANES} tokens", self.block % words.LANES, (0,)),
-                ("blocks to a frame", self.frame_blocks, (1,)),
-            )
-        for what, given, wanted in (
-            ("frame", self.frame, ("block",)),
-            ("heads of a code of keys", self.key.heads, (1,)),
-            ("heads of a code of values", self.value.heads, (1,)),
-            ("outliers", self.outliers, (0,)),
-            ("stages by layer", self.key_stages, (None,)),
-            *few,
-        ):
-            if given not in wanted:
-                raise InputError(
-                    f"layout {self.layout!r} takes {' or '.join(map(str, wanted))} as {what}, got "
-                    f"{given}; use layout 'packed' or other codebooks"
                 )
 
     @classmethod
@@ -366,11 +329,15 @@ class QuantSpec(CacheSpec):
     @property
     def stored_bits(self) -> float:
         """See `CacheSpec.stored_bits`; mean over layers."""
-        if self.layout != "packed":
-            return super().stored_bits
-        stored = sum(
-            statistics.fmean(code.nbytes / code.heads for code in codes)
-            for codes in self.layer_codes
+        shared = zip(*self.layer_codes, strict=True)
+        stored = statistics.fmean(
+            sum(
+                shape.size * shape.dtype.itemsize / (self.block * code.heads)
+                for shape, code in zip(
+                    self.arrangement.shapes(key, value, self.block), (key, value), strict=True
+                )
+            )
+            for key, value in shared
         )
         return 8 * stored / (2 * self.head_dim)
 
@@ -395,30 +362,19 @@ class QuantSpec(CacheSpec):
 
         return codes(self.key, self.key_stages), codes(self.value, self.value_stages)
 
+    @property
+    def arrangement(self) -> Layout:
+        """The layout itself, of which ``layout`` is the name."""
+        return LAYOUTS[self.layout]
+
+    @property
+    def blocks_together(self) -> int:
+        """See `CacheSpec.blocks_together`."""
+        return self.arrangement.together(self)
+
     def code_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Codes of a block, keys and values: packed, uint8 ``[block, bytes]``, of most stages; as
-        tiles, uint32 ``[tiles, words]``; as words, int32 ``[rows, 128]``."""
-        if self.layout == "words":
-            runs = self.block // words.LANES
-            of_keys, of_values = (
-                jax.ShapeDtypeStruct((runs * words.words_of(code.codes), words.LANES), jnp.int32)
-                for code in (self.key, self.value)
-            )
-            return of_keys, of_values
-        if self.layout == "tiles":
-            of_a_tile = (
-                tiles.key_words(self.key.stages, self.key.codewords),
-                tiles.value_words(self.value.stages),
-            )
-            of_keys, of_values = (
-                jax.ShapeDtypeStruct((self.block // tiles.TILE, n), jnp.uint32) for n in of_a_tile
-            )
-            return of_keys, of_values
-        key, value = (
-            jax.ShapeDtypeStruct((self.block, code.nbytes), jnp.uint8)
-            for code in (self.key, self.value)
-        )
-        return key, value
+        """Codes of a block, keys and values, of most stages: those of the layout."""
+        return self.arrangement.shapes(self.key, self.value, self.block)
 
     def __str__(self) -> str:
         def code(c: ResidualSpec, by_layer: tuple[int, ...] | None) -> str:

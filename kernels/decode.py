@@ -102,6 +102,43 @@ def attend_words(
     )
 
 
+def attend_planes(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_planes: UInt32[Array, "B H/s N tiles R"],
+    value_planes: UInt32[Array, "B H/s N tiles S"],
+    key_codewords: Float[Array, "H 1 R 2 d"],
+    value_codewords: Float[Array, "H 1 S 2 d"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+    fills: int = 1,
+    recent: Recent | None = None,
+    dtype: DTypeLike = jnp.float32,
+    implementation: Implementation | None = None,
+) -> Part:
+    """`gsrq_jax.kernels.reference.attend_planes`, by the implementation of that name.
+
+    Arguments and errors are those of `attend_tiles`.
+    """
+    codes, books = (key_planes, value_planes), (key_codewords, value_codewords)
+    arrays = (query, mean, inv_freq, *codes, *books, blocks)
+
+    def no_kernel(**where: Any) -> Part:
+        raise InputError("there is no kernel for codes in planes; use implementation 'codes'")
+
+    return _by(
+        implementation or "reference",
+        lambda: None,
+        no_kernel,
+        _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays)),
+        {"first": first, "stride": stride, "every": every, "fills": fills},
+    )
+
+
 def attend_recent(
     query: Float[Array, "B T H q d"],
     recent: Recent,

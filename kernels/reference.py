@@ -8,7 +8,7 @@ output with its log-sum-exp, so that exact parts can be merged into one softmax.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
-from gsrq_jax.kernels import rotary, tiles, words
+from gsrq_jax.kernels import planes, rotary, tiles, words
 from gsrq_jax.kernels.precision import in_pieces
 
 
@@ -160,6 +160,138 @@ def attend_words(
     )
     books = key_codewords, value_codewords
     return _attend_blocks(query, mean, inv_freq, keys, values, *books, blocks, first, stride, every)
+
+
+def attend_planes(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_planes: UInt32[Array, "B H/s N tiles R"],
+    value_planes: UInt32[Array, "B H/s N tiles S"],
+    key_codewords: Float[Array, "H 1 R 2 d"],
+    value_codewords: Float[Array, "H 1 S 2 d"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+    fills: int = 1,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """Attend to codes of two codewords a stage by two products with their bits (ours).
+
+    Such a code is a sum of first codewords and, for every bit that is 1, the difference to the
+    second. So a score is a constant of the query and its products with the differences, where bits
+    are 1; an output is the mean of the bits, multiplied once by the differences. Bits are unpacked
+    for some blocks at a time.
+
+    Args:
+        query: scaled queries, rotated at their own positions, float32.
+        mean: mean key before RoPE; None is one of zeros.
+        inv_freq: rotary frequencies.
+        key_planes: codes of the keys, in the frames of their blocks, for every s heads that share
+            them; see `gsrq_jax.kernels.planes`.
+        value_planes: codes of the values, for heads that share them.
+        key_codewords: of this layer, for each head.
+        value_codewords: of this layer, for each head.
+        blocks: valid blocks of each sequence; the others are not read.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
+        fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
+    """
+    batch, tokens, heads, group, dim = query.shape
+    of_keys, b = key_planes.shape[1], key_planes.shape[3] * planes.TILE
+    of_values, stages = value_planes.shape[1], value_planes.shape[-1]
+    exact = jax.lax.Precision.HIGHEST
+    key_base, key_steps = _base_and_steps(key_codewords)
+    value_base, value_steps = _base_and_steps(value_codewords)
+    if mean is None:
+        mean = jnp.zeros((heads, dim))
+    always = rotary.shift(mean[:, None], jnp.arange(b), inv_freq, every) + key_base[:, None]
+    tokens_held = blocks * (b // fills)
+
+    def part(codes: tuple[Array, Array], at: Array | int, held: Array) -> tuple[Array, Array]:
+        keys, values = codes
+        count = keys.shape[2]
+        start = first + stride * b * (at + jnp.arange(count))
+        framed = rotary.rotate(query[..., None, :], -start, inv_freq)
+        rows = jnp.transpose(framed, (0, 2, 4, 1, 3, 5)).reshape(batch, heads, count, -1, dim)
+        table = jnp.einsum("BHNrd,HRd->BHNrR", rows, key_steps, precision=exact)
+        bits = planes.keys_from_planes(keys).astype(jnp.float32)  # [B, H/s, N, b, R]
+        scores = jnp.einsum(
+            "BhsNrR,BhNbR->BhsNrb",
+            table.reshape(batch, of_keys, -1, *table.shape[2:]),
+            bits,
+            precision=exact,
+        ).reshape(batch, heads, count, -1, b)
+        scores += jnp.einsum("BHNrd,Hbd->BHNrb", rows, always, precision=exact)
+        skip = jnp.arange(count * b).reshape(count, b) >= held[:, None, None, None]
+        weights, total, top = _softmax_parts(
+            scores.reshape(batch, heads, count, tokens, group, b), jnp.full(batch, count), skip
+        )
+        bits = planes.values_from_planes(values).astype(jnp.float32)
+        mass = jnp.einsum(
+            "BhsNrb,BhNbR->BhsrR",
+            weights.reshape(batch, of_values, -1, count, tokens * group, b),
+            bits,
+            precision=exact,
+        ).reshape(batch, heads, -1, stages)
+        out = jnp.einsum("BHrR,HRd->BHrd", mass, value_steps, precision=exact)
+        out = jnp.swapaxes(out.reshape(batch, heads, tokens, group, dim), 1, 2)
+        out += total[..., None] * value_base[:, None]
+        return _finish(out, total, top)
+
+    few = max(1, _FLOATS // (batch * b * max(of_keys * key_planes.shape[-1], of_values * stages)))
+    return by_blocks(
+        lambda codes, at, held: part(codes, at, jnp.minimum(tokens_held - at * b, held * b)),
+        (key_planes, value_planes),
+        -(-blocks // fills),
+        few,
+    )
+
+
+_FLOATS = 2**22  # bits that `attend_planes` unpacks at a time: as many as a CPU's caches take
+
+
+def _base_and_steps(
+    codewords: Float[Array, "H 1 R 2 d"],
+) -> tuple[Float[Array, "H d"], Float[Array, "H R d"]]:
+    """The sum of all first codewords, and what each second one differs."""
+    zero, one = jnp.moveaxis(codewords[:, 0].astype(jnp.float32), 2, 0)
+    return zero.sum(axis=1), one - zero
+
+
+def by_blocks(
+    part: Callable[[Any, Array | int, Array], tuple[Array, Array]],
+    codes: Any,
+    blocks: Int[Array, " B"],
+    few: int,
+) -> tuple[Array, Array]:
+    """Attention over coded blocks, some at a time, and only as far as any sequence goes.
+
+    Args:
+        part: attention ``part(codes, first, blocks)`` over blocks from ``first`` on, with its
+            log-sum-exp.
+        codes: pytree of arrays ``[B, H, N, …]``.
+        blocks: valid blocks of each sequence.
+        few: blocks at a time.
+    """
+    slots = jax.tree.leaves(codes)[0].shape[2]
+    if few >= slots:
+        return part(codes, 0, blocks)
+    few = -(-slots // -(-slots // few))
+    last = slots - few
+
+    def attend_from(first: Array | int, until: int) -> tuple[Array, Array]:
+        some = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, few, axis=2), codes)
+        return part(some, first, jnp.minimum(blocks, until) - first)
+
+    def further(i: Array, sofar: tuple[Array, Array]) -> tuple[Array, Array]:
+        return merge([sofar, attend_from(i * few, last)])
+
+    # The last few, then those before them, whose number the steps need not divide: no copy is made.
+    rounds = -(-jnp.minimum(blocks.max(), last) // few)
+    return lax.fori_loop(0, rounds, further, attend_from(last, slots))
 
 
 def _attend_blocks(

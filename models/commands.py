@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from gsrq_jax import codebook, codec
 from gsrq_jax.errors import InputError, at_least
+from gsrq_jax.layouts import LayoutName
 from gsrq_jax.models import (
     fidelity,
     generation,
@@ -33,7 +34,7 @@ from gsrq_jax.models import (
     training,
 )
 from gsrq_jax.models.config import LlamaConfig
-from gsrq_jax.spec import Layout, QuantSpec
+from gsrq_jax.spec import QuantSpec
 
 Config = TypeVar("Config")
 
@@ -140,7 +141,8 @@ class GenerateConfig:
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         codebooks: folder that training wrote; without it the cache is exact.
         layout: of the codes: ``packed``, or ``tiles`` for the fused GPU kernel, ``words`` for the
-            TPU's; by default as the codebooks have it.
+            TPU's, ``planes`` for two codewords a stage, also the quickest on a CPU; by default as
+            the codebooks have it.
         compare: write with the exact cache, too.
         max_new_tokens: at most so many tokens.
         max_length: tokens that the cache must hold; by default what is needed.
@@ -163,7 +165,7 @@ class GenerateConfig:
     context: pathlib.Path | None = None
     model: str = "demo"
     codebooks: pathlib.Path | None = None
-    layout: Layout | None = None
+    layout: LayoutName | None = None
     compare: bool = False
     max_new_tokens: int = 128
     max_length: int | None = None

@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from gsrq_jax import codec, results
 from gsrq_jax.cache import init_cache
+from gsrq_jax.codec import Codec
 from gsrq_jax.errors import InputError, at_least
+from gsrq_jax.layouts import LAYOUTS
 from gsrq_jax.models import evaluation, loading, methods, text
 from gsrq_jax.models.config import LlamaConfig
 from gsrq_jax.models.methods import Calibration
@@ -48,8 +50,9 @@ class FidelityConfig:
         calibration: what methods that learn are fitted to.
         work: folder where fitted methods are kept for the next run.
         dtype: of the model.
-        attention: ``pass``, one teacher-forced pass; or over a real cache in layout ``tiles``, 8
-            tokens at a time, by plain jnp (``codes``) or the GPU kernel (``fused``).
+        attention: ``pass``, one teacher-forced pass; or over a real cache in the layout of a GPU
+            kernel that takes the codes, 8 tokens at a time, by plain jnp (``codes``) or the kernel
+            (``fused``).
         out: folder of the results, for each length one of a JSON file a method and window; what
             is there is not measured again.
     """
@@ -67,6 +70,22 @@ class FidelityConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["pass", "codes", "fused"] = "pass"
     out: pathlib.Path = pathlib.Path("results/fidelity")
+
+
+def _laid_out(method: Codec) -> Codec:
+    """The same codec for caches in the layout of a GPU kernel.
+
+    Raises:
+        InputError: if none takes its codes, with the reason of each.
+    """
+    reasons = []
+    for name, layout in LAYOUTS.items():
+        if layout.kernel == "gpu":
+            try:
+                return codec.respec(method, layout=name)
+            except InputError as error:
+                reasons.append(str(error))
+    raise InputError("; or ".join(dict.fromkeys(reasons)))
 
 
 def measure(config: FidelityConfig) -> list[pathlib.Path]:
@@ -115,11 +134,7 @@ def measure(config: FidelityConfig) -> list[pathlib.Path]:
             sinks=config.sinks,
         )
         if streamed is not None:
-            codecs = {
-                name: codec.respec(one, layout="tiles")
-                for name, one in codecs.items()
-                if one is not None
-            }
+            codecs = {name: _laid_out(one) for name, one in codecs.items() if one is not None}
         claim(out, "fidelity", asked)
         arguments = (model.graphdef, model.params)
         tokens = [jnp.asarray(s)[None] for s in sequences] if left else []

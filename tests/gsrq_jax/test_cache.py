@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -287,6 +290,11 @@ def test_full_precision_is_the_same_pytree_without_codes():
         *(pytest.param(spec, spec.block, id=name) for name, spec in LAYOUTS.items()),
         # In the block frame a cache with other blocks has other codes.
         *(pytest.param(LAYOUTS[name], 1, id=f"{name}, every token") for name in OTHER_FRAMES),
+        pytest.param(
+            QuantSpec.from_bits(2, DIM, codewords=2, block=32, window=0, sinks=0, layout="planes"),
+            32,
+            id="planes",
+        ),
     ],
 )
 def test_teacher_forced_pass_equals_the_decode_loop(spec, every):
@@ -295,7 +303,7 @@ def test_teacher_forced_pass_equals_the_decode_loop(spec, every):
     books = make_codebooks(spec, rng)
     looped = dataclasses.replace(spec, block=every)
     loop_books = dataclasses.replace(books, spec=looped)
-    q, k, v = make_tokens(rng, 1, 33)
+    q, k, v = make_tokens(rng, 1, 33 if every < 32 else 70)
     got = jax.jit(attention.attend_as_cached, static_argnames="every")(q, k, v, books, every=every)
 
     def step(cache, token):
@@ -303,7 +311,8 @@ def test_teacher_forced_pass_equals_the_decode_loop(spec, every):
         return append(cache, *token[1:], loop_books), out
 
     tokens = tuple(jnp.moveaxis(x, 1, 0)[:, :, None] for x in (q, k, v))
-    _, want = jax.jit(lambda c, t: jax.lax.scan(step, c, t))(empty(looped, batch=1), tokens)
+    room = empty(looped, batch=1, max_length=72)
+    _, want = jax.jit(lambda c, t: jax.lax.scan(step, c, t))(room, tokens)
     np.testing.assert_allclose(got[0], want[:, 0, 0], atol=3e-5, rtol=1e-3)
 
 
@@ -397,6 +406,46 @@ def test_layers_are_encoded_some_at_a_time(monkeypatch, layers):
     assert np.any(want.key_codes)
 
 
+@pytest.mark.parametrize("layers", [None, 3])
+def test_encodes_where_a_block_fills_and_nowhere_else(layers):
+    """In a decode loop: nothing of the encoder around its own loop, nor a copy of the cache."""
+    spec = LAYOUTS["outliers"]
+    books = make_codebooks(spec, np.random.default_rng(15), layers)
+    cache = empty(spec, layers=layers)
+    k = jnp.zeros((*cache.length.shape, 1, HEADS, DIM))
+
+    def loop(cache, k, books, steps):
+        return jax.lax.fori_loop(
+            0, steps, lambda i, cache: append.__wrapped__(cache, k + i, k - i, books), cache
+        )
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(cache, k, books, 5).compile()
+    text = compiled.as_text()
+    assert programs.outside(text, "flush") == []
+    sizes = {",".join(map(str, x.shape)) for x in (cache.key_codes, cache.window_key)}
+    assert not re.findall(rf"\w+\[(?:{'|'.join(sizes)})\]\S* copy\(", text)
+
+
+def test_a_step_that_fills_no_block_takes_a_fraction_of_one_that_does():
+    spec = QuantSpec.from_bits(2, DIM, codewords=256, block=256, window=0, sinks=0)
+    rng = np.random.default_rng(16)
+    books = make_codebooks(spec, rng)
+    _, k, v = make_tokens(rng, 2, spec.block - 1)
+    filling = append(empty(spec, max_length=2 * spec.block), k, v, books)
+    k, v = k[:, :1], v[:, :1]
+    filled = append(filling, k, v, books)
+    assert blocks_after(spec, filled.length).tolist() == [1, 1]
+
+    def seconds(cache):
+        begin = time.perf_counter()
+        jax.block_until_ready(append(cache, k, v, books))
+        return time.perf_counter() - begin
+
+    seconds(filled)
+    once, seldom = (min(seconds(x) for _ in range(10)) for x in (filling, filled))
+    assert once > 5 * seldom
+
+
 def test_heads_together_keep_their_codes_once():
     spec = LAYOUTS["heads together"]
     cache = empty(spec)
@@ -470,22 +519,36 @@ def test_one_bit_saves_what_it_should(context, least, dim):
     assert full.nbytes / coded.nbytes >= least
 
 
-@pytest.mark.parametrize(
-    ("codewords", "every", "block", "frame_blocks"),
-    [(256, 1, 128, 1), (16, 16, 256, 2)],
-)
-def test_tiles_hold_the_same_codes(codewords, every, block, frame_blocks):
+TILES = ResidualSpec(DIM, DIM, 3, 256), ResidualSpec(DIM, DIM, 4, 16)
+IN_KERNELS = {
+    "tiles, bytes": QuantSpec(*TILES, block=128, layout="tiles"),
+    "tiles, knots, frames": QuantSpec(
+        TILES[1], TILES[1], block=256, frame_blocks=2, mean_every=16, layout="tiles"
+    ),
+    "planes": QuantSpec.from_bits(2, DIM, codewords=2, block=128, layout="planes"),
+    "planes, knots, frames": QuantSpec(
+        key=ResidualSpec(DIM, DIM, 64, 2, heads=2),
+        value=ResidualSpec(DIM, DIM, 32, 2),
+        block=64,
+        frame_blocks=3,
+        mean_every=16,
+        layout="planes",
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", IN_KERNELS.values(), ids=IN_KERNELS.keys())
+def test_layouts_of_kernels_hold_the_same_codes(spec):
     """Filled in one go or token by token, read decoded or as codes."""
-    code = ResidualSpec(DIM, DIM, 3, codewords), ResidualSpec(DIM, DIM, 4, 16)
-    blocks = {"block": block, "frame_blocks": frame_blocks, "mean_every": every}
-    spec = QuantSpec(*code, window=5, sinks=3, **blocks)
+    spec = dataclasses.replace(spec, window=5, sinks=3)
+    block, frame_blocks = spec.block, spec.frame_blocks
     rng = np.random.default_rng(13)
-    packed = make_codebooks(spec, rng)
-    tiled = respec(packed, layout="tiles")
+    packed = respec(make_codebooks(spec, rng), layout="packed")
+    laid_out = respec(packed, layout=spec.layout)
     _, k, v = make_tokens(rng, 2, 400)
     count = jnp.asarray([400, 263])
     caches = []
-    for books in (packed, tiled):
+    for books in (packed, laid_out):
         cache = append(empty(books.spec, max_length=420), k[:, :390], v[:, :390], books, count - 10)
 
         def step(cache, token, books=books):
@@ -496,7 +559,7 @@ def test_tiles_hold_the_same_codes(codewords, every, block, frame_blocks):
         ]
         caches.append(jax.jit(lambda c, t, step=step: jax.lax.scan(step, c, t)[0])(cache, rest))
     assert caches[1].capacity >= caches[0].capacity  # there are whole frames
-    for x, y in zip(materialize(caches[0], packed), materialize(caches[1], tiled), strict=True):
+    for x, y in zip(materialize(caches[0], packed), materialize(caches[1], laid_out), strict=True):
         np.testing.assert_array_equal(x, y[:, : x.shape[1]])
     assert caches[1].key_codes.dtype == jnp.uint32
     assert blocks_after(spec, caches[1].length).tolist() == [392 // block, 255 // block]
@@ -505,18 +568,27 @@ def test_tiles_hold_the_same_codes(codewords, every, block, frame_blocks):
         new = make_tokens(rng, 2, tokens)
         want = attend(*new, caches[0], packed, implementation="decoded")
         for way in ("codes", "decoded"):
-            got = attend(*new, poison(caches[1]), tiled, implementation=way)
+            got = attend(*new, poison(caches[1]), laid_out, implementation=way)
             np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4, err_msg=way)
-        decode._say.cache_clear()
-        with pytest.warns(UserWarning, match=r"the fused GPU kernel .*the reference is used"):
-            got = attention.attend(*new, caches[1], tiled)
-        np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4)
-    with pytest.raises(InputError, match="the fused GPU kernel takes 64 or 128 as head_dim, got"):
-        attend(*new, caches[1], tiled, implementation="fused")
     with pytest.raises(InputError, match="'fused' is for a cache whose codes are in its layout"):
         attend(*new, caches[0], packed, implementation="fused")
     with pytest.raises(InputError, match="use one spec"):
-        attend(*new, caches[0], tiled)
+        attend(*new, caches[0], laid_out)
+
+
+def test_where_there_is_no_kernel_its_reference_attends():
+    spec = dataclasses.replace(IN_KERNELS["tiles, bytes"], window=5, sinks=3)
+    rng = np.random.default_rng(13)
+    books = make_codebooks(spec, rng)
+    cache = append(empty(spec, max_length=300), *make_tokens(rng, 2, 280)[1:], books)
+    new = make_tokens(rng, 2, 1)
+    decode._say.cache_clear()
+    with pytest.warns(UserWarning, match=r"the fused GPU kernel .*the reference is used"):
+        got = attention.attend(*new, cache, books)
+    want = attend(*new, cache, books, implementation="decoded")
+    np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="the fused GPU kernel takes 64 or 128 as head_dim, got"):
+        attend(*new, cache, books, implementation="fused")
 
 
 def test_the_tpu_kernels_over_a_cache(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gsrq_jax import codebook
+from gsrq_jax import codebook, layouts
 from gsrq_jax.baselines.uniform import Uniform, UniformSpec
 from gsrq_jax.codebook import Codebooks, load, read_metadata, save, validate
 from gsrq_jax.codec import decoded, respec
@@ -441,14 +441,19 @@ def test_full_disk(tmp_path):
 # Metrics and stages by layer
 
 
-def with_metrics(seed: int = 0) -> Codebooks:
-    """Whole heads whose layers have 2, 1 and 3 stages of keys, 1, 3 and 2 of values."""
-    code = ResidualSpec(8, 8, 3, 16)
-    spec = QuantSpec(key=code, value=code, key_stages=(2, 1, 3), value_stages=(1, 3, 2))
+def with_metrics(seed: int = 0, layout: str = "packed") -> Codebooks:
+    """Whole heads whose layers have 2, 1 and 3 stages of keys, 1, 3 and 2 of values.
+
+    In planes, where they have two codewords each, 32 times as many.
+    """
+    each, codewords = (32, 2) if layout == "planes" else (1, 16)
+    code = ResidualSpec(8, 8, 3 * each, codewords)
+    by_layer = [tuple(each * n for n in stages) for stages in ((2, 1, 3), (1, 3, 2))]
+    spec = QuantSpec(code, code, key_stages=by_layer[0], value_stages=by_layer[1], layout=layout)
     rng = np.random.default_rng(seed)
 
     def words(stages):
-        used = np.arange(3) < np.asarray(stages)[:, None]
+        used = np.arange(code.stages) < np.asarray(stages)[:, None]
         x = rng.normal(size=(3, 2, *code.codebook_shape)) * used[:, None, None, :, None, None]
         return jnp.asarray(x, jnp.float32)
 
@@ -463,8 +468,9 @@ def with_metrics(seed: int = 0) -> Codebooks:
     )
 
 
-def test_metrics_and_stages_by_layer_are_kept(tmp_path):
-    books = with_metrics()
+@pytest.mark.parametrize("layout", ["packed", "planes"])
+def test_metrics_and_stages_by_layer_are_kept(tmp_path, layout):
+    books = with_metrics(layout=layout)
     validate(books)
     save(tmp_path / "books", books, model=MODEL)
     assert same(load(tmp_path / "books"), books)
@@ -479,7 +485,7 @@ def test_codes_are_the_nearest_in_the_metric():
     v = jnp.asarray(rng.normal(size=(40, 2, 8)), jnp.float32)
     at = jnp.arange(40)
     _, codes = jax.jit(lambda b: b.encode(v, v, at))(books)
-    first = codebook.unpack(codes, books.spec.value)[..., 0, 0]  # [H, b]
+    first = layouts.unpacked(codes, books.spec.value)[..., 0, 0]  # [H, b]
     offered = v[:, :, None] - books.value[:, 0, 0]  # [b, H, K, d]
     moved = jnp.einsum("hde,bhke->bhkd", books.value_metric, offered)
     np.testing.assert_array_equal(first.T, jnp.sum(moved**2, -1).argmin(-1))
@@ -509,7 +515,7 @@ def test_heads_together_are_one_vector_to_the_encoder():
     packed = jax.jit(lambda b: b.encode(v, v, at))(books)
     assert [x.shape for x in packed] == [(2, 40, 1), (2, 40, 1)]
     keys, values = (
-        codebook.unpack(x, code)[:, :, 0]
+        layouts.unpacked(x, code)[:, :, 0]
         for x, code in zip(packed, (spec.key, spec.value), strict=True)
     )
 

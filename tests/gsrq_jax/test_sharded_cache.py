@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
@@ -137,6 +138,23 @@ def test_some_blocks_at_a_time(name, tokens, monkeypatch):
         np.testing.assert_allclose(got[0], want[0], atol=1e-5)
 
 
+def test_encodes_where_a_block_fills_and_nowhere_else():
+    """As on one device, for which tests/gsrq_jax/test_cache.py has it."""
+    mesh, spec = make_mesh(4, 2), SPECS["window and sinks"]
+    made = sharded.init_cache(
+        mesh, spec, batch=1, kv_heads=HEADS, head_dim=DIM, max_length=ROOM, dtype=jnp.float32
+    )
+    k = jnp.zeros((1, 1, HEADS, DIM))
+
+    def loop(held, k, books, steps):
+        return jax.lax.fori_loop(
+            0, steps, lambda i, held: sharded.append(mesh, held, k + i, k - i, books), held
+        )
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(made, k, codebooks(spec), 5).compile()
+    assert programs.outside(compiled.as_text(), "flush") == []
+
+
 def test_codecs_without_arrays_and_full_precision():
     mesh = make_mesh(2, 4)
     spec = UniformSpec.kivi(2, DIM, group=BLOCK, block=BLOCK, window=4)
@@ -145,10 +163,15 @@ def test_codecs_without_arrays_and_full_precision():
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel", "ignore:the fused TPU kernel")
-@pytest.mark.parametrize("layout", ["tiles", "words"])
+@pytest.mark.parametrize("layout", ["tiles", "words", "planes"])
 def test_codes_in_layouts_of_kernels(layout):
     """Over KV heads, over blocks of which one has one more, and over both."""
-    spec = dataclasses.replace(SPEC, block=128, mean_every=16, layout=layout, sinks=3)
+    code = SPEC.key
+    if layout == "planes":  # of which two heads share one
+        code = dataclasses.replace(code, stages=32, codewords=2, heads=2)
+    spec = dataclasses.replace(
+        SPEC, key=code, value=code, block=128, mean_every=16, layout=layout, sinks=3
+    )
     k, v = jnp.asarray(np.random.default_rng(3).normal(size=(2, 1, 420, HEADS, DIM)), jnp.float32)
     q = jnp.concatenate([k, v], axis=2)[:, -1:]
 
@@ -167,7 +190,7 @@ def test_codes_in_layouts_of_kernels(layout):
         return step(held, codebooks(spec))
 
     want = attended()
-    for shape in ((1, 8), (8, 1), (2, 4))[layout == "words" :]:
+    for shape in ((1, 8), (8, 1), (2, 4))[layout != "tiles" :]:
         np.testing.assert_allclose(attended(make_mesh(*shape)), want, atol=1e-5)
 
 

@@ -266,6 +266,47 @@ def test_what_words_cannot_hold(change, says):
         dataclasses.replace(TILED, layout="words", **change)
 
 
+PLANES = QuantSpec.from_bits(1, 64, codewords=2, block=64, layout="planes")
+
+
+def test_planes():
+    """Codes of two codewords a stage, also for heads that share them and layers with their own."""
+    assert str(PLANES).endswith("window 128, sinks 4, codes in planes")
+    assert QuantSpec.from_json(json.loads(json.dumps(PLANES.to_json()))) == PLANES
+    keys, values = PLANES.code_shapes()
+    assert keys.shape == values.shape == (2, 64)
+    assert keys.dtype == values.dtype == jnp.uint32
+    assert PLANES.stored_bits == PLANES.bits == 1
+    code = ResidualSpec(64, 64, 96, 2, heads=3)
+    shared = dataclasses.replace(
+        PLANES, key=code, value=code, key_stages=(96, 32), value_stages=(64, 96), frame_blocks=3
+    )
+    assert [s.shape for s in shared.code_shapes()] == [(2, 96), (2, 96)]
+    assert shared.stored_bits == shared.bits == (64 + 80) / 2 / 3 / 64
+    assert shared.blocks_together == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"frame": "post"}, "takes block as frame, got post"),
+        ({"block": 48}, "takes 0 as block modulo 32 tokens, got 16"),
+        ({"outliers": 2}, "takes 0 as outliers, got 2"),
+        ({"key": ResidualSpec(64, 64, 64, 4)}, "takes 2 as codewords of a stage of keys, got 4"),
+        ({"value": ResidualSpec(64, 32, 32, 2)}, "takes 1 as groups of channels, got 2"),
+        ({"key": ResidualSpec(64, 64, 48, 2)}, "takes 32 or 64 as stages of keys, got 48"),
+        ({"value": ResidualSpec(64, 64, 8, 2)}, "takes 32 as stages of values, got 8"),
+        (
+            {"key_stages": (64, 40), "value_stages": (64, 64)},
+            "takes 32 or 64 as stages of keys, got 40",
+        ),
+    ],
+)
+def test_what_planes_cannot_hold(change, says):
+    with pytest.raises(InputError, match=f"layout .planes. {says}"):
+        dataclasses.replace(PLANES, **change)
+
+
 # Stages by layer
 
 WHOLE = ResidualSpec(16, 16, 4, 256)

@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from gsrq_jax.kernels import reference
+from gsrq_jax.kernels import planes, reference, rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +318,54 @@ def test_a_shift_of_all_blocks_is_given_once():
     got, want = (attend_codes(**(x | {"shift": s})) for s in (once, repeated))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- bit planes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys_share", "values_share", "fills", "every"), [(1, 1, 1, 1), (2, 4, 3, 16), (4, 1, 2, 8)]
+)
+def test_planes_are_attended_to_as_what_they_stand_for(
+    keys_share, values_share, fills, every, monkeypatch
+):
+    """All blocks at once, and some at a time; what is not valid may be any bits."""
+    B, T, H, q, N, b, d, R, S = 3, 2, 4, 3, 7, 96, 8, 64, 32
+    rng = np.random.default_rng(20)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    query, mean = normal(B, T, H, q, d), normal(H, d)
+    inv_freq = jnp.asarray(100.0 ** -(np.arange(0, d, 2) / d), jnp.float32)
+    words = normal(H, 1, R, 2, d) / 8, normal(H, 1, S, 2, d) / 8
+    keys = jnp.asarray(rng.integers(0, 2, (B, H // keys_share, N, b, R)), jnp.uint8)
+    values = jnp.asarray(rng.integers(0, 2, (B, H // values_share, N, b, S)), jnp.uint8)
+    blocks = jnp.asarray([N * fills, 0, 2 * fills + fills // 2])
+    first, stride = 5, 2
+
+    def written(codes, words):
+        codes = jnp.repeat(codes, H // codes.shape[1], axis=1)[..., None, :]
+        return jnp.asarray(decode(np.asarray(codes), np.asarray(words)), jnp.float32)
+
+    held = np.arange(N * b).reshape(N, b) < np.asarray(blocks * (b // fills))[:, None, None]
+    start = first + stride * b * jnp.arange(N)
+    framed = rotary.rotate(query[..., None, :], -start, inv_freq)
+    shift = rotary.shift(mean[:, None], jnp.arange(b), inv_freq, every)
+    shown = written(keys, words[0]) + shift[:, None], written(values, words[1])
+    want = expected(framed, *shown, np.full(B, N), np.broadcast_to(~held[:, None], (B, H, N, b)))
+
+    def attended(keys, values):
+        planed = planes.keys_to_planes(keys), planes.values_to_planes(values)
+        how = {"first": first, "stride": stride, "every": every, "fills": fills}
+        arguments = (query, mean, inv_freq, *planed, *words, blocks)
+        return jax.jit(lambda *x: reference.attend_planes(*x, **how))(*arguments)
+
+    poisoned = (jnp.where(held[:, None, ..., None], x, 1) for x in (keys, values))
+    check(attended(keys, values), want)
+    check(attended(*poisoned), want)
+    monkeypatch.setattr(reference, "_FLOATS", 4 * B * H * b * R // keys_share)
+    check(attended(keys, values), want)
 
 
 # --- annotations ----------------------------------------------------------------------------------

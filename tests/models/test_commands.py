@@ -425,6 +425,9 @@ def test_generation_over_tiles(tiny_run, tiny_model, tmp_path, capsys, refused):
     args[3] = tmp_path / "coarse"
     commands.generate([str(x) for x in args])
     assert "blocks of 128, window 8, sinks 2, codes in tiles" in capsys.readouterr().out
+    args[5] = "planes"
+    said = refused(commands.generate, *args)
+    assert "takes 2 as codewords of a stage of keys, got 16; use layout 'packed' or other" in said
 
 
 def test_generation_on_a_mesh_with_heads_that_share_codes(

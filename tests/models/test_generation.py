@@ -123,20 +123,27 @@ def test_unrolled_layers_write_the_same_tokens(cache):
 
 
 @pytest.mark.filterwarnings("ignore:the fused GPU kernel")
-def test_tiles_write_the_same_text():
-    """In the fused kernel's layout, by its reference: the same tokens, and as likely."""
-    packed = codebooks(dataclasses.replace(SPEC, block=256, frame_blocks=2, mean_every=16))
+@pytest.mark.parametrize(("layout", "block"), [("tiles", 256), ("planes", 64)])
+def test_layouts_of_kernels_write_the_same_text(layout, block):
+    """By the kernel's reference: the same tokens, and as likely."""
+    code = SPEC.key
+    if layout == "planes":
+        code = ResidualSpec(CONFIG.head_dim, CONFIG.head_dim, 32, 2, heads=2)
+    packed = codebooks(
+        dataclasses.replace(SPEC, key=code, value=code, block=block, frame_blocks=2, mean_every=16)
+    )
     prompts = [
         np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (140, 275)
     ]
     states = []
-    for layout in ("packed", "tiles"):
-        books = codec.respec(packed, layout=layout)
+    layouts = ("packed", layout)
+    for name in layouts:
+        books = codec.respec(packed, layout=name)
         states.append(generate(dataclasses.replace(generator(), codec=books), prompts, **LONG))
     np.testing.assert_array_equal(states[0].tokens, states[1].tokens)
     logits = []
-    for layout, state in zip(("packed", "tiles"), states, strict=True):
-        books = codec.respec(packed, layout=layout)
+    for name, state in zip(layouts, states, strict=True):
+        books = codec.respec(packed, layout=name)
         step = jax.jit(functools.partial(generation.extend, model()[0]))
         one = jnp.ones(2, jnp.int32)
         logits.append(step(model()[1], state.token[:, None], one, state.cache, books)[0])
@@ -531,51 +538,71 @@ def test_codebooks_of_another_head_size():
 # Layers with stages of their own
 
 
-def uneven():
-    """Codebooks whose layers have 3 and 1 stages of keys, 1 and 2 of values; codes of 6 bits."""
-    key, value = (ResidualSpec(CONFIG.head_dim, CONFIG.head_dim, n, 64) for n in (3, 2))
-    spec = dataclasses.replace(SPEC, key=key, value=value, key_stages=(3, 1), value_stages=(1, 2))
+def uneven(layout):
+    """Codebooks whose layers have 3 and 1 stages of keys, 1 and 2 of values; codes of 6 bits.
+
+    In planes they are 32 stages of one bit each.
+    """
+    each, codewords, block = (32, 2, 32) if layout == "planes" else (1, 64, SPEC.block)
+    key, value = (
+        ResidualSpec(CONFIG.head_dim, CONFIG.head_dim, each * n, codewords) for n in (3, 2)
+    )
+    spec = dataclasses.replace(
+        SPEC,
+        key=key,
+        value=value,
+        key_stages=(3 * each, each),
+        value_stages=(each, 2 * each),
+        block=block,
+        layout=layout,
+    )
     books = codebooks(spec)
     return calibration.first_stages(books, spec.key_stages, spec.value_stages)
 
 
-def test_stages_by_layer_are_the_padded_ones_in_fewer_bytes():
+@pytest.mark.parametrize("layout", ["packed", "planes"])
+def test_stages_by_layer_are_the_padded_ones_in_fewer_bytes(layout):
     """The same text, codes and logits as with all stages stored, the missing ones being 0."""
-    books = uneven()
+    books = uneven(layout)
     codebook.validate(books)
     spec = dataclasses.replace(books.spec, key_stages=None, value_stages=None)
     padded_books = dataclasses.replace(books, spec=spec)
-    states = [generate(Generator(*model(), b, dtype=jnp.float32)) for b in (books, padded_books)]
+    block, longer = spec.block, spec.block // SPEC.block
+    length, prompts = longer * LENGTH, [longer * prompt for prompt in PROMPTS]
+    states = [
+        generate(Generator(*model(), b, dtype=jnp.float32), prompts, max_length=length)
+        for b in (books, padded_books)
+    ]
     ours, padded_cache = (s.cache for s in states)
     np.testing.assert_array_equal(*(s.tokens for s in states))
     assert ours.blocks == padded_cache.blocks > 1
-    shape = (len(PROMPTS), CONFIG.kv_heads, ours.blocks, SPEC.block)
-    assert ours.key_codes.shape == (3 + 1, *shape)  # 18 and 6 bits a token
-    assert ours.value_codes.shape == (1 + 2, *shape)
-    assert 8 * ours.key_codes.size == 32 / 2 * 2 * np.prod(shape)
+    shape = (len(PROMPTS), CONFIG.kv_heads, ours.blocks)
+    unit = (block,) if layout == "packed" else (1, 32)  # 8 bits a token or 32
+    assert ours.key_codes.shape == (3 + 1, *shape, *unit)  # packed 18 and 6 bits a token
+    assert ours.value_codes.shape == (1 + 2, *shape, *unit)
 
     rng = np.random.default_rng(0)
-    k, v = jnp.asarray(rng.normal(size=(2, 2, 2, 40, 2, 8)), jnp.float32)
-    count = jnp.array([40, 21])
-    made = generation.refilled(k, v, books, count, max_length=LENGTH, dtype=jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, 2, longer * 40, 2, 8)), jnp.float32)
+    count = longer * jnp.array([40, 21])
+    made = generation.refilled(k, v, books, count, max_length=length, dtype=jnp.float32)
     fresh = init_cache(
         books.spec,
         batch=2,
         kv_heads=2,
         head_dim=8,
-        max_length=LENGTH,
+        max_length=length,
         layers=2,
         dtype=jnp.float32,
     )
     grown = append(fresh, k, v, books, count)
-    done = (count - 2 - 8) // 8
+    done = (count - 2 - 8) // block
     for x, y in ((made.key_codes, grown.key_codes), (made.value_codes, grown.value_codes)):
         for row in range(2):
             np.testing.assert_array_equal(x[:, row, :, : done[row]], y[:, row, :, : done[row]])
 
-    sizes = {"kv_heads": 2, "head_dim": 8, "max_length": 40, "layers": 2, "dtype": jnp.float32}
-    exact = append(init_cache(None, batch=2, **sizes), k, v, None, count)
-    again = generation.recoded(exact, books, max_length=LENGTH)
+    sizes = {"kv_heads": 2, "head_dim": 8, "layers": 2, "dtype": jnp.float32}
+    exact = append(init_cache(None, batch=2, max_length=k.shape[2], **sizes), k, v, None, count)
+    again = generation.recoded(exact, books, max_length=length)
     jax.tree.map(np.testing.assert_array_equal, again, made)
 
     views, view = layer_views(ours)

@@ -301,6 +301,13 @@ def test_over_a_real_cache(folder, work, tmp_path, capsys):
     rows = json.loads(file.read_text())["rows"]
     assert {r["attention"] for r in rows} == {"codes"}
     assert rows[0]["value"] != rows[0]["full_precision"]
+    commands.measure_fidelity([*arguments, "gsrq@1+k2+block32"])
+    assert "gsrq@1+k2+block32, window 0: perplexity" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        commands.measure_fidelity([*arguments, "gsrq@1+k4+block32"])
+    said = capsys.readouterr().err
+    assert "layout 'tiles' takes" in said
+    assert "; or layout 'planes' takes" in said
     with pytest.raises(SystemExit):
         commands.measure_fidelity([*arguments, "kivi1"])
     assert "only window, sinks can change after fitting here" in capsys.readouterr().err

@@ -54,16 +54,26 @@ def test_the_same_text(name, shape):
     assert len(np.unique(one(name))) > 20
 
 
-def test_the_same_text_with_stages_by_layer_and_at_full_precision():
-    key = ResidualSpec(CONFIG.head_dim, CONFIG.head_dim, 3, 64)
-    spec = dataclasses.replace(
-        small_model.SPEC, key=key, value=key, key_stages=(3, 1), value_stages=(1, 3)
-    )
-    uneven = small_model.codebooks(spec, config=CONFIG)
-    uneven = calibration.first_stages(uneven, spec.key_stages, spec.value_stages)
-    for books in (uneven, None):
-        want = text(generator(books))
-        np.testing.assert_array_equal(text(generator(books, (4, 2))), want)
+@pytest.mark.parametrize("cache", ["packed", "planes", "exact"])
+def test_the_same_text_with_stages_by_layer_and_at_full_precision(cache):
+    books = None
+    if cache != "exact":
+        each, codewords, block = (1, 64, 8) if cache == "packed" else (32, 2, 32)
+        key = ResidualSpec(CONFIG.head_dim, CONFIG.head_dim, 3 * each, codewords)
+        spec = dataclasses.replace(
+            small_model.SPEC,
+            key=key,
+            value=key,
+            key_stages=(3 * each, each),
+            value_stages=(each, 3 * each),
+            block=block,
+            window=0,
+            layout=cache,
+        )
+        uneven = small_model.codebooks(spec, config=CONFIG)
+        books = calibration.first_stages(uneven, spec.key_stages, spec.value_stages)
+    want = text(generator(books))
+    np.testing.assert_array_equal(text(generator(books, (4, 2))), want)
 
 
 def read(books, mesh, params, tokens, count):
