@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
+from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_planes, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.reference import Recent
 
@@ -126,14 +126,13 @@ def attend_planes(
     """
     codes, books = (key_planes, value_planes), (key_codewords, value_codewords)
     arrays = (query, mean, inv_freq, *codes, *books, blocks)
-
-    def no_kernel(**where: Any) -> Part:
-        raise InputError("there is no kernel for codes in planes; use implementation 'codes'")
-
+    check = functools.partial(
+        mosaic_gpu_planes.check_supported, *arrays, stride=stride, every=every, fills=fills
+    )
     return _by(
-        implementation or "reference",
-        lambda: None,
-        no_kernel,
+        implementation,
+        check,
+        functools.partial(mosaic_gpu_planes.attend_planes, *arrays, recent=recent, dtype=dtype),
         _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays)),
         {"first": first, "stride": stride, "every": every, "fills": fills},
     )
