@@ -78,8 +78,8 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """(Sequence, KV head, group of rows), in this order."""
-        return self.batch * self.heads * self.row_groups
+        """(KV head, sequence, group of rows), in this order."""
+        return self.heads * self.batch * self.row_groups
 
     @property
     def steps(self) -> int:
@@ -292,61 +292,63 @@ def score_inputs(
     a mean key, its share at the knots, ``[ROWS, knots]``.
     """
     p = problem
-    rows = _rows(p, query) * LOG2E  # [B, H, rows, d]
+    # A row turned back to the start of each block: [H, B, groups, N, ROWS, d].
+    rows = (_rows(p, query) * LOG2E)[:, :, :, None]
     starts = first + p.stride * p.block * jnp.arange(p.blocks)
-    framed = rotary.rotate(rows[:, :, :, None], -starts, inv_freq)  # [B, H, rows, N, d]
-    products = _times(framed, key_codewords[:, 0].reshape(p.heads, -1, p.dim))
-    low, high = jnp.moveaxis(products.reshape(*framed.shape[:4], -1, 2), -1, 0)
-    table, offset = high - low, low.sum(axis=-1)
-    most = 2 ** (PLANES - 1) - 1
-    step = jnp.max(jnp.abs(table), axis=-1) / most
-    step = jnp.where(step == 0, 1, step)
-    entries = jnp.round(table / step[..., None]).astype(jnp.int32)
-    facts = jnp.stack([step * 2.0**33, offset], axis=-1)
-    inputs = [_lanes(p, entries), _of_pairs(p, facts)]
+    framed = rotary.rotate(rows, -starts[:, None], inv_freq)
+    low, high = jnp.moveaxis(key_codewords[:, 0].astype(jnp.float32), -2, 0)
+    columns = [high - low, low.sum(axis=1, keepdims=True)]
     if mean is not None:
-        knots = p.every * jnp.arange(p.knots)
-        slow = rotary.slow(mean, inv_freq, p.every)
-        waves = rotary.rotate(slow[:, None], knots, inv_freq)  # [H, knots, d]
-        inputs.append(_of_pairs(p, _times(framed, waves)))
-    return tuple(inputs)
+        slow = rotary.slow(mean.astype(jnp.float32), inv_freq, p.every)
+        columns.append(rotary.rotate(slow[:, None], p.every * jnp.arange(p.knots), inv_freq))
+    products = _times(framed, jnp.concatenate(columns, axis=1))
+    products = products.reshape(p.pairs, p.blocks, ROWS, -1)
+    table, offset, share = jnp.split(products, (p.key_stages, p.key_stages + 1), axis=-1)
+    most = 2 ** (PLANES - 1) - 1
+    step = jnp.max(jnp.abs(table), axis=-1, keepdims=True) / most
+    step = jnp.where(step == 0, 1, step)
+    entries = jnp.round(table / step).astype(jnp.int32)
+    facts = jnp.concatenate([step * 2.0**33, offset], axis=-1)
+    return (_lanes(p, entries), facts, *([] if mean is None else [share[..., : p.knots]]))
 
 
-def _times(rows: Float[Array, "B H r N d"], words: Float[Array, "H k d"]) -> Array:
-    """Products in float32; with bfloat16 those of 16 bits of the rows."""
-    equation = "BHrNd,Hkd->BHrNk"
-    if words.dtype != jnp.bfloat16:
-        return jnp.einsum(equation, rows, words, precision=lax.Precision.HIGHEST)
-    pieces = in_pieces(rows, 2, jnp.bfloat16)
-    return sum(jnp.einsum(equation, x, words, preferred_element_type=jnp.float32) for x in pieces)
+def _times(
+    rows: Float[Array, "H B G N r d"], columns: Float[Array, "H k d"]
+) -> Float[Array, "H B G N r k"]:
+    """Products of 16 bits of both, by one product of three pieces one after the other.
+
+    Columns are filled up to a multiple of 8 with zeros.
+    """
+    columns = jnp.pad(columns, ((0, 0), (0, -columns.shape[1] % 8), (0, 0)))
+    (high, low), (first, second) = (in_pieces(x, 2, jnp.bfloat16) for x in (rows, columns))
+    return jnp.einsum(
+        "HBGNrd,Hkd->HBGNrk",
+        jnp.concatenate([high, low, high], axis=-1),
+        jnp.concatenate([first, first, second], axis=-1),
+        preferred_element_type=jnp.float32,
+    )
 
 
-def _rows(problem: Problem, query: Array) -> Float[Array, "B H rows d"]:
+def _rows(problem: Problem, query: Array) -> Float[Array, "H B G 4 d"]:
     """Query rows of each KV head, padded to whole groups of four with rows of zeros."""
     p = problem
-    rows = jnp.transpose(query, (0, 2, 1, 3, 4)).reshape(p.batch, p.heads, -1, p.dim)
+    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim)
     spare = p.row_groups * ROWS - rows.shape[2]
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    return rows.reshape(p.heads, p.batch, p.row_groups, ROWS, p.dim)
 
 
-def _of_pairs(problem: Problem, x: Float[Array, "B H rows N k"]) -> Float[Array, "pairs N 4 k"]:
-    """Rows of each pair together."""
-    p = problem
-    x = x.reshape(p.pairs, ROWS, p.blocks, x.shape[-1])
-    return jnp.swapaxes(x, 1, 2)
-
-
-def _lanes(problem: Problem, entries: Int[Array, "B H rows N R"]) -> UInt32[Array, "..."]:
+def _lanes(problem: Problem, entries: Int[Array, "pairs N 4 R"]) -> UInt32[Array, "..."]:
     """Bit planes as operands of `Warp.narrow_binary_product`: lane ``8 q + 4 e + t`` of product i
     has plane ``2 i + e`` of row q, 32 stages from ``32 t`` on."""
     p = problem
     spare = p.steps * STEP - p.key_stages
-    entries = jnp.pad(entries, [(0, 0)] * 4 + [(0, spare)])
-    planes = jnp.arange(PLANES).reshape(COLUMNS, 2, 1, 1, 1)
-    split = entries.reshape(p.pairs, ROWS, p.blocks, 1, 1, p.steps, 4, 32)
-    bits = (split >> planes & 1).astype(jnp.uint32)  # [pairs, q, N, i, e, step, t, 32]
+    entries = jnp.pad(entries, [(0, 0)] * 3 + [(0, spare)])
+    planes = jnp.arange(PLANES).reshape(COLUMNS, 1, 2, 1, 1)
+    split = entries.reshape(p.pairs, p.blocks, ROWS, p.steps, 4, 32)
+    split = jnp.transpose(split, (0, 1, 3, 2, 4, 5))  # [pairs, N, step, q, t, 32]
+    bits = (split[..., None, :, None, :, :] >> planes & 1).astype(jnp.uint32)
     words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
-    words = jnp.transpose(words, (0, 2, 5, 3, 1, 4, 6))  # [pairs, N, step, i, q, e, t]
     return words.reshape(p.pairs, p.blocks, p.steps, COLUMNS, 32)
 
 
@@ -368,23 +370,23 @@ def finish(
     weight = jnp.sum(share * total, axis=1)  # [pairs, 4]
     some = weight > 0
     mean = jnp.einsum("Psr,PsSr->PrS", share, sums) / jnp.where(some, weight, 1)[..., None]
-    mean = mean.reshape(p.batch, p.heads, -1, p.value_stages)
+    mean = mean.reshape(p.heads, -1, p.value_stages)
     low, high = jnp.moveaxis(value_codewords[:, 0].astype(jnp.float32), -2, 0)
     exact = lax.Precision.HIGHEST
-    out = jnp.einsum("BHrS,HSd->BHrd", mean, high - low, precision=exact)
+    out = jnp.einsum("HrS,HSd->Hrd", mean, high - low, precision=exact)
     out += low.sum(axis=1)[:, None]
     # Probabilities are counted in 65535ths.
     lse = (jnp.log2(jnp.where(some, weight, 1)) - math.log2(65535) + most) / LOG2E
-    out = jnp.where(some.reshape(*out.shape[:3], 1), out, 0)
-    lse = jnp.where(some, lse, -jnp.inf).reshape(out.shape[:3])
+    out = jnp.where(some.reshape(*out.shape[:2], 1), out, 0)
+    lse = jnp.where(some, lse, -jnp.inf)
 
-    def of_queries(x: Array) -> Array:  # [B, H, rows, ...] -> [B, T, H, q, ...]
-        x = x[:, :, : p.tokens * p.group]
-        x = x.reshape(p.batch, p.heads, p.tokens, p.group, *x.shape[3:])
-        return jnp.swapaxes(x, 1, 2)
+    def of_queries(x: Array, *last: int) -> Array:  # to [B, T, H, q, *last]
+        x = x.reshape(p.heads, p.batch, p.row_groups * ROWS, *last)[:, :, : p.tokens * p.group]
+        x = x.reshape(p.heads, p.batch, p.tokens, p.group, *last)
+        return jnp.moveaxis(x, 0, 2)
 
+    out, lse = of_queries(out, p.dim), of_queries(lse)
     finite = jnp.isfinite(query).all(axis=-1)
-    out, lse = of_queries(out), of_queries(lse)
     return jnp.where(finite[..., None], out, jnp.nan), jnp.where(finite, lse, jnp.nan)
 
 
@@ -450,8 +452,8 @@ class PlanesKernel:
         self.g, self.t = warp.lane >> 2, warp.lane & 3
         p = problem
         self.pair, split = warp.block // config.splits, warp.block % config.splits
-        head = self.pair // p.row_groups % p.heads
-        sequence = self.pair // (p.row_groups * p.heads)
+        head = self.pair // (p.row_groups * p.batch)
+        sequence = self.pair // p.row_groups % p.batch
         of_codes = warp.wide(sequence * (p.heads // p.shared) + head // p.shared)
         self.code_chunk = of_codes * (p.blocks * p.chunks)
         self.table_block = warp.wide(self.pair) * p.blocks

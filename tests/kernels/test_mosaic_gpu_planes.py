@@ -90,7 +90,7 @@ CASES = {
     "parts of a block": (dict(batch=2, heads=1, b=512, blocks=(3, 5)), dict(every=16, fills=2)),
     "one query head": (dict(group=1, heads=1), dict(every=16)),
     "several tokens of six heads": (dict(group=6, tokens=3, heads=1, n=1, blocks=(1,)), dict()),
-    "scores far apart": (dict(spread=5.6, heads=1), dict(every=16)),
+    "scores that spread by 4 nats": (dict(spread=3.4, heads=1), dict(every=16)),
     "first and stride": (dict(heads=1), dict(every=16, first=4, stride=3)),
     "codewords in float32": (dict(dtype=jnp.float32, heads=1), dict(every=16)),
 }
