@@ -1,8 +1,10 @@
-"""Codes of two codewords a stage as bit planes: tiles of 32 tokens, stages in units of 32.
+"""How the GPU kernel stores codes of one bit a stage: tiles of 32 tokens as words of 32 bits.
 
-A pure function each way. A block of ``b`` tokens is ``b / TILE`` tiles, one after the other, each a
-row of as many words of 32 bits as there are stages, the words of a unit together. No more bits than
-codes have. All of it is ours.
+A tile of R stages has R words. The words lie as the tensor cores' operands do, so that a warp
+multiplies them without rearranging a bit. Pure functions, both ways, in plain jnp; a cache in this
+layout is moved, sharded and saved like any other array.
+
+Below, lane ``4 g + t`` (g < 8, t < 4) is the one of a warp that reads a word.
 """
 
 import jax.numpy as jnp
@@ -13,64 +15,139 @@ from gsrq_jax.kernels.errors import InputError
 TILE = 32
 """Tokens of a tile."""
 UNIT = 32
-"""Stages of a unit."""
+"""Stages are a multiple of this."""
+STEP = 128
+"""Stages of keys that one product takes."""
+SPAN = 64
+"""Stages of values that a lane's two words have."""
 
 
-def keys_to_planes(bits: UInt8[Array, "*lead b R"]) -> UInt32[Array, "*lead b/32 R"]:
-    """Put keys into words of one token: ``[units, TILE]`` a tile.
-
-    Bit ``i`` of word ``(unit, t)`` is the code of stage ``UNIT·unit + i`` of token ``t``.
-
-    Args:
-        bits: codeword indices, 0 or 1.
-
-    Raises:
-        InputError: if ``b`` or ``R`` is not a multiple of 32.
-    """
-    words = _joined(_tiled(bits).reshape(*bits.shape[:-2], -1, TILE, bits.shape[-1] // UNIT, UNIT))
-    return jnp.swapaxes(words, -1, -2).reshape(*words.shape[:-2], -1)
-
-
-def keys_from_planes(words: UInt32[Array, "*lead tiles R"]) -> UInt8[Array, "*lead 32*tiles R"]:
-    """Take the codes out again: the inverse of `keys_to_planes`."""
-    *lead, count, stages = words.shape
-    by_token = jnp.swapaxes(words.reshape(*lead, count, stages // UNIT, TILE), -1, -2)
-    return _apart(by_token).reshape(*lead, count * TILE, stages)
-
-
-def values_to_planes(bits: UInt8[Array, "*lead b R"]) -> UInt32[Array, "*lead b/32 R"]:
-    """Put values into words of one stage: bit ``t`` of word ``r`` is that of token ``t``.
+def check_stages(stages: int, what: str) -> None:
+    """Refuse a number of stages that is not whole words.
 
     Args:
-        bits: codeword indices, 0 or 1.
+        stages: of a code.
+        what: the side that has them, for the message: ``keys`` or ``values``.
 
     Raises:
-        InputError: if ``b`` or ``R`` is not a multiple of 32.
+        InputError: if there are none, or not a multiple of `UNIT`.
     """
-    return _joined(jnp.swapaxes(_tiled(bits), -1, -2))
+    if stages < UNIT or stages % UNIT:
+        raise InputError(
+            f"{what} of {stages} stages are not whole words: choose a multiple of {UNIT}"
+        )
 
 
-def values_from_planes(words: UInt32[Array, "*lead tiles R"]) -> UInt8[Array, "*lead 32*tiles R"]:
-    """Take the codes out again: the inverse of `values_to_planes`."""
-    *lead, count, stages = words.shape
-    return jnp.swapaxes(_apart(words), -1, -2).reshape(*lead, count * TILE, stages)
+def keys_to_planes(bits: UInt8[Array, "*lead b R"]) -> UInt32[Array, "*lead tiles R"]:
+    """Store keys in steps of up to `STEP` stages.
+
+    In step s, of ``n = min(4, R / 32 − 4 s)`` words a token, word ``128 s + 4 (n g + t) + w`` is
+    of token ``8 w + g``. Its bit i is stage ``128 s + 32 t + i``. Ours.
+
+    Args:
+        bits: 0 or 1; ``b`` a multiple of `TILE`, R of `UNIT`.
+
+    Raises:
+        InputError: if ``b`` or R does not fit.
+    """
+    *lead, _, stages = bits.shape
+    tiles = _tiles(bits, "keys")
+    # Token 8 w + g, word of it, bit.
+    split = bits.reshape(*lead, tiles, 4, 8, stages // 32, 32)
+    words = jnp.moveaxis(_packed(split, 32), -3, -1)  # [g, word, w]
+    return jnp.concatenate(
+        [
+            words[..., first : first + 4, :].reshape(*lead, tiles, -1)
+            for first in range(0, stages // 32, 4)
+        ],
+        axis=-1,
+    )
 
 
-def _tiled(bits: Array) -> Array:
-    *lead, tokens, stages = bits.shape
+def keys_from_planes(words: UInt32[Array, "*lead tiles R"]) -> UInt8[Array, "*lead b R"]:
+    """Invert `keys_to_planes`."""
+    *lead, tiles, stages = words.shape
+    check_stages(stages, "keys")
+    steps = []
+    for first in range(0, stages, STEP):
+        step = words[..., first : first + STEP].reshape(*lead, tiles, 8, -1, 4)  # [g, t, w]
+        steps.append(jnp.moveaxis(step, -1, -3))
+    bits = _bit(jnp.concatenate(steps, axis=-1)[..., None], jnp.arange(32, dtype=jnp.uint32))
+    return bits.reshape(*lead, tiles * TILE, stages)
+
+
+def values_to_planes(bits: UInt8[Array, "*lead b R"]) -> UInt32[Array, "*lead tiles R"]:
+    """Store values in spans of `SPAN` stages, and a last one of 32 if R is an odd number of 32.
+
+    In span m, bit ``8 j + i`` of word ``64 m + 2 (4 g + t) + k`` is stage ``64 m + 8 i + g`` of
+    token ``8 j + 4 k + t``. In a last span of 32 stages, bit ``8 j + 4 k + i`` of word ``64 m +
+    4 g + t`` is this stage of this token. Ours.
+
+    Args:
+        bits: 0 or 1; ``b`` a multiple of `TILE`, R of `UNIT`.
+
+    Raises:
+        InputError: if ``b`` or R does not fit.
+    """
+    *lead, _, stages = bits.shape
+    tiles = _tiles(bits, "values")
+    bits = bits.reshape(*lead, tiles, 4, 2, 4, stages)  # [j, k, t, stages]
+    whole, end = divmod(stages, SPAN)
+    axes = len(lead) + 1
+    parts = []
+    if whole:
+        split = bits[..., : whole * SPAN].reshape(*lead, tiles, 4, 2, 4, whole, 8, 8)
+        words = _packed(_moved(split, axes, "jktmig", "mgtkji"), 8, 4)
+        parts.append(words.reshape(*lead, tiles, -1))
+    if end:
+        split = bits[..., whole * SPAN :].reshape(*lead, tiles, 4, 2, 4, 4, 8)
+        split = _moved(split, axes, "jktig", "gtjki").reshape(*lead, tiles, 8, 4, 4, 8)
+        parts.append(_packed(split, 8, 4).reshape(*lead, tiles, -1))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def values_from_planes(words: UInt32[Array, "*lead tiles R"]) -> UInt8[Array, "*lead b R"]:
+    """Invert `values_to_planes`."""
+    *lead, tiles, stages = words.shape
+    check_stages(stages, "values")
+    whole, end = divmod(stages, SPAN)
+    axes = len(lead) + 1
+    place = jnp.arange(4, dtype=jnp.uint32)[:, None] * 8 + jnp.arange(8, dtype=jnp.uint32)
+    parts = []
+    if whole:
+        split = words[..., : whole * SPAN].reshape(*lead, tiles, whole, 8, 4, 2)
+        bits = _bit(split[..., None, None], place)
+        bits = _moved(bits, axes, "mgtkji", "jktmig")
+        parts.append(bits.reshape(*lead, tiles * TILE, whole * SPAN))
+    if end:
+        split = words[..., whole * SPAN :].reshape(*lead, tiles, 8, 4)
+        bits = _bit(split[..., None, None], place).reshape(*lead, tiles, 8, 4, 4, 2, 4)
+        bits = _moved(bits, axes, "gtjki", "jktig")
+        parts.append(bits.reshape(*lead, tiles * TILE, 32))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _tiles(bits: Array, what: str) -> int:
+    """Tiles of a block."""
+    *_, tokens, stages = bits.shape
     if tokens % TILE:
-        raise InputError(f"blocks of {tokens} tokens are not whole tiles of {TILE}")
-    if stages % UNIT:
-        raise InputError(f"{stages} stages are not whole words of {UNIT}")
-    return bits.reshape(*lead, tokens // TILE, TILE, stages)
+        raise InputError(
+            f"blocks of {tokens} tokens are not whole tiles: choose a multiple of {TILE}"
+        )
+    check_stages(stages, what)
+    return tokens // TILE
 
 
-def _joined(bits: Array) -> Array:
-    """``[..., 32]`` bits to words."""
-    place = jnp.arange(32, dtype=jnp.uint32)
-    return ((bits.astype(jnp.uint32) & 1) << place).sum(axis=-1, dtype=jnp.uint32)
+def _packed(bits: Array, *sizes: int) -> Array:
+    """Words of the bits of the last axes, of these sizes from the last one; 32 in all."""
+    bits = bits.reshape(*bits.shape[: -len(sizes)], 32).astype(jnp.uint32)
+    return (bits << jnp.arange(32, dtype=jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
 
 
-def _apart(words: Array) -> Array:
-    """The inverse of `_joined`."""
-    return ((words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1).astype(jnp.uint8)
+def _bit(words: Array, place: Array) -> Array:
+    return ((words >> place) & 1).astype(jnp.uint8)
+
+
+def _moved(x: Array, lead: int, old: str, new: str) -> Array:
+    """Axes after the first ``lead``, which have one letter each, in a new order."""
+    return jnp.transpose(x, (*range(lead), *(lead + old.index(letter) for letter in new)))
