@@ -16,7 +16,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
-from gsrq_jax.kernels import rotary, tiles, words
+from gsrq_jax.kernels import planes, rotary, tiles, words
+from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.precision import in_pieces
 
 
@@ -134,6 +135,161 @@ def attend_tiles(
     return _attend_blocks(
         query, mean, inv_freq, keys, values, *books, blocks, first, stride, every, skip
     )
+
+
+def attend_planes(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_planes: UInt32[Array, "B H/s N tiles R"],
+    value_planes: UInt32[Array, "B H/s N tiles S"],
+    key_codewords: Float[Array, "H 1 R 2 d"],
+    value_codewords: Float[Array, "H 1 S 2 d"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+    fills: int = 1,
+) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
+    """Attend to codes of two codewords a stage, in the layout of `gsrq_jax.kernels.planes`.
+
+    A vector is ``b + Σ_r bit_r v_r``. So scores are products of bits with ``V q``, and the output
+    is ``b`` plus one product of V with the mean of the bits. Ours. Bits are written out for a few
+    blocks at a time. The kernel, `gsrq_jax.kernels.mosaic_gpu_planes.attend_planes`, has this
+    signature.
+
+    Args:
+        query: scaled queries, rotated at their own positions, float32.
+        mean: mean key before RoPE; None is one of zeros.
+        inv_freq: rotary frequencies.
+        key_planes: codes of the keys, in the frames of their blocks. Each ``s`` adjacent KV heads
+            share theirs; s is any divisor of H.
+        value_planes: codes of the values, likewise.
+        key_codewords: of this layer.
+        value_codewords: of this layer.
+        blocks: valid blocks of each sequence; the others are not read.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
+            stride b``.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
+        fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
+
+    Returns:
+        The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
+        (-inf there).
+
+    Raises:
+        InputError: if KV heads cannot share the codes, or the codes do not have the codewords'
+            stages.
+    """
+    batch, tokens, heads, group, dim = query.shape
+    shared, n, b = *key_planes.shape[1:3], key_planes.shape[3] * planes.TILE
+    _check_planes(heads, key_planes, value_planes, key_codewords, value_codewords)
+    exact = lax.Precision.HIGHEST
+    both = heads // shared * tokens * group  # rows of heads that share their bits
+    rows = jnp.transpose(query, (0, 2, 1, 3, 4)).reshape(batch, heads, 1, tokens * group, dim)
+    starts = -(first + stride * b * jnp.arange(n))
+    rows = rotary.rotate(rows, starts[:, None], inv_freq)  # [B, H, N, T q, d]
+    base, steps = _base_and_steps(key_codewords)
+    tables = jnp.einsum("BHNrd,HRd->NBHrR", rows, steps, precision=exact)
+    together = tables.reshape(n, batch, shared, both, steps.shape[1])
+    step = max(1, STEP // max(b, 1))
+
+    def of_keys(x: tuple[Array, Array]) -> Array:
+        words, table = x
+        bits = planes.keys_from_planes(words).astype(jnp.float32)
+        return jnp.einsum("BHrR,BHtR->BHrt", table, bits, precision=exact)
+
+    scores = _map(of_keys, (jnp.moveaxis(key_planes, 2, 0), together), step)
+    scores = jnp.moveaxis(scores, 0, 2).reshape(
+        batch, shared, n, heads // shared, tokens * group, b
+    )
+    scores = jnp.moveaxis(scores, 3, 2).reshape(batch, heads, n, tokens * group, b)
+    scores += jnp.einsum("BHNrd,Hd->BHNr", rows, base, precision=exact)[..., None]
+    if mean is not None:
+        scores += _shares(rows, mean, inv_freq, b, every)
+    scores = scores.reshape(batch, heads, n, tokens, group, b)
+    skip = None
+    if fills > 1:
+        skip = jnp.arange(n * b).reshape(n, b) >= (blocks * (b // fills))[:, None, None, None]
+        blocks = -(-blocks // fills)
+    weights, total, top = _softmax_parts(scores, blocks, skip)
+
+    def of_values(x: tuple[Array, Array]) -> Array:
+        words, weights = x
+        bits = planes.values_from_planes(words).astype(jnp.float32)
+        return jnp.einsum("BHrt,BHtS->BHrS", weights, bits, precision=exact)
+
+    weights = weights.reshape(batch, shared, heads // shared, n, tokens * group, b)
+    weights = jnp.transpose(weights, (3, 0, 1, 2, 4, 5)).reshape(n, batch, shared, both, b)
+    mass = _map(of_values, (jnp.moveaxis(value_planes, 2, 0), weights), step).sum(axis=0)
+    base, steps = _base_and_steps(value_codewords)
+    mass = mass.reshape(batch, heads, tokens, group, steps.shape[1])
+    out = jnp.einsum("BHTqS,HSd->BTHqd", mass, steps, precision=exact)
+    out += total[..., None] * base[:, None]
+    return _finish(out, total, top)
+
+
+STEP = 4096
+"""Tokens of a sequence whose bits are written out at a time."""
+
+
+def _check_planes(
+    heads: int, keys: Array, values: Array, key_codewords: Array, value_codewords: Array
+) -> None:
+    """Refuse codes that are not those of the codewords."""
+    for what, codes, codewords in (
+        ("keys", keys, key_codewords),
+        ("values", values, value_codewords),
+    ):
+        if heads % codes.shape[1]:
+            raise InputError(
+                f"{heads} KV heads cannot share the codes of {codes.shape[1]} {what}: choose a "
+                f"divisor of {heads}"
+            )
+        if codewords.shape[3] != 2 or codewords.shape[2] != codes.shape[-1]:
+            raise InputError(
+                f"{what} have codes of {codes.shape[-1]} stages and codewords of "
+                f"{codewords.shape[2]} stages, {codewords.shape[3]} each: planes take as many "
+                "stages of 2"
+            )
+
+
+def _base_and_steps(
+    codewords: Float[Array, "H 1 R 2 d"],
+) -> tuple[Float[Array, "H d"], Float[Array, "H R d"]]:
+    """A vector is the first, and the second for each bit that is set."""
+    words = codewords[:, 0].astype(jnp.float32)
+    return words[:, :, 0].sum(axis=1), words[:, :, 1] - words[:, :, 0]
+
+
+def _shares(
+    rows: Float[Array, "B H N r d"],
+    mean: Float[Array, "H d"],
+    inv_freq: Float[Array, " d/2"],
+    tokens: int,
+    every: int,
+) -> Float[Array, "B H N r b"]:
+    """What the mean key, as `rotary.shift` has it, adds to the scores of a block."""
+    mean = rotary.slow(mean.astype(jnp.float32), inv_freq, every)
+    knots = jnp.arange(-(-tokens // every) + (every > 1)) * every
+    turned = rotary.rotate(mean[:, None], knots, inv_freq)
+    exact = lax.Precision.HIGHEST
+    at = jnp.einsum("BHNrd,Hkd->BHNrk", rows, turned, precision=exact)
+    if every == 1:
+        return at
+    since = jnp.arange(every, dtype=jnp.float32) / every
+    before, gain = at[..., :-1, None], jnp.diff(at)[..., None]
+    return (before + gain * since).reshape(*at.shape[:-1], -1)[..., :tokens]
+
+
+def _map(f: Callable, x: tuple[Array, ...], step: int) -> Array:
+    """``f`` of each element of the first axis, ``step`` of them at a time."""
+    n = x[0].shape[0]
+    if n <= step:
+        return jax.vmap(f)(x)
+    return lax.map(f, x, batch_size=step if step > 1 else None)
 
 
 def attend_words(
