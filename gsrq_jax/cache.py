@@ -24,7 +24,7 @@ from gsrq_jax.codebook import Codebooks, errors
 from gsrq_jax.codec import Codec, Codes
 from gsrq_jax.errors import InputError, at_least, known
 from gsrq_jax.kernels import reference
-from gsrq_jax.spec import CacheSpec, QuantSpec
+from gsrq_jax.spec import CacheSpec, QuantSpec, ResidualSpec
 
 
 class Outliers(NamedTuple):
@@ -547,12 +547,33 @@ def _units(spec: QuantSpec, layers: int) -> tuple[np.ndarray, np.ndarray]:
     return keys, values
 
 
-def _pools(spec: QuantSpec, *codes: Array) -> list[Array]:
-    """Keys and values ``[L, *lead, *shape]`` of most units each to pools ``[P, *lead, *unit]``."""
-    return [
-        spec.arrangement.to_units(of)[units[:, 1], units[:, 0]]
-        for of, units in zip(codes, _units(spec, len(codes[0])), strict=True)
-    ]
+def _kinds(spec: QuantSpec) -> tuple[list[tuple[ResidualSpec, ResidualSpec]], np.ndarray]:
+    """Codes of a key and of a value that layers have, and which of these each layer has."""
+    pairs = list(zip(*spec.layer_codes, strict=True))
+    kinds = list(dict.fromkeys(pairs))
+    return kinds, np.asarray([kinds.index(pair) for pair in pairs])
+
+
+def _pools(spec: QuantSpec, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Codes ``[L, *lead, *shape]`` of most stages each to pools ``[P, *lead, *unit]``."""
+    layout, (kinds, kind_of) = spec.arrangement, _kinds(spec)
+    parts: tuple[list[Array], list[Array]] = [], []
+    for i, own in enumerate(kinds):
+        some_keys, some_values = keys[kind_of == i], values[kind_of == i]
+        if not layout.nested:
+            most = spec.key, spec.value
+            some_keys, some_values = layout.restaged(some_keys, some_values, most, own)
+        for part, x, code in zip(parts, (some_keys, some_values), own, strict=True):
+            of_layers = jnp.swapaxes(layout.to_units(x)[: layout.units(code)], 0, 1)
+            part.append(of_layers.reshape(-1, *of_layers.shape[2:]))
+    by_kind = np.argsort(kind_of, kind="stable")  # layers as they lie in these parts
+
+    def in_order(part: list[Array], units: np.ndarray) -> Array:
+        at = np.concatenate([np.flatnonzero(units[:, 0] == layer) for layer in by_kind])
+        return jnp.concatenate(part)[np.argsort(at)]
+
+    of_keys, of_values = _units(spec, len(keys))
+    return in_order(parts[0], of_keys), in_order(parts[1], of_values)
 
 
 def stack_layers(cache: KVCache) -> KVCache:
@@ -568,28 +589,35 @@ def layer_views(cache: KVCache) -> tuple[Any, Callable[[Any], KVCache]]:
 
     ``views, view = layer_views(cache)``, then ``view(x)`` for each ``x`` that a scan over ``views``
     hands out. Layers read as many units as the one with most stages; the codes behind a layer's
-    own are those of its neighbour, for which its codewords are 0. All layers hold as many tokens as
-    the first, so that what follows from their number alone is found once, not in each.
+    own are its neighbour's or 0, and its codewords for them are 0. All layers hold as many tokens
+    as the first, so that what follows from their number alone is found once, not in each.
     """
     spec, length = cache.spec, cache.length[0]
     if not _by_layer(spec):
         return cache.replace(length=None), lambda x: x.replace(length=length)
-    most = tuple(map(spec.arrangement.units, (spec.key, spec.value)))
-    pools = cache.key_codes, cache.value_codes
-    firsts = tuple(
-        jnp.asarray(np.searchsorted(units[:, 0], np.arange(len(cache.length))))
-        for units in _units(spec, len(cache.length))
+    layout, most = spec.arrangement, (spec.key, spec.value)
+    (kinds, kind_of), pools = _kinds(spec), (cache.key_codes, cache.value_codes)
+    where = (
+        *(
+            np.searchsorted(units[:, 0], range(len(kind_of)))
+            for units in _units(spec, len(kind_of))
+        ),
+        kind_of,
     )
 
-    def view(x: tuple[KVCache, tuple[Array, Array]]) -> KVCache:
-        exact, starts = x
+    def view(x: tuple[KVCache, tuple[Array, Array, Array]]) -> KVCache:
+        exact, (*starts, kind) = x
         keys, values = (
-            spec.arrangement.from_units(pool.at[start + jnp.arange(n)].get(mode="clip"))
-            for pool, start, n in zip(pools, starts, most, strict=True)
+            layout.from_units(pool.at[start + jnp.arange(layout.units(code))].get(mode="clip"))
+            for pool, start, code in zip(pools, starts, most, strict=True)
         )
+        if not layout.nested:
+            ways = [functools.partial(layout.restaged, old=own, new=most) for own in kinds]
+            keys, values = jax.lax.switch(kind, ways, keys, values)
         return exact.replace(key_codes=keys, value_codes=values, length=length)
 
-    return (cache.replace(key_codes=None, value_codes=None, length=None), firsts), view
+    exact = cache.replace(key_codes=None, value_codes=None, length=None)
+    return (exact, jax.tree.map(jnp.asarray, where)), view
 
 
 # --- reading --------------------------------------------------------------------------------------

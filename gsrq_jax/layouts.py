@@ -36,10 +36,12 @@ class Layout:
         name: as `QuantSpec.layout` has it.
         kernel: what the kernel runs on that reads it; None where none does. With a kernel there is
             `attend`, else attention takes codes out of the layout.
+        nested: whether the units of a code with fewer stages are the first of one with more.
     """
 
     name: LayoutName
     kernel: Literal["gpu", "tpu"] | None = None
+    nested = True
 
     def check(self, spec: "QuantSpec") -> None:
         """Refuse a spec whose codes cannot lie like this.
@@ -116,6 +118,23 @@ class Layout:
 
     def from_units(self, units: Array) -> Array:
         """Join units again: the inverse of `to_units`."""
+        raise NotImplementedError
+
+    def restaged(
+        self,
+        key_codes: Array,
+        value_codes: Array,
+        old: tuple["ResidualSpec", "ResidualSpec"],
+        new: tuple["ResidualSpec", "ResidualSpec"],
+    ) -> tuple[Array, Array]:
+        """Lay out codes for another number of stages, where `nested` does not make it needless.
+
+        Args:
+            key_codes: codes of the keys, ``[*lead, *shape]``.
+            value_codes: codes of the values.
+            old: the codes of a key and of a value as they are.
+            new: those to come; stages beyond the old ones are 0, those beyond the new ones go.
+        """
         raise NotImplementedError
 
     # Attention, where there is a kernel.
@@ -342,12 +361,14 @@ def _whole_units(stages: int) -> tuple[int, ...]:
 class Planes(Layout):
     """Codes of two codewords a stage as attention reads them, see `gsrq_jax.kernels.planes`.
 
-    Tiles of 32 tokens; the units of a stack are 32 stages, uint32 ``[tiles, 32]`` of a block: a
-    stack by layer is ``[P, B, H, N, tiles, 32]``, a layer's units one after the other.
+    A stack by layer is ``[P, B, H, N, tiles, 32]``: a unit is 32 words of every tile. A layer of R
+    stages has R / 32 units, one after the other, which are its tiles of R words as they would lie
+    in a cache of that layer alone.
     """
 
     name = "planes"
     kernel = "gpu"
+    nested = False
 
     def _asked(self, spec: "QuantSpec") -> Facts:
         return (
@@ -388,7 +409,7 @@ class Planes(Layout):
         return spec.frame_blocks
 
     def units(self, code: "ResidualSpec") -> int:
-        """Count what is 32 stages."""
+        """Count the words of a tile, by 32."""
         return code.stages // planes.UNIT
 
     def to_units(self, codes: Array) -> Array:
@@ -400,6 +421,23 @@ class Planes(Layout):
         """Join units again: the inverse of `to_units`."""
         codes = jnp.moveaxis(units, 0, -2)
         return codes.reshape(*codes.shape[:-2], -1)
+
+    def restaged(
+        self,
+        key_codes: Array,
+        value_codes: Array,
+        old: tuple["ResidualSpec", "ResidualSpec"],
+        new: tuple["ResidualSpec", "ResidualSpec"],
+    ) -> tuple[Array, Array]:
+        """See `Layout.restaged`."""
+        (of_keys, of_values), (to_keys, to_values) = ([c.stages for c in x] for x in (old, new))
+        if of_keys != to_keys:
+            bits = planes.keys_from_planes(key_codes[..., :of_keys])
+            key_codes = planes.keys_to_planes(_of_stages(bits, to_keys))
+        if of_values != to_values:
+            bits = planes.values_from_planes(value_codes[..., :of_values])
+            value_codes = planes.values_to_planes(_of_stages(bits, to_values))
+        return key_codes, value_codes
 
     def attend(
         self,
@@ -414,6 +452,12 @@ class Planes(Layout):
         return _by_frames(
             decode.attend_planes, query, codebooks, key_codes, value_codes, blocks, **options
         )
+
+
+def _of_stages(bits: Array, stages: int) -> Array:
+    """Bits of so many stages, those that there are not 0."""
+    more = max(0, stages - bits.shape[-1])
+    return jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, more)])[..., :stages]
 
 
 def _attended(

@@ -8,6 +8,7 @@ Below, lane ``4 g + t`` (g < 8, t < 4) is the one of a warp that reads a word.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, UInt8, UInt32
 
 from gsrq_jax.kernels.errors import InputError
@@ -57,7 +58,7 @@ def keys_to_planes(bits: UInt8[Array, "*lead b R"]) -> UInt32[Array, "*lead tile
     words = jnp.moveaxis(_packed(split, 32), -3, -1)  # [g, word, w]
     return jnp.concatenate(
         [
-            words[..., first : first + 4, :].reshape(*lead, tiles, -1)
+            lax.collapse(words[..., first : first + 4, :], len(lead) + 1)
             for first in range(0, stages // 32, 4)
         ],
         axis=-1,
@@ -70,7 +71,8 @@ def keys_from_planes(words: UInt32[Array, "*lead tiles R"]) -> UInt8[Array, "*le
     check_stages(stages, "keys")
     steps = []
     for first in range(0, stages, STEP):
-        step = words[..., first : first + STEP].reshape(*lead, tiles, 8, -1, 4)  # [g, t, w]
+        count = min(STEP, stages - first) // 32
+        step = words[..., first : first + STEP].reshape(*lead, tiles, 8, count, 4)  # [g, t, w]
         steps.append(jnp.moveaxis(step, -1, -3))
     bits = _bit(jnp.concatenate(steps, axis=-1)[..., None], jnp.arange(32, dtype=jnp.uint32))
     return bits.reshape(*lead, tiles * TILE, stages)
@@ -98,11 +100,11 @@ def values_to_planes(bits: UInt8[Array, "*lead b R"]) -> UInt32[Array, "*lead ti
     if whole:
         split = bits[..., : whole * SPAN].reshape(*lead, tiles, 4, 2, 4, whole, 8, 8)
         words = _packed(_moved(split, axes, "jktmig", "mgtkji"), 8, 4)
-        parts.append(words.reshape(*lead, tiles, -1))
+        parts.append(words.reshape(*lead, tiles, whole * SPAN))
     if end:
         split = bits[..., whole * SPAN :].reshape(*lead, tiles, 4, 2, 4, 4, 8)
         split = _moved(split, axes, "jktig", "gtjki").reshape(*lead, tiles, 8, 4, 4, 8)
-        parts.append(_packed(split, 8, 4).reshape(*lead, tiles, -1))
+        parts.append(_packed(split, 8, 4).reshape(*lead, tiles, 32))
     return jnp.concatenate(parts, axis=-1)
 
 

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8, UInt32
 
 from gsrq_jax.kernels import planes, rotary, tiles, words
+from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.precision import in_pieces
 
 
@@ -198,7 +199,16 @@ def attend_planes(
         stride: blocks of the sequence from one of these to the next.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
         fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
+
+    Returns:
+        The softmax-weighted values (0 where there are no blocks) and the log-sum-exp of the scores
+        (-inf there).
+
+    Raises:
+        InputError: if KV heads cannot share the codes, or the codes do not have the codewords'
+            stages.
     """
+    _check_planes(query.shape[2], key_planes, value_planes, key_codewords, value_codewords)
     batch, tokens, heads, group, dim = query.shape
     of_keys, b = key_planes.shape[1], key_planes.shape[3] * planes.TILE
     of_values, stages = value_planes.shape[1], value_planes.shape[-1]
@@ -215,15 +225,16 @@ def attend_planes(
         count = keys.shape[2]
         start = first + stride * b * (at + jnp.arange(count))
         framed = rotary.rotate(query[..., None, :], -start, inv_freq)
-        rows = jnp.transpose(framed, (0, 2, 4, 1, 3, 5)).reshape(batch, heads, count, -1, dim)
+        rows = jnp.transpose(framed, (0, 2, 4, 1, 3, 5))
+        rows = rows.reshape(batch, heads, count, tokens * group, dim)
         table = jnp.einsum("BHNrd,HRd->BHNrR", rows, key_steps, precision=exact)
         bits = planes.keys_from_planes(keys).astype(jnp.float32)  # [B, H/s, N, b, R]
         scores = jnp.einsum(
             "BhsNrR,BhNbR->BhsNrb",
-            table.reshape(batch, of_keys, -1, *table.shape[2:]),
+            table.reshape(batch, of_keys, heads // of_keys, *table.shape[2:]),
             bits,
             precision=exact,
-        ).reshape(batch, heads, count, -1, b)
+        ).reshape(batch, heads, count, tokens * group, b)
         scores += jnp.einsum("BHNrd,Hbd->BHNrb", rows, always, precision=exact)
         skip = jnp.arange(count * b).reshape(count, b) >= held[:, None, None, None]
         weights, total, top = _softmax_parts(
@@ -232,25 +243,46 @@ def attend_planes(
         bits = planes.values_from_planes(values).astype(jnp.float32)
         mass = jnp.einsum(
             "BhsNrb,BhNbR->BhsrR",
-            weights.reshape(batch, of_values, -1, count, tokens * group, b),
+            weights.reshape(batch, of_values, heads // of_values, count, tokens * group, b),
             bits,
             precision=exact,
-        ).reshape(batch, heads, -1, stages)
+        ).reshape(batch, heads, tokens * group, stages)
         out = jnp.einsum("BHrR,HRd->BHrd", mass, value_steps, precision=exact)
         out = jnp.swapaxes(out.reshape(batch, heads, tokens, group, dim), 1, 2)
         out += total[..., None] * value_base[:, None]
         return _finish(out, total, top)
 
-    few = max(1, _FLOATS // (batch * b * max(of_keys * key_planes.shape[-1], of_values * stages)))
     return by_blocks(
         lambda codes, at, held: part(codes, at, jnp.minimum(tokens_held - at * b, held * b)),
         (key_planes, value_planes),
         -(-blocks // fills),
-        few,
+        max(1, STEP // b),
     )
 
 
-_FLOATS = 2**22  # bits that `attend_planes` unpacks at a time: as many as a CPU's caches take
+STEP = 4096
+"""Tokens of a sequence whose bits are written out at a time."""
+
+
+def _check_planes(
+    heads: int, keys: Array, values: Array, key_codewords: Array, value_codewords: Array
+) -> None:
+    """Refuse codes that are not those of the codewords."""
+    for what, codes, codewords in (
+        ("keys", keys, key_codewords),
+        ("values", values, value_codewords),
+    ):
+        if heads % codes.shape[1]:
+            raise InputError(
+                f"{heads} KV heads cannot share the codes of {codes.shape[1]} {what}: choose a "
+                f"divisor of {heads}"
+            )
+        if codewords.shape[3] != 2 or codewords.shape[2] != codes.shape[-1]:
+            raise InputError(
+                f"{what} have codes of {codes.shape[-1]} stages and codewords of "
+                f"{codewords.shape[2]} stages, {codewords.shape[3]} each: planes take as many "
+                "stages of 2"
+            )
 
 
 def _base_and_steps(

@@ -54,10 +54,14 @@ def test_codes_are_their_units(name):
         np.testing.assert_array_equal(layout.from_units(units), x)
 
 
-def test_a_unit_of_planes_is_32_stages():
-    """So a layer that has fewer stages reads its own in the first units of one that has more."""
+def test_planes_of_other_numbers_of_stages():
+    """Fewer are the first ones; where there come more, they are 0."""
     spec = dataclasses.replace(SPECS["planes"], layout="planes")
-    layout, codes = spec.arrangement, some_codes(spec)
-    keys, _ = layout.pack(*codes, spec)
-    first, _ = layout.pack(codes[0][..., :32], codes[1], spec)
-    np.testing.assert_array_equal(layout.from_units(layout.to_units(keys)[:1]), first)
+    layout, codes, whole = spec.arrangement, some_codes(spec), (spec.key, spec.value)
+    few = dataclasses.replace(spec.key, stages=32), spec.value
+    stored = layout.pack(*codes, spec)
+    narrow = layout.restaged(*stored, whole, few)
+    for x, y in zip(narrow, layout.pack(codes[0][..., :32], codes[1], spec), strict=True):
+        np.testing.assert_array_equal(x, y)
+    wide, _ = layout.unpack(*layout.restaged(*narrow, few, whole), spec)
+    np.testing.assert_array_equal(wide, codes[0].at[..., 32:].set(0))

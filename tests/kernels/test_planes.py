@@ -70,11 +70,11 @@ def test_a_value_is_where_the_definition_says(stages):
 
 
 def test_what_has_no_layout_is_refused():
-    with pytest.raises(InputError, match="blocks of 40 tokens .* choose a multiple of 32"):
+    with pytest.raises(InputError, match=r"blocks of 40 tokens .* choose a multiple of 32"):
         planes.keys_to_planes(np.zeros((2, 40, 64), np.uint8))
-    with pytest.raises(InputError, match="keys of 48 stages .* choose a multiple of 32"):
+    with pytest.raises(InputError, match=r"keys of 48 stages .* choose a multiple of 32"):
         planes.keys_to_planes(np.zeros((32, 48), np.uint8))
-    with pytest.raises(InputError, match="values of 100 stages .* choose a multiple of 32"):
+    with pytest.raises(InputError, match=r"values of 100 stages .* choose a multiple of 32"):
         planes.values_to_planes(np.zeros((64, 100), np.uint8))
     with pytest.raises(InputError, match="values of 0 stages"):
         planes.values_from_planes(np.zeros((1, 0), np.uint32))

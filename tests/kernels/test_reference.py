@@ -324,7 +324,7 @@ def test_a_shift_of_all_blocks_is_given_once():
 
 
 @pytest.mark.parametrize(
-    ("keys_share", "values_share", "fills", "every"), [(1, 1, 1, 1), (2, 4, 3, 16), (4, 1, 2, 8)]
+    ("keys_share", "values_share", "fills", "every"), [(2, 4, 3, 16), (4, 1, 2, 8)]
 )
 def test_planes_are_attended_to_as_what_they_stand_for(
     keys_share, values_share, fills, every, monkeypatch
@@ -364,7 +364,7 @@ def test_planes_are_attended_to_as_what_they_stand_for(
     poisoned = (jnp.where(held[:, None, ..., None], x, 1) for x in (keys, values))
     check(attended(keys, values), want)
     check(attended(*poisoned), want)
-    monkeypatch.setattr(reference, "_FLOATS", 4 * B * H * b * R // keys_share)
+    monkeypatch.setattr(reference, "STEP", 4 * b)
     check(attended(keys, values), want)
 
 

@@ -14,6 +14,7 @@ import time
 import weakref
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from gsrq_jax import codebook
 from gsrq_jax.calibration import SampleStore
 from gsrq_jax.models import commands, evaluation, generation
+from gsrq_jax.spec import ResidualSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -412,8 +414,8 @@ def test_generation_with_unrolled_layers(tiny_run, tiny_model, capsys, refused):
     )
 
 
-def test_generation_over_tiles(tiny_run, tiny_model, tmp_path, capsys, refused):
-    """Codebooks of blocks that tiles cannot hold are refused, others are not trained anew."""
+def test_generation_in_layouts_of_kernels(tiny_run, tiny_model, tmp_path, capsys, refused):
+    """Codebooks that a layout cannot hold are refused, others need no training for it."""
     flags = ["--layout", "tiles", "--max-new-tokens", "3", "x" * 200]
     args = ["--model", tiny_model, "--codebooks", tiny_run / "codebooks", *flags]
     assert "takes 0 as block modulo 128 tokens, got 8" in refused(commands.generate, *args)
@@ -428,6 +430,15 @@ def test_generation_over_tiles(tiny_run, tiny_model, tmp_path, capsys, refused):
     args[5] = "planes"
     said = refused(commands.generate, *args)
     assert "takes 2 as codewords of a stage of keys, got 16; use layout 'packed' or other" in said
+
+    code = ResidualSpec(spec.head_dim, spec.head_dim, 32, 2)
+    words = jnp.ones((books.layers, books.kv_heads, *code.codebook_shape))
+    spec = dataclasses.replace(spec, key=code, value=code, block=32)
+    of_bits = dataclasses.replace(books, key=words, value=words, spec=spec)
+    codebook.save(tmp_path / "bits", of_bits, model=metadata["model"])
+    args[3] = tmp_path / "bits"
+    commands.generate([str(x) for x in args])
+    assert "blocks of 32, window 8, sinks 2, codes in planes" in capsys.readouterr().out
 
 
 def test_generation_on_a_mesh_with_heads_that_share_codes(
