@@ -224,6 +224,10 @@ class Warp:
             return self._ptx("prmt.b32 $0, $1, $2, $3;", "r", a, b, selector)
         return self._ptx(f"prmt.b32 $0, $1, $2, {selector};", "r", a, b)
 
+    def sum_bytes(self, x: Value, c: Value) -> Value:
+        """The sum of the four bytes of a word, and ``c``."""
+        return self._ptx(f"dp4a.u32.u32 $0, $1, {0x01010101}, $2;", "r", x, c)
+
     def rotate_left(self, x: Value, n: Value) -> Value:
         """The word turned by ``n`` bits."""
         return self._ptx("shf.l.wrap.b32 $0, $1, $1, $2;", "r", x, n)
@@ -278,6 +282,11 @@ class Warp:
         """The value of the lane whose number differs in the bits of the mask."""
         code = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, {FULL};"
         return self._ptx(code, x.kind, x, effects=True)
+
+    def from_lane(self, x: Value, lane: Value) -> Value:
+        """The value of the lane of this number."""
+        code = f"shfl.sync.idx.b32 $0, $1, $2, 0x1f, {FULL};"
+        return self._ptx(code, x.kind, x, lane, effects=True)
 
     def all_max(self, x: Value) -> Value:
         """The largest signed integer of all lanes, in all lanes."""
@@ -350,6 +359,33 @@ class Warp:
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
         return self._ptx(code, "rrrr", *a, *b, *(c or [self.integer(0)] * 4))
+
+    def short_binary_product(self, a: Sequence[Value], b: Value) -> list[Value]:
+        """`binary_product` of half as many bits: ``[16, 8]`` = ``[16, 128] × [128, 8]``.
+
+        ``a`` holds 32 bits of row g and of row g + 8 at 32 t, ``b`` of column g.
+        """
+        code = (
+            "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
+            "{$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$7,$7,$7};"
+        )
+        return self._ptx(code, "rrrr", *a, b, self.integer(0))
+
+    def byte_product(
+        self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value]
+    ) -> list[Value]:
+        """``[16, 8]`` = ``[16, 32] × [32, 8]`` bytes without sign, added to ``c`` in 32 bits.
+
+        Operands and result lie in registers as PTX lays out ``m16n8k32``, four bytes a word, lower
+        bits first: with ``g = lane // 4`` and ``t = lane % 4``, ``a`` holds row g and row g + 8 at
+        4 t …, then the same at 4 t + 16 …; ``b`` column g at 4 t …, then at 4 t + 16 …; the result
+        rows g and g + 8, columns 2 t and 2 t + 1 each.
+        """
+        code = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return self._ptx(code, "rrrr", *a, *b, *c)
 
     def bfloat16_product(
         self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value] | None = None
