@@ -96,6 +96,11 @@ class Problem:
     recent: mosaic_gpu_recent.Problem | None = None  # exact tokens that the kernel has, too
 
     @property
+    def value_codewords(self) -> int:
+        """Of a stage of values."""
+        return 16
+
+    @property
     def row_groups(self) -> int:
         """Groups of four query rows of a KV head."""
         return -(-self.tokens * self.group // ROWS)
@@ -703,7 +708,7 @@ def put_together(
     total = mass[:, :, 0].sum(axis=-1)  # [pairs, 4]
     some = total > 0
     words = value_codewords.reshape(p.heads, -1, p.dim)
-    out = _times_words(mass.reshape(p.heads, -1, p.value_stages * 16), words)
+    out = _times_words(mass.reshape(p.heads, -1, p.value_stages * p.value_codewords), words)
     out = out.reshape(-1, ROWS, p.dim)
     safe = jnp.where(some, total, 1)
     out = jnp.where(some[..., None], out, 0) / safe[..., None]

@@ -48,12 +48,14 @@ class Problem:
     @property
     def together(self) -> int:
         """Query heads of a thread block."""
-        return 1 if self.of.pairs * ROWS <= 2 * PROCESSORS else ROWS
+        if self.of.pairs * ROWS <= 2 * PROCESSORS:
+            return 1
+        return min(ROWS, WARPS * 32 // self.of.dim)  # a number of the output for each thread
 
     @property
     def codewords(self) -> int:
         """Of all stages."""
-        return self.of.value_stages * 16
+        return self.of.value_stages * self.of.value_codewords
 
     @property
     def rows(self) -> int:
@@ -340,8 +342,9 @@ class FinishKernel:
             (x,) = warp.load_shared(self.sums + number * 4, w * p.together * dim * 4, kind="f")
             out = out + x
         total = warp.floating(0.0)
-        for j in range(0, 16, 4):  # any stage has all of it
-            for x in warp.load_shared(self.mass + i * (p.codewords * 4), j * 4, 4, "f"):
+        count = min(4, p.of.value_codewords)
+        for j in range(0, p.of.value_codewords, count):  # any stage has all of it
+            for x in warp.load_shared(self.mass + i * (p.codewords * 4), j * 4, count, "f"):
                 total = total + x
         (top,) = warp.load_shared(self.tops + i * 4)
         some = warp.less(warp.integer(0), warp.bits_of(total))  # as they are not negative

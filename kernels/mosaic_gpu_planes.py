@@ -1,75 +1,123 @@
 """Decode attention over bit planes, fused, on Hopper GPUs: Pallas Mosaic GPU (ours).
 
-Codes have one bit a stage, so a score is a sum over stages of bit times a table's entry, and the
-values' part of the output needs the mean of each stage's bit. Both are products of the codes'
-words as they lie in the cache (`gsrq_jax.kernels.planes`).
+A code has one bit a stage, so that a key is ``b + Σ_r bit_r v_r``. A score is then ``q·b`` plus the
+sum of ``q·v_r`` where a bit is set: a binary product of the code's words, as they are stored, with
+the bits of a table of R integers. An output is ``b`` plus the sum of ``v_r`` times the mean of bit
+r: a product of bits with probabilities of 16 bits, as bytes.
 
-One warp does everything for its tokens, 128 at a time:
+One thread block takes four query rows of one KV head and one part of the tokens of a sequence.
+First all its warps make products of these rows with codewords and mean key
+(`mosaic_gpu_products`), and attend to what is exact (`mosaic_gpu_recent`). Then each warp goes
+through chunks of its own and does all there is to do with them: copy codes to a ring of its own,
+score, weigh, add up. At the end the thread block adds up what its warps have. Another kernel
+(`mosaic_gpu_finish`) puts thread blocks and exact tokens together.
 
-- Scores: binary products of the keys' words with the bit planes of the table, whose entries are
-  integers of `PLANES` bits. Counts, read as subnormal float32, get the weight of their plane.
-- Probabilities: of 16 bits below the largest score of the 128 tokens, as two bytes each.
-- Values: products of bytes. Each of eight masks leaves one bit in each byte of the values' words.
-  The bit's place is a weight that is taken out at the end.
-
-A thread block takes four query rows of one KV head and one part of its tokens. Its warps' sums are
-put together in shared memory; XLA adds the parts and multiplies by the codewords. XLA also makes
-the tables. What goes in is `gsrq_jax.kernels.reference.attend_planes`'s: B sequences, T query
-tokens, H KV heads, q query heads each, N blocks (of the kernel's frames) of b tokens.
+Below, lane ``4 g + t`` is the one of a warp (g < 8, t < 4) of whose registers is spoken. In scores
+it has query row t and tokens g, g + 8 … of a tile.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from gsrq_jax.kernels import devices, mosaic_gpu_recent, reference, rotary
+from gsrq_jax.kernels import devices, mosaic_gpu_products, mosaic_gpu_recent, reference, rotary
 from gsrq_jax.kernels.devices import PROCESSORS
 from gsrq_jax.kernels.errors import InputError
+from gsrq_jax.kernels.mosaic_gpu import EMPTY, SHARED_BYTES
+from gsrq_jax.kernels.mosaic_gpu_recent import NOTHING
+from gsrq_jax.kernels.pieces import HEADROOM, LAST_BIT, PROBABILITY_BITS, ROWS
 from gsrq_jax.kernels.planes import SPAN, STEP, TILE, UNIT
-from gsrq_jax.kernels.precision import in_pieces
 from gsrq_jax.kernels.reference import Recent, with_beside
 
+MOST_STAGES = 512
 CHUNK = 128
-"""Tokens that share a scale of probabilities."""
-TILES = CHUNK // TILE
-ROWS = 4
-"""Query rows of a thread block."""
-PLANES = 12
-"""Bits of a table's entry, in two's complement."""
-COLUMNS = PLANES // 2
-"""Binary products of a tile of 16 tokens: two planes of each row in one."""
-MOST_STAGES = 256
-SHARED_BYTES = 227 * 1024 - 2048
-"""Shared memory of a thread block on sm_90, less what Mosaic takes."""
-DEPTH = 3
-"""Chunks that a warp has in shared memory: one in use, the others on their way."""
-LOWEST = -1e30  # a running maximum before the first score
-LOG2E = math.log2(math.e)
+"""Tokens that a block, or a part of one that is valid by itself, is a multiple of."""
+KNOTS = (1, 4, 8, 16, 32, 64)
+"""Tokens between knots of the mean key's share."""
+BITS = 14
+"""Of an entry of a table, even, the highest of them its sign."""
+ENTRY_MOST = 2.0 ** (BITS - 1) - 1
+COLUMNS = BITS // 2
+"""Right operands of binary products: two bits of four rows are the eight columns of one."""
+COUNT = 2.0 ** (128 - BITS)
+"""What the float32 with the bits of a count, ``count · 2**-149``, is multiplied by for the lowest bit: such
+that the product for the highest one is a number of float32."""
+UNIT_OF_SUM = COUNT * 2.0**-149
+LARGE = 2.0**23
+"""Its bits and an integer below it, added, are those of their sum as float32."""
+MASS = LAST_BIT * 2.0 ** (PROBABILITY_BITS - HEADROOM) / (2.0**PROBABILITY_BITS - 1)
+"""What a probability's last bit is in the histogram, so that the end is that of codes with tables:
+see `mosaic_gpu_finish`."""
+LEAST = 0.4
+"""Time of a chunk that few warps take, in those of chunks that all take at once."""
+START = 3.0
+"""Time of starting and ending a thread block, likewise; estimated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Codewords of keys as `mosaic_gpu_products` takes them: 16 a stage, which 8 stages here are.
+
+    Attributes:
+        stages: of 16 codewords.
+    """
+
+    stages: int
+    shared = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The shapes of a call."""
+    """The shapes of a call, as `mosaic_gpu.Problem` names them where both have them.
+
+    Attributes:
+        batch: sequences.
+        tokens: query tokens.
+        heads: KV heads.
+        group: query heads of each.
+        together: adjacent KV heads that share their codes.
+        blocks: that a sequence can hold.
+        block: tokens of one.
+        dim: channels of a head.
+        key_stages: of the keys' codes.
+        value_stages: of the values' codes.
+        every: tokens between knots of the mean key's share, 0 if there is no mean key.
+        stride: blocks of the sequence from one of these to the next.
+        fills: equal parts of a block that are valid one by one.
+        short_words: whether codewords of keys are bfloat16; else they become float16.
+        recent: exact tokens that the kernel has, too.
+    """
 
     batch: int
     tokens: int
-    heads: int  # KV heads
-    group: int  # query heads of each
-    shared: int  # KV heads that share their codes
-    blocks: int  # that a sequence can hold
-    block: int  # tokens of one
+    heads: int
+    group: int
+    together: int
+    blocks: int
+    block: int
     dim: int
     key_stages: int
     value_stages: int
-    every: int  # tokens between knots of the mean key's share, 0 if there is no mean key
-    stride: int = 1  # blocks of the sequence from one of these to the next
-    fills: int = 1  # equal parts of a block that are valid one by one
+    every: int
+    stride: int = 1
+    fills: int = 1
+    short_words: bool = True
+    recent: mosaic_gpu_recent.Problem | None = None
+
+    value_codewords = 2
+    blocks_of_chunk = 1
+
+    @property
+    def key(self) -> Words:
+        """Codewords of the keys."""
+        return Words(2 * self.key_stages // 16)
 
     @property
     def row_groups(self) -> int:
@@ -78,128 +126,226 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """(KV head, sequence, group of rows), in this order."""
+        """(KV head, sequence, group of rows)."""
         return self.heads * self.batch * self.row_groups
 
     @property
+    def frame_knots(self) -> int:
+        """Of a block; the first of the next one is its last."""
+        return self.block // self.every if self.every else 0
+
+    @property
+    def unit_knots(self) -> int:
+        """Numbers of a row and block among the mean key's shares."""
+        return self.frame_knots + (mosaic_gpu_products.LEAD + 1) * (self.every > 1)
+
+    @property
+    def share_units(self) -> int:
+        """Blocks among the mean key's shares."""
+        return self.blocks
+
+    @property
     def steps(self) -> int:
-        """Products along the keys' stages."""
+        """Binary products of keys, of up to 128 stages."""
         return -(-self.key_stages // STEP)
 
     @property
-    def chunks(self) -> int:
-        """Of a block."""
-        return self.block // CHUNK
-
-    @property
-    def knots(self) -> int:
-        """Of a block and row, the first of the next block among them."""
-        return self.block // self.every + 1 if self.every else 0
-
-    @property
-    def row_tiles(self) -> int:
-        """Tiles of 16 stages of the values."""
-        return self.value_stages // 16
-
-    @property
-    def chunk_bytes(self) -> tuple[int, int]:
-        """Bytes of a chunk of keys, and of values."""
-        return CHUNK // 8 * self.key_stages, CHUNK // 8 * self.value_stages
-
-    @property
-    def sum_bytes(self) -> int:
-        """Bytes of a warp's sums."""
-        return self.value_stages * ROWS * 4
+    def spans(self) -> int:
+        """Pairs of value words a lane; the last may be one word."""
+        return -(-self.value_stages // SPAN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How work is laid out: ``warps`` of a thread block, ``splits`` of a sequence's tokens."""
+    """How a thread block is laid out.
+
+    Attributes:
+        warps: 8 or 16.
+        depth: slots of each warp's ring.
+        tiles: of a chunk, 2 or 4.
+        splits: thread blocks that share the tokens of a sequence.
+    """
 
     warps: int
+    depth: int
+    tiles: int
     splits: int
 
-    def nbytes(self, problem: Problem) -> int:
-        """Bytes of shared memory."""
-        ring = self.warps * DEPTH * sum(problem.chunk_bytes)
-        merged = self.warps * (problem.sum_bytes + 2 * ROWS * 4)
-        return max(ring, merged) + 16
+    @property
+    def tokens(self) -> int:
+        """Of a chunk."""
+        return self.tiles * TILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Shared memory of a thread block: offsets in bytes from a multiple of 128.
+
+    Attributes:
+        slot: bytes of a chunk's codes, those of keys first.
+        ring: bytes from a slot of the warps to their next one.
+        rest: where what is made before lies, over the last slots.
+        sums: bytes of a warp's sums of one row, at the end.
+        nbytes: all of it, with what alignment may take.
+    """
+
+    slot: int
+    ring: int
+    rest: int
+    sums: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, problem: Problem, config: Config) -> "Memory":
+        """Slots, the first of all warps first."""
+        p, warps = problem, config.warps
+        slot = config.tokens * (p.key_stages + p.value_stages) // 8
+        ring = warps * slot
+        rest = (config.depth - 1) * ring
+        sums = (p.value_stages + 8) * 4
+        end = warps * (ROWS * sums + 2 * ROWS * 4)
+        recent = p.recent.nbytes(warps) if p.recent else 0
+        made = mosaic_gpu_products.Layout(p, 0).tile_bytes  # type: ignore[arg-type]
+        nbytes = max(config.depth * ring, rest + made, rest + recent, end)
+        return cls(slot, ring, rest, sums, nbytes + 128)
 
 
 def choose_config(problem: Problem) -> Config:
-    """As many warps as registers and shared memory allow; splits that fill the processors."""
-    most = max(problem.key_stages, problem.value_stages)
-    warps = 16 if most <= 128 else 8
-    chunks = problem.blocks * problem.chunks
-    splits = max(1, round(PROCESSORS / problem.pairs))
-    return Config(warps, max(1, min(splits, -(-chunks // warps))))
+    """The quickest split by estimate, in the first layout that fits shared memory.
+
+    Args:
+        problem: the shapes.
+
+    Raises:
+        InputError: if no layout fits.
+    """
+    many = problem.value_stages <= 128 and problem.key_stages <= 256
+    for warps, tiles, depth in (
+        *(((16, 4, 3), (16, 4, 2)) if many else ()),
+        *((8, tiles, depth) for tiles in (4, 2) for depth in (3, 2)),
+    ):
+        config = min(
+            (Config(warps, depth, tiles, splits) for splits in range(1, PROCESSORS + 1)),
+            key=functools.partial(time, problem),
+        )
+        if Memory.of(problem, config).nbytes <= SHARED_BYTES:
+            return config
+    raise InputError(
+        f"{problem.key_stages} stages of keys and {problem.value_stages} of values take more "
+        "shared memory than there is; use fewer stages"
+    )
+
+
+def time(problem: Problem, config: Config) -> float:
+    """What the busiest multiprocessor does one after the other, in chunks that all warps take."""
+    chunks = problem.blocks * problem.block // config.tokens
+    rounds, rest = divmod(math.ceil(chunks / config.splits), config.warps)
+    each = rounds + max(LEAST, rest / config.warps) * (rest > 0)
+    return math.ceil(problem.pairs * config.splits / PROCESSORS) * (each + START)
+
+
+# --- what is supported ----------------------------------------------------------------------------
 
 
 def problem_of(
-    query: Any,
-    mean: Any,
-    inv_freq: Any,
-    key_planes: Any,
-    value_planes: Any,
-    key_codewords: Any,
-    value_codewords: Any,
-    blocks: Any,
+    query: Array,
+    mean: Array | None,
+    inv_freq: Array,
+    key_planes: Array,
+    value_planes: Array,
+    key_codewords: Array,
+    value_codewords: Array,
+    blocks: Array,
     *,
     every: int = 1,
     stride: int = 1,
     fills: int = 1,
 ) -> Problem:
-    """The shapes of a call, on any device.
+    """Check a call, and give its shapes.
+
+    Args:
+        query: as `attend_planes` takes it, and so are the others.
+        mean: mean key.
+        inv_freq: rotary frequencies.
+        key_planes: codes of the keys.
+        value_planes: codes of the values.
+        key_codewords: of this layer.
+        value_codewords: of this layer.
+        blocks: valid blocks.
+        every: tokens between knots.
+        stride: blocks from one to the next.
+        fills: parts of a block.
 
     Raises:
         InputError: naming what was given and what is supported.
     """
-
-    def refuse(what: str, given: Any, wanted: str) -> None:
-        raise InputError(f"the kernel of bit planes takes {wanted} as {what}, got {given}")
-
-    if query.ndim != 5 or key_planes.ndim != 5 or key_codewords.ndim != 5:
-        refuse("query, planes and codewords", "other axes", "five axes each")
     batch, tokens, heads, group, dim = query.shape
-    of_codes, n, tiles, key_stages = key_planes.shape[1:]
-    block, value_stages = tiles * TILE, value_planes.shape[-1]
+    shared, n, block = *key_planes.shape[1:3], TILE * key_planes.shape[3]
+
+    def refuse(what: str, given: Any, supported: str) -> None:
+        raise InputError(
+            f"the fused GPU kernel takes {supported} as {what}, got {given}; use another "
+            "implementation"
+        )
+
+    if dim not in (64, 128, 256):
+        refuse("head_dim", dim, "64, 128 or 256")
     if not 1 <= group <= 8:
-        refuse("query heads a KV head", group, "1 to 8")
+        refuse("query heads per KV head", group, "1 to 8")
     if not 1 <= tokens <= 8:
         refuse("query tokens", tokens, "1 to 8")
-    if of_codes < 1 or heads % of_codes:
-        refuse("heads of codes", of_codes, f"a divisor of {heads}")
+    if not shared or heads % shared or heads // shared not in (1, 2, 4):
+        refuse(
+            "KV heads that share their codes", f"{heads} with {shared}", "1, 2 or 4 KV heads of one"
+        )
     if fills < 1 or block % fills or block // fills % CHUNK:
-        refuse("tokens of a block", block // max(fills, 1), f"a multiple of {CHUNK}")
-    if mean is not None and (every % 16 or block % every):
-        refuse("tokens between knots of the mean key", every, "a multiple of 16 that divides b")
+        refuse(
+            "tokens of a block, or of the parts of it",
+            block // max(fills, 1),
+            f"a multiple of {CHUNK}",
+        )
+    if mean is not None and mean.shape != (heads, dim):
+        refuse("mean key", mean.shape, f"({heads}, {dim})")
+    if every not in KNOTS:
+        refuse("tokens between knots of the mean key", every, " or ".join(map(str, KNOTS)))
     if inv_freq.shape != (dim // 2,):
         refuse("rotary frequencies", inv_freq.shape, f"({dim // 2},)")
-    for name, stages, codes, words in (
-        ("keys", key_stages, key_planes, key_codewords),
-        ("values", value_stages, value_planes, value_codewords),
+    for name, codewords, codes in (
+        ("keys", key_codewords, key_planes),
+        ("values", value_codewords, value_planes),
     ):
-        if not UNIT <= stages <= MOST_STAGES or stages % UNIT:
-            refuse(f"stages of {name}", stages, f"multiples of {UNIT} up to {MOST_STAGES}")
-        expected = (batch, of_codes, n, tiles, stages)
+        stages = codewords.shape[2]
+        if codewords.shape != (heads, 1, stages, 2, dim):
+            refuse(
+                f"codewords of {name}", codewords.shape, f"whole heads, ({heads}, 1, R, 2, {dim})"
+            )
+        if stages % UNIT or not UNIT <= stages <= MOST_STAGES:
+            refuse(f"stages of {name}", stages, f"a multiple of {UNIT} up to {MOST_STAGES}")
+        if codewords.dtype != jnp.bfloat16:
+            refuse(f"dtype of the codewords of {name}", codewords.dtype, "bfloat16")
+        expected = (batch, shared, n, block // TILE, stages)
         if codes.shape != expected or codes.dtype != jnp.uint32:
-            refuse(f"planes of {name}", f"{codes.dtype} {codes.shape}", f"uint32 {expected}")
-        if words.shape != (heads, 1, stages, 2, dim):
-            refuse(f"codewords of {name}", words.shape, f"({heads}, 1, {stages}, 2, {dim})")
-        if words.dtype not in (jnp.bfloat16, jnp.float32):
-            refuse(f"dtype of the codewords of {name}", words.dtype, "bfloat16 or float32")
+            refuse(f"codes of {name}", f"{codes.dtype} {codes.shape}", f"uint32 {expected}")
     if query.dtype != jnp.float32:
         refuse("dtype of the query", query.dtype, "float32")
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
-    return Problem(
-        *(batch, tokens, heads, group, heads // of_codes, n, block, dim, key_stages, value_stages),
-        *(0 if mean is None else every, stride, fills),
-    )
+    sizes = batch, tokens, heads, group, heads // shared, n, block, dim
+    stages = key_codewords.shape[2], value_codewords.shape[2]
+    problem = Problem(*sizes, *stages, 0 if mean is None else every, stride, fills)
+    if n:
+        choose_config(problem)
+    return problem
 
 
 def check_supported(*arrays: Any, every: int = 1, stride: int = 1, fills: int = 1) -> Problem:
-    """The shapes of a call that can be made here.
+    """Check a call as `problem_of` does, and whether it can be made here.
+
+    Args:
+        arrays: as `problem_of` takes them.
+        every: tokens between knots.
+        stride: blocks from one to the next.
+        fills: parts of a block.
 
     Raises:
         InputError: naming what was given and what is supported.
@@ -207,6 +353,9 @@ def check_supported(*arrays: Any, every: int = 1, stride: int = 1, fills: int = 
     problem = problem_of(*arrays, every=every, stride=stride, fills=fills)
     devices.check_hopper()
     return problem
+
+
+# --- the operation --------------------------------------------------------------------------------
 
 
 def attend_planes(
@@ -227,174 +376,114 @@ def attend_planes(
     dtype: DTypeLike = jnp.float32,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
-    """`gsrq_jax.kernels.reference.attend_planes` on a Hopper GPU; call it under jit.
+    """Attend as `gsrq_jax.kernels.reference.attend_planes` does, on a Hopper GPU.
+
+    Two kernels: codes and exact tokens, and the product with the codewords of values with all that
+    follows. Call it under jit. Ours.
 
     Args:
         query: scaled queries, rotated at their own positions, float32.
         mean: mean key before RoPE; None for nothing.
         inv_freq: rotary frequencies.
-        key_planes: see `gsrq_jax.kernels.planes.keys_to_planes`.
+        key_planes: see `gsrq_jax.kernels.planes.keys_to_planes`; s is 1, 2 or 4.
         value_planes: see `gsrq_jax.kernels.planes.values_to_planes`.
-        key_codewords: of this layer, float32 or bfloat16.
-        value_codewords: of this layer.
+        key_codewords: of this layer, bfloat16.
+        value_codewords: of this layer, bfloat16.
         blocks: valid blocks of each sequence; the others are not read.
         first: position of the first token of block 0.
-        stride: blocks of the sequence from one of these to the next.
-        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, a multiple of 16.
+        stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
+            stride b``.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`.
         fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
-        recent: exact tokens in the same softmax.
+        recent: exact tokens in the same softmax. The kernel has them, too, where
+            `gsrq_jax.kernels.mosaic_gpu_recent` has them; else plain jnp.
         dtype: of the values that are returned.
         config: instead of the one chosen.
 
     Returns:
         The softmax-weighted values (0 where there are none) and the log-sum-exp of the scores
-        (-inf there), NaN where a query is not finite.
+        (-inf there), NaN where a query is not finite or too large for float16.
 
     Raises:
         InputError: if the shapes, dtypes, the device or the version of jax are not supported.
     """
-    problem = check_supported(
-        *(query, mean, inv_freq, key_planes, value_planes, key_codewords, value_codewords, blocks),
-        every=every,
-        stride=stride,
-        fills=fills,
-    )
-    beside = None
-    if recent is not None:
-        exact = mosaic_gpu_recent.supported(query, recent)
-        beside = (mosaic_gpu_recent if exact else reference).attend_recent(query, recent)
+    from gsrq_jax.kernels import mosaic_gpu_finish
+
+    arrays = query, mean, inv_freq, key_planes, value_planes, key_codewords, value_codewords, blocks
+    problem = check_supported(*arrays, every=every, stride=stride, fills=fills)
     if not problem.blocks:
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
-        return with_beside(nothing, beside, dtype)
+        return with_beside(nothing, recent and reference.attend_recent(query, recent), dtype)
     config = config or choose_config(problem)
+    exact = mosaic_gpu_recent.supported(query, recent) if recent else None
+    with_exact = dataclasses.replace(problem, recent=exact)
+    if exact and Memory.of(with_exact, config).nbytes <= SHARED_BYTES:
+        problem = with_exact
+    blocks = blocks.astype(jnp.int32)
     inputs = score_inputs(problem, query, mean, inv_freq, key_codewords, first)
-    made = planes_kernel(problem, config)(
-        key_planes, value_planes, blocks.astype(jnp.int32), *inputs
+    if recent and problem.recent:
+        inputs += mosaic_gpu_recent.arrays_of(recent)
+    made = fused_kernel(problem, config)(key_planes, value_planes, blocks, *inputs)
+    histogram, scale, *others = made
+    beside = None
+    if problem.recent:
+        beside = mosaic_gpu_recent.in_parts(*others[:2])
+    elif recent:
+        beside = reference.attend_recent(query, recent)
+    return mosaic_gpu_finish.finish(
+        problem, query, blocks, histogram, scale, value_codewords, beside, dtype
     )
-    return with_beside(finish(problem, query, value_codewords, *made), beside, dtype)
-
-
-# --- before the kernel ----------------------------------------------------------------------------
 
 
 def score_inputs(
     problem: Problem,
-    query: Array,
-    mean: Array | None,
-    inv_freq: Array,
-    key_codewords: Array,
-    first: int | Array,
-) -> tuple[Array, ...]:
-    """What scores are made from, of each pair and block.
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_codewords: Float[Array, "H 1 R 2 d"],
+    first: int | Int[Array, ""],
+) -> list[Array]:
+    """Make what the scores are made of, in the order of `score_arrays`.
 
-    Scores are in units of log 2. Of a pair and a block there are bit planes of the table,
-    ``[steps, COLUMNS, 32]`` uint32, a word for each lane; ``[ROWS, 2]`` step and offset; and, with
-    a mean key, its share at the knots, ``[ROWS, knots]``.
+    Args:
+        problem: the shapes.
+        query: scaled queries, rotated at their own positions.
+        mean: mean key before RoPE, if there is one.
+        inv_freq: rotary frequencies.
+        key_codewords: of this layer.
+        first: position of the first token of block 0.
     """
     p = problem
-    # A row turned back to the start of each block: [H, B, groups, N, ROWS, d].
-    rows = (_rows(p, query) * LOG2E)[:, :, :, None]
-    starts = first + p.stride * p.block * jnp.arange(p.blocks)
-    framed = rotary.rotate(rows, -starts[:, None], inv_freq)
-    low, high = jnp.moveaxis(key_codewords[:, 0].astype(jnp.float32), -2, 0)
-    columns = [high - low, low.sum(axis=1, keepdims=True)]
+    cos, sin = rotary.turns(first + p.stride * p.block * jnp.arange(p.blocks), inv_freq)
+    arrays: dict[str, Array] = {"query": query, "cos": cos, "sin": sin, "words": key_codewords}
     if mean is not None:
-        slow = rotary.slow(mean.astype(jnp.float32), inv_freq, p.every)
-        columns.append(rotary.rotate(slow[:, None], p.every * jnp.arange(p.knots), inv_freq))
-    products = _times(framed, jnp.concatenate(columns, axis=1))
-    products = products.reshape(p.pairs, p.blocks, ROWS, -1)
-    table, offset, share = jnp.split(products, (p.key_stages, p.key_stages + 1), axis=-1)
-    most = 2 ** (PLANES - 1) - 1
-    step = jnp.max(jnp.abs(table), axis=-1, keepdims=True) / most
-    step = jnp.where(step == 0, 1, step)
-    entries = jnp.round(table / step).astype(jnp.int32)
-    facts = jnp.concatenate([step * 2.0**33, offset], axis=-1)
-    return (_lanes(p, entries), facts, *([] if mean is None else [share[..., : p.knots]]))
+        arrays["mean"] = mean.astype(jnp.float32)
+        arrays["inv_freq"] = inv_freq.astype(jnp.float32)
+        arrays["waves"] = mosaic_gpu_products.waves(p, inv_freq)  # type: ignore[arg-type]
+    return [arrays[name] for name in score_arrays(p)]
 
 
-def _times(
-    rows: Float[Array, "H B G N r d"], columns: Float[Array, "H k d"]
-) -> Float[Array, "H B G N r k"]:
-    """Products of 16 bits of both, by one product of three pieces one after the other.
+def score_arrays(problem: Problem) -> tuple[str, ...]:
+    """Name what scores are made of beside codes, as `Addresses` does.
 
-    Columns are filled up to a multiple of 8 with zeros.
+    Args:
+        problem: the shapes.
     """
-    columns = jnp.pad(columns, ((0, 0), (0, -columns.shape[1] % 8), (0, 0)))
-    (high, low), (first, second) = (in_pieces(x, 2, jnp.bfloat16) for x in (rows, columns))
-    return jnp.einsum(
-        "HBGNrd,Hkd->HBGNrk",
-        jnp.concatenate([high, low, high], axis=-1),
-        jnp.concatenate([first, first, second], axis=-1),
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _rows(problem: Problem, query: Array) -> Float[Array, "H B G 4 d"]:
-    """Query rows of each KV head, padded to whole groups of four with rows of zeros."""
-    p = problem
-    rows = jnp.transpose(query, (2, 0, 1, 3, 4)).reshape(p.heads, p.batch, -1, p.dim)
-    spare = p.row_groups * ROWS - rows.shape[2]
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
-    return rows.reshape(p.heads, p.batch, p.row_groups, ROWS, p.dim)
-
-
-def _lanes(problem: Problem, entries: Int[Array, "pairs N 4 R"]) -> UInt32[Array, "..."]:
-    """Bit planes as operands of `Warp.narrow_binary_product`: lane ``8 q + 4 e + t`` of product i
-    has plane ``2 i + e`` of row q, 32 stages from ``32 t`` on."""
-    p = problem
-    spare = p.steps * STEP - p.key_stages
-    entries = jnp.pad(entries, [(0, 0)] * 3 + [(0, spare)])
-    planes = jnp.arange(PLANES).reshape(COLUMNS, 1, 2, 1, 1)
-    split = entries.reshape(p.pairs, p.blocks, ROWS, p.steps, 4, 32)
-    split = jnp.transpose(split, (0, 1, 3, 2, 4, 5))  # [pairs, N, step, q, t, 32]
-    bits = (split[..., None, :, None, :, :] >> planes & 1).astype(jnp.uint32)
-    words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
-    return words.reshape(p.pairs, p.blocks, p.steps, COLUMNS, 32)
-
-
-# --- after the kernel -----------------------------------------------------------------------------
-
-
-def finish(
-    problem: Problem,
-    query: Array,
-    value_codewords: Array,
-    sums: Float[Array, "pairs splits S 4"],
-    total: Float[Array, "pairs splits 4"],
-    top: Float[Array, "pairs splits 4"],
-) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:
-    """The parts together, times the codewords of the values."""
-    p = problem
-    most = top.max(axis=1)
-    share = jnp.where(total > 0, jnp.exp2(top - most[:, None]), 0)
-    weight = jnp.sum(share * total, axis=1)  # [pairs, 4]
-    some = weight > 0
-    mean = jnp.einsum("Psr,PsSr->PrS", share, sums) / jnp.where(some, weight, 1)[..., None]
-    mean = mean.reshape(p.heads, -1, p.value_stages)
-    low, high = jnp.moveaxis(value_codewords[:, 0].astype(jnp.float32), -2, 0)
-    exact = lax.Precision.HIGHEST
-    out = jnp.einsum("HrS,HSd->Hrd", mean, high - low, precision=exact)
-    out += low.sum(axis=1)[:, None]
-    # Probabilities are counted in 65535ths.
-    lse = (jnp.log2(jnp.where(some, weight, 1)) - math.log2(65535) + most) / LOG2E
-    out = jnp.where(some.reshape(*out.shape[:2], 1), out, 0)
-    lse = jnp.where(some, lse, -jnp.inf)
-
-    def of_queries(x: Array, *last: int) -> Array:  # to [B, T, H, q, *last]
-        x = x.reshape(p.heads, p.batch, p.row_groups * ROWS, *last)[:, :, : p.tokens * p.group]
-        x = x.reshape(p.heads, p.batch, p.tokens, p.group, *last)
-        return jnp.moveaxis(x, 0, 2)
-
-    out, lse = of_queries(out, p.dim), of_queries(lse)
-    finite = jnp.isfinite(query).all(axis=-1)
-    return jnp.where(finite[..., None], out, jnp.nan), jnp.where(finite, lse, jnp.nan)
+    of_mean = ("mean", "inv_freq", "waves") if problem.every else ()
+    return ("query", "cos", "sin", "words", *of_mean)
 
 
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def planes_kernel(problem: Problem, config: Config) -> Any:
-    """The kernel as a function of key planes, value planes, blocks and `score_inputs`."""
+def fused_kernel(problem: Problem, config: Config) -> Any:
+    """Make the kernel: a function of codes, blocks, `score_inputs` and, if it has exact tokens,
+    `mosaic_gpu_recent.arrays_of` them. Its results are `outputs`.
+
+    Args:
+        problem: the shapes.
+        config: of a thread block.
+    """
     from gsrq_jax.kernels.warp import Warp, warp_kernel
 
     def run(warp: Warp, *places: Any) -> None:
@@ -403,7 +492,7 @@ def planes_kernel(problem: Problem, config: Config) -> Any:
     return warp_kernel(
         run,
         outputs=[jax.ShapeDtypeStruct(*x) for x in outputs(problem, config).values()],
-        nbytes=config.nbytes(problem),
+        nbytes=Memory.of(problem, config).nbytes,
         parts=problem.pairs * config.splits,
         warps=config.warps,
         name="attend_planes",
@@ -411,13 +500,27 @@ def planes_kernel(problem: Problem, config: Config) -> Any:
 
 
 def outputs(problem: Problem, config: Config) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
-    """Shapes and dtypes of what the kernel writes."""
-    parts = problem.pairs, config.splits
-    return {
-        "sums": ((*parts, problem.value_stages, ROWS), jnp.float32),
-        "total": ((*parts, ROWS), jnp.float32),
-        "top": ((*parts, ROWS), jnp.float32),
+    """Give shapes and dtypes of what the kernel writes.
+
+    ``histogram``: how much probability has bit 0, and bit 1, of each stage, in units of ``scale``
+    as a power of 2. ``products`` and ``share`` are the kernel's own.
+
+    Args:
+        problem: the shapes.
+        config: of a thread block.
+    """
+    p = problem
+    parts = p.pairs, config.splits
+    made: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+        "histogram": ((*parts, ROWS, p.value_stages, 2), jnp.float32),
+        "scale": ((*parts, ROWS), jnp.int32),
     }
+    if p.recent:
+        made |= p.recent.outputs(p.recent.parts(config.splits))
+    made["products"] = (p.pairs, p.blocks, ROWS, 2 * p.key_stages), jnp.float16
+    if p.every:
+        made["share"] = (p.pairs, p.share_units, ROWS, p.unit_knots), jnp.float32
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,20 +530,53 @@ class Addresses:
     keys: Any
     values: Any
     blocks: Any
-    tables: Any
-    facts: Any
-    sums: Any
-    total: Any
-    top: Any
+    query: Any
+    cos: Any
+    sin: Any
+    words: Any
+    histogram: Any
+    scale: Any
+    products: Any
     shared: Any
-    knots: Any = None
+    mean: Any = None
+    inv_freq: Any = None
+    waves: Any = None
+    share: Any = None
+    sink_key: Any = None
+    window_key: Any = None
+    key: Any = None
+    sink_value: Any = None
+    window_value: Any = None
+    value: Any = None
+    counts: Any = None
+    recent: Any = None
+    recent_lse: Any = None
 
     @classmethod
     def of(cls, problem: Problem, *places: Any) -> "Addresses":
         """In the order of the kernel's arguments and results."""
-        names = ["keys", "values", "blocks", "tables", "facts"]
-        names += ["knots"] * bool(problem.every) + ["sums", "total", "top", "shared"]
+        made = outputs(problem, Config(8, 2, 2, 1))
+        arrays = *score_arrays(problem), *(mosaic_gpu_recent.ARRAYS if problem.recent else ())
+        names = "keys", "values", "blocks", *arrays, *made, "shared"
         return cls(**dict(zip(names, places, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a warp needs to score the tokens of a block.
+
+    Attributes:
+        columns: ``[steps][COLUMNS]`` right operands: column ``2 q + i`` of the j-th is bit
+            ``2 j + i`` of the entries of row q.
+        step: what one is, of the lane's row.
+        offset: what is added, of the lane's row.
+        shares: address of the mean key's shares of the lane's row.
+    """
+
+    columns: list[list]
+    step: Any
+    offset: Any
+    shares: Any
 
 
 class PlanesKernel:
@@ -448,281 +584,456 @@ class PlanesKernel:
 
     def __init__(self, problem: Problem, config: Config, warp: Any, at: Addresses):
         self.problem, self.config, self.warp, self.at = problem, config, warp, at
-        self.base = (at.shared + 15) & 0xFFFFFFF0
+        self.memory = Memory.of(problem, config)
+        self.base = (at.shared + 127) & 0xFFFFFF80
         self.g, self.t = warp.lane >> 2, warp.lane & 3
         p = problem
-        self.pair, split = warp.block // config.splits, warp.block % config.splits
-        head = self.pair // (p.row_groups * p.batch)
-        sequence = self.pair // p.row_groups % p.batch
-        of_codes = warp.wide(sequence * (p.heads // p.shared) + head // p.shared)
-        self.code_chunk = of_codes * (p.blocks * p.chunks)
-        self.table_block = warp.wide(self.pair) * p.blocks
+        self.pair = warp.block // config.splits
+        self.rows = mosaic_gpu_products.Rows(p, warp, self.pair)  # type: ignore[arg-type]
+        head, sequence = self.rows.head, self.rows.sequence
         (valid,) = warp.load_global(at.blocks + warp.wide(sequence) * 4)
         valid = warp.unsigned_min(warp.signed_max(valid, warp.integer(0)), p.blocks * p.fills)
-        chunks = valid * (p.chunks // p.fills)
-        # Chunks of this part, then of this warp: neighbours, so that tables change seldom.
-        first, end = self._share(warp.integer(0), chunks, split, config.splits)
-        self.first, self.end = self._share(first, end, warp.index, config.warps)
+        self.chunks_of_block = p.block // config.tokens
+        # Chunks of this thread block, then those of this warp, of all of the sequence.
+        chunks = valid * (self.chunks_of_block // p.fills)
+        self.first, self.count = self._part(
+            warp.integer(0), chunks, warp.block % config.splits, config.splits
+        )
+        self.own, self.rounds = self._part(self.first, self.count, warp.index, config.warps)
+        shared_head = sequence * (p.heads // p.together) + head // p.together
+        chunk = warp.wide(shared_head) * (p.blocks * self.chunks_of_block) + warp.wide(self.own)
+        self.key_bytes, self.value_bytes = (
+            config.tokens * stages // 8 for stages in (p.key_stages, p.value_stages)
+        )
+        self.keys, self.values = (
+            at.keys + chunk * self.key_bytes,
+            at.values + chunk * self.value_bytes,
+        )
+        self.slot = self.base + warp.index * self.memory.slot
 
-    def _share(self, first: Any, end: Any, index: Any, count: int) -> tuple[Any, Any]:
-        """The index-th of ``count`` equal shares of a range, rounded up."""
+    def _part(self, first: Any, count: Any, index: Any, parts: int) -> tuple[Any, Any]:
+        """The first of some things, and how many, that one of equal parts has."""
         warp = self.warp
-        each = (end - first + (count - 1)) // count
-        begin = warp.unsigned_min(first + index * each, end)
-        return begin, warp.unsigned_min(begin + each, end)
+        each = (count + (parts - 1)) // parts
+        begin = warp.unsigned_min(each * index, count)
+        return first + begin, warp.unsigned_min(each, count - begin)
 
     def run(self) -> None:
-        """All chunks of this warp, then the thread block's sums."""
-        warp, p = self.warp, self.problem
-        self.ring = self.base + warp.index * (DEPTH * sum(p.chunk_bytes))
-        for ahead in range(DEPTH - 1):
-            self._fetch(self.first + ahead, warp.integer(ahead))
-        begin = self.first // p.chunks
-        some = warp.less(self.first, self.end)
-        after = (self.end + (p.chunks - 1)) // p.chunks
-        blocks = warp.select(some, after - begin, 0)
-        zero = warp.floating(0.0)
-        carry = [warp.floating(LOWEST), zero, *[zero] * (4 * p.row_tiles)]
-        carry = warp.loop(blocks, carry, lambda i, carry: self._block(begin + i, carry))
+        """Exact tokens and products while the first codes are copied, all chunks, their sum."""
+        warp = self.warp
+        for i in range(self.config.depth - 1):
+            self._fetch(warp.integer(i), self.slot + i * self.memory.ring)
+        self._recent()
+        self._products()
+        top, total, sums = self._chunks()
         warp.copies_wait(0)
-        self._merge(*carry)
+        warp.sync_block()
+        self._together(top, total, sums)
 
-    def _fetch(self, chunk: Any, slot: Any) -> None:
-        """Begin to copy a chunk's codes, if it is one of this warp's."""
-        warp, p = self.warp, self.problem
-        there = warp.less(chunk, self.end)
-        lane = warp.wide(warp.lane) * 16
-        to = self.ring + slot * sum(p.chunk_bytes) + warp.lane * 16
-        for place, nbytes in zip((self.at.keys, self.at.values), p.chunk_bytes, strict=True):
-            source = place + (self.code_chunk + warp.wide(chunk)) * nbytes + lane
-            for offset in range(0, nbytes, 512):
-                warp.copy_16_to_shared(to + offset, source + offset, there)
-            to = to + nbytes
+    # Copies.
+
+    def _fetch(self, round_: Any, slot: Any) -> None:
+        """Begin to copy the codes of one of the warp's chunks, if it has so many."""
+        warp = self.warp
+        there = warp.less(round_, self.rounds)
+        own = warp.lane * 16
+        for place, nbytes, at in (
+            (self.keys, self.key_bytes, 0),
+            (self.values, self.value_bytes, self.key_bytes),
+        ):
+            source = place + warp.wide(round_ * nbytes + own)
+            for start in range(0, nbytes, 512):
+                to, begin = slot + (own + (at + start)), source + warp.wide(warp.integer(start))
+                copy = functools.partial(warp.copy_16_to_shared, to, begin, there)
+                if nbytes - start >= 512:
+                    copy()
+                else:
+                    warp.when(warp.less(warp.lane, (nbytes - start) // 16), copy)
         warp.copies_end_group()
 
-    def _block(self, block: Any, carry: list[Any]) -> list[Any]:
-        """The chunks of one block, which have one table."""
+    # What is made before.
+
+    def _recent(self) -> None:
+        """Exact tokens, by all warps of the first thread blocks of a sequence."""
+        warp, exact, config = self.warp, self.problem.recent, self.config
+        if not exact:
+            return
+        parts, part = exact.parts(config.splits), warp.block % config.splits
+
+        def recent() -> None:
+            mosaic_gpu_recent.RecentTokens(
+                *(exact, warp, self.at, self.rows, self.base + self.memory.rest),
+                warps=config.warps,
+                part=part,
+                parts=parts,
+                sync=warp.sync_block,
+            ).run()
+            warp.sync_block()  # before its memory is that of others
+
+        warp.when(warp.less(part, parts), recent)
+
+    def _products(self) -> None:
+        """Of all blocks that the thread block has chunks of."""
+        warp, per = self.warp, self.chunks_of_block
+        first = self.first // per
+        end = (self.first + self.count + (per - 1)) // per
+        count = warp.select(warp.less(warp.integer(0), self.count), end - first, 0)
+        nbytes = self.memory.nbytes - 128 - self.memory.rest
+        mosaic_gpu_products.Products(
+            self.problem,  # type: ignore[arg-type]
+            mosaic_gpu_products.Layout(self.problem, nbytes),  # type: ignore[arg-type]
+            warp,
+            self.at,  # type: ignore[arg-type]
+            base=self.base + self.memory.rest,
+            warps=self.config.warps,
+            rows=self.rows,
+            first=first,
+            count=count,
+        ).run()
+
+    # Tables.
+
+    def _table(self, block: Any) -> Table:
+        """Make the table of a block from its products, in registers.
+
+        Lane (g, t) has 16 stages of row ``g // 2``, as many as its neighbour ``g ^ 1`` has of the
+        same word: it turns their bits, keeps the planes that are its column's, and gives the
+        neighbour the others. Cost, 128 stages: some 220 instructions, 9 SHFL and 4 loads of 16
+        bytes among them.
+        """
         warp, p = self.warp, self.problem
-        place = self.table_block + warp.wide(block)
-        words = p.steps * COLUMNS
-        source = self.at.tables + place * (words * 128) + warp.wide(warp.lane) * 4
-        table = [warp.load_global(source, 128 * i)[0] for i in range(words)]
-        row = place * ROWS + warp.wide(self.t)
-        step, offset = warp.load_global(self.at.facts + row * 8, n=2, kind="f")
-        knots = self.at.knots + row * (p.knots * 4) if p.every else None
-        start = warp.unsigned_min(self.end, (block + 1) * p.chunks)
-        begin = warp.select(warp.less(self.first, block * p.chunks), block * p.chunks, self.first)
-
-        def chunk(i: Any, carry: list[Any]) -> list[Any]:
-            return self._chunk(begin + i, table, step, offset, knots, block, carry)
-
-        return warp.loop(start - begin, carry, chunk)
-
-    def _chunk(
-        self,
-        chunk: Any,
-        table: list[Any],
-        step: Any,
-        offset: Any,
-        knots: Any,
-        block: Any,
-        carry: list[Any],
-    ) -> list[Any]:
-        """Scores, probabilities and the sums of 128 tokens."""
-        warp, p = self.warp, self.problem
-        top, total, *sums = carry
-        number = chunk - self.first
-        warp.copies_wait(DEPTH - 2)
-        warp.sync()
-        self._fetch(chunk + (DEPTH - 1), (number + (DEPTH - 1)) % DEPTH)
-        keys = self.ring + number % DEPTH * sum(p.chunk_bytes)
-        values = keys + p.chunk_bytes[0]
-        in_block = chunk - block * p.chunks
-        scores = [
-            self._scores(keys, tile, table, step, offset, knots, in_block) for tile in range(TILES)
-        ]
-        largest = scores[0][0]
-        for score in [x for tile in scores for x in tile][1:]:
-            largest = warp.fmax(largest, score)
-        for mask in (4, 8, 16):
-            largest = warp.fmax(largest, warp.from_lane_xor(largest, mask))
-        new_top = warp.fmax(top, largest)
-        old_scale, scale = warp.exp2(top - new_top), warp.exp2(largest - new_top)
-
-        low_sum, high_sum = warp.integer(0), warp.integer(0)
-        operands = []
-        source = self.t * 4 + (self.g & 3)
-        is_high = warp.less(self.g, 4)
-        for tile in scores:
-            whole = [
-                warp.bits_of(
-                    warp.fma(warp.exp2(x - largest), warp.floating(65535.0), warp.floating(2.0**23))
-                )
-                for x in tile
+        row, odd = self.g >> 1, self.g & 1
+        of_row = 2 * p.key_stages * 2
+        unit = warp.wide(self.pair) * p.blocks + warp.wide(block)
+        source = self.at.products + (unit * ROWS + warp.wide(row)) * of_row
+        entries: list[list] = []
+        offset, most = warp.floating(0.0), warp.floating(1e-30)
+        zero = warp.floating(0.0)
+        for step in range(p.steps):
+            words = min(4, p.key_stages // 32 - 4 * step)
+            place = source + warp.wide(warp.unsigned_min(self.t, words - 1) * 128 + odd * 64)
+            read = [x for i in range(4) for x in warp.load_written(place, step * 512 + i * 16, 4)]
+            of_step = []
+            for word in read:
+                low, high = warp.halves(word)
+                gain = high - low
+                if words < 4:
+                    there = warp.less(self.t, words)
+                    low, gain = warp.select(there, low, zero), warp.select(there, gain, zero)
+                offset = offset + low
+                most = warp.fmax(most, warp.fmax(gain, zero - gain))
+                of_step.append(gain)
+            entries.append(of_step)
+        for mask in (1, 2, 4):
+            offset = offset + warp.from_lane_xor(offset, mask)
+            most = warp.fmax(most, warp.from_lane_xor(most, mask))
+        scale = warp.reciprocal(most) * ENTRY_MOST
+        large = warp.floating(LARGE * 1.5)
+        is_odd = warp.equal(odd, 1)
+        columns = []
+        for of_step in entries:
+            numbers = [warp.bits_of(warp.fma(x, scale, large)) for x in of_step]
+            turned = [
+                warp.choose_bytes(a, b, 0x5410)
+                for a, b in zip(numbers[:8], numbers[8:], strict=True)
             ]
-            first, second = (warp.choose_bytes(whole[i], whole[i + 1], 0x5140) for i in (0, 2))
-            low = warp.choose_bytes(first, second, 0x5410)
-            high = warp.choose_bytes(first, second, 0x7632)
-            low_sum, high_sum = warp.add_bytes(low, low_sum), warp.add_bytes(high, high_sum)
-            operands.append(
-                [
-                    warp.select(
-                        is_high,
-                        warp.from_lane(high, source + half),
-                        warp.from_lane(low, source + half),
-                    )
-                    for half in (0, 16)
+            for distance, mask in ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+                others = mask ^ 0xFFFFFFFF
+                for i in range(8):
+                    if not i & distance:
+                        a, b = turned[i], turned[i + distance]
+                        turned[i] = (a & mask) | ((b << distance) & others)
+                        turned[i + distance] = ((a >> distance) & mask) | (b & others)
+            of_step = []
+            for first in range(0, COLUMNS, 2):
+                even_two, odd_two = (
+                    self._planes(turned, 2 * first + i, 2 * first + 2 + i) for i in range(2)
+                )
+                keep = warp.select(is_odd, odd_two, even_two)
+                got = warp.from_lane_xor(warp.select(is_odd, even_two, odd_two), 4)
+                low, high = warp.select(is_odd, got, keep), warp.select(is_odd, keep, got)
+                of_step += [warp.choose_bytes(low, high, x) for x in (0x5410, 0x7632)]
+            columns.append(of_step[:COLUMNS])
+        own = self.t << 3
+        step, offset = (warp.from_lane(x, own) for x in (most, offset))
+        shares = None
+        if p.every:
+            shares = self.at.share + (unit * ROWS + warp.wide(self.t)) * (p.unit_knots * 4)
+        return Table(columns, step * (1 / ENTRY_MOST / UNIT_OF_SUM), offset, shares)
+
+    def _planes(self, turned: list, first: int, second: int) -> Any:
+        """Two bits of 16 entries each: byte ``h`` of bit i has entries ``8 h …``."""
+        a, b = first // 8, second // 8
+        selector = a | (2 + a) << 4 | (4 + b) << 8 | (6 + b) << 12
+        return self.warp.choose_bytes(turned[first % 8], turned[second % 8], selector)
+
+    # Chunks.
+
+    def _chunks(self) -> tuple[Any, Any, list]:
+        """All chunks of this warp: largest score and sum of its row, by lane, and sums of bits."""
+        warp, p, per = self.warp, self.problem, self.chunks_of_block
+        end = self.own + self.rounds
+        block = self.own // per
+        count = warp.select(
+            warp.less(warp.integer(0), self.rounds), (end + (per - 1)) // per - block, 0
+        )
+        sums = [warp.floating(0.0)] * (p.value_stages // 32 * 8)
+        start = [warp.floating(NOTHING), warp.floating(0.0), self.slot, *sums]
+
+        def of_block(i: Any, carry: list) -> list:
+            here = block + i
+            table = self._table(here)
+            begin = warp.signed_max(here * per, self.own)
+            last = warp.unsigned_min((here + 1) * per, end)
+
+            def of_chunk(k: Any, carry: list) -> list:
+                return self._chunk(table, begin + k, here, carry)
+
+            return warp.loop(last - begin, carry, of_chunk)
+
+        top, total, _, *sums = warp.loop(count, start, of_block)
+        return top, total, sums
+
+    def _chunk(self, table: Table, chunk: Any, block: Any, carry: list) -> list:
+        """One chunk, whose codes lie in the slot that is carried."""
+        warp, config, memory = self.warp, self.config, self.memory
+        top, total, slot, *sums = carry
+        warp.copies_wait(config.depth - 2)
+        warp.sync()
+        last = self.slot + (config.depth - 1) * memory.ring
+        at_first = warp.equal(slot, self.slot)
+        before = warp.select(at_first, last, slot - memory.ring)
+        self._fetch(chunk - self.own + (config.depth - 1), before)
+        following = warp.select(warp.equal(slot, last), self.slot, slot + memory.ring)
+
+        scores = self._scores(table, chunk - block * self.chunks_of_block, slot)
+        most = functools.reduce(warp.fmax, [x for tile in scores for x in tile])
+        for mask in (4, 8, 16):
+            most = warp.fmax(most, warp.from_lane_xor(most, mask))
+        larger = warp.fmax(top, most)
+        old, new = warp.exp2(top - larger), warp.exp2(most - larger)
+        columns, mass = self._probabilities(scores, most)
+        total = warp.fma(mass, new, total * old)
+        of_columns = [(self.t << 1) & 3, ((self.t << 1) + 1) & 3]
+        olds, news = ([warp.from_lane(x, lane) for lane in of_columns] for x in (old, new))
+        less = [x * -LARGE for x in news]
+        for span in range(self.problem.spans):
+            added = self._bits(slot + self.key_bytes, span, columns)
+            for i, x in enumerate(added):
+                at, j = span * 16 + i, i % 2
+                kept = warp.fma(sums[at], olds[j], less[j])
+                sums[at] = warp.fma(warp.from_bits(x), news[j], kept)
+        return [larger, total, following, *sums]
+
+    def _scores(self, table: Table, chunk: Any, slot: Any) -> list[list]:
+        """``[tiles][4]`` scores of the lane's row, in powers of 2: tokens g, g + 8, g + 16, g + 24.
+
+        Cost, a tile and 128 stages: 12 binary products, 48 FFMA.
+        """
+        warp, p = self.warp, self.problem
+        shares = self._shares(table, chunk)
+        scores = []
+        for tile in range(self.config.tiles):
+            codes = []
+            for step in range(p.steps):
+                words = min(4, p.key_stages // 32 - 4 * step)
+                lane = warp.lane
+                if words < 4:  # lanes that have no word get zeros from the table
+                    lane = self.g * words + warp.unsigned_min(self.t, words - 1)
+                at = tile * p.key_stages * 4 + step * 512
+                codes.append(warp.load_shared(slot + lane * 16, at, 4))
+            others = shares(tile)
+            of_tile = []
+            for half in range(2):
+                sums = self._products_of(table, [x[2 * half : 2 * half + 2] for x in codes])
+                of_tile += [
+                    warp.fma(x, table.step, other)
+                    for x, other in zip(sums, others[2 * half :], strict=False)
                 ]
-            )
-        both = warp.to_float(low_sum + (high_sum << 8))
-        total = warp.fma(total, old_scale, scale * both)
+            scores.append(of_tile)
+        return scores
 
-        scales = []
-        for column in (0, 1):
-            row = (self.t * 2 + column) & 3
-            scales.append([warp.from_lane(x, row) for x in (old_scale, scale)])
-        sums = self._sums(values, operands, scales, sums)
-        return [new_top, total, *sums]
-
-    def _scores(
-        self,
-        keys: Any,
-        tile: int,
-        table: list[Any],
-        step: Any,
-        offset: Any,
-        knots: Any,
-        in_block: Any,
-    ) -> list[Any]:
-        """Of tokens ``g``, ``g + 8``, ``g + 16`` and ``g + 24`` of a tile with row ``t``."""
-        warp, p = self.warp, self.problem
-        words = []
-        for number in range(p.steps):
-            width = min(4, p.key_stages // 32 - 4 * number)
-            # Lanes without words of their own read others' and meet entries of 0.
-            t = self.t if width == 4 else warp.unsigned_min(self.t, width - 1)
-            address = keys + (self.g * width + t) * 16
-            shift = tile * p.key_stages * 4 + number * STEP * 4
-            words.append(warp.load_shared(address, shift, n=4))
-        found = []
-        for half in range(2):
-            counts: list[Any] = [None] * COLUMNS
-            for number, word in enumerate(words):
-                for i in range(COLUMNS):
-                    counts[i] = warp.narrow_binary_product(
-                        word[2 * half : 2 * half + 2], table[number * COLUMNS + i], counts[i]
-                    )
-            start = tile * TILE + half * 16
-            share = self._share_of_mean(knots, in_block, start, offset)
-            for pair in range(2):
-                dot = warp.floating(0.0)
-                for i in range(COLUMNS):
-                    for e in range(2):
-                        plane = 2 * i + e
-                        weight = 2.0 ** (plane + 116)
-                        weight = -weight if plane == PLANES - 1 else weight
-                        count = warp.from_bits(counts[i][2 * pair + e])
-                        dot = warp.fma(count, warp.floating(weight), dot)
-                found.append(warp.fma(dot, step, share[pair]))
-        return found
-
-    def _share_of_mean(self, knots: Any, in_block: Any, start: int, offset: Any) -> list[Any]:
-        """Offset and mean key's share of tokens ``start + g`` and ``start + g + 8`` of a chunk."""
-        warp, p = self.warp, self.problem
-        if not p.every:
-            return [offset, offset]
-        token = in_block * CHUNK + start
-        address = knots + warp.wide(token // p.every) * 4
-        before, after = (warp.load_global(address, 4 * i, kind="f")[0] for i in (0, 1))
-        slope = (after - before) * (1 / p.every)
-        base = before + offset
-        into = token % p.every + self.g
-        return [warp.fma(slope, warp.to_float(into + more), base) for more in (0, 8)]
-
-    def _sums(
-        self, values: Any, operands: list[Any], scales: list[Any], sums: list[Any]
-    ) -> list[Any]:
-        """Sums over the chunk's tokens of probability × bit, joined to those so far."""
-        warp, p = self.warp, self.problem
-        new = []
-        # Sums begin at 2 ** 23, so that their bits are those of a float32.
-        origin = [
-            warp.fma(scale, warp.floating(-(2.0**23)), warp.floating(0.0)) for _, scale in scales
-        ]
-        for first in range(0, p.value_stages, SPAN):
-            width = min(SPAN, p.value_stages - first)
-            counts = [[warp.integer(0x4B000000)] * 4 for _ in range(width // 16)]
-            for tile, operand in enumerate(operands):
-                shift = (tile * p.value_stages + first) * 4
-                if width == SPAN:
-                    halves = warp.load_shared(values + warp.lane * 8, shift, n=2)
+    def _products_of(self, table: Table, codes: list[list]) -> list:
+        """Sums of entries, of tokens g and g + 8: counts of common bits by their weights."""
+        warp = self.warp
+        sums: list = [None, None]
+        for column in range(COLUMNS):
+            counts: Any = None
+            for step in range(0, len(codes) - 1, 2):
+                both = [table.columns[step + i][column] for i in range(2)]
+                counts = warp.binary_product([*codes[step], *codes[step + 1]], both, counts)
+            if len(codes) % 2:
+                last = table.columns[-1][column]
+                if counts is None:
+                    counts = warp.short_binary_product(codes[-1], last)
                 else:
-                    (word,) = warp.load_shared(values + warp.lane * 4, shift)
-                    halves = [word, word >> 4]
-                for i in range(width // 16):
-                    bits = [
-                        half & (0x01010101 << (2 * i + row)) for half in halves for row in (0, 1)
-                    ]
-                    counts[i] = warp.byte_product(bits, operand, counts[i])
-            for i, count in enumerate(counts):
-                for j in range(4):
-                    old_scale, scale = scales[j & 1]
-                    old = sums[(first // 16 + i) * 4 + j]
-                    rest = warp.fma(old, old_scale, origin[j & 1])
-                    new.append(warp.fma(warp.from_bits(count[j]), scale, rest))
-        return new
+                    none = warp.integer(0)
+                    counts = warp.binary_product([*codes[-1], none, none], [last, none], counts)
+            for token in range(2):
+                for i in range(2):
+                    bit = 2 * column + i
+                    sign = -1.0 if bit == BITS - 1 else 1.0
+                    weight = warp.floating(sign * COUNT * 2.0**bit)
+                    count = warp.from_bits(counts[2 * token + i])
+                    so_far = sums[token]
+                    sums[token] = (
+                        count * weight if so_far is None else warp.fma(count, weight, so_far)
+                    )
+        return sums
 
-    def _merge(self, top: Any, total: Any, *sums: Any) -> None:
-        """The sums of all warps of the thread block together, to global memory."""
-        warp, p, warps = self.warp, self.problem, self.config.warps
+    def _shares(self, table: Table, chunk: Any) -> Callable[[int], list]:
+        """Offset and mean key's share of the lane's row, of the lane's four tokens of a tile."""
+        warp, every = self.warp, self.problem.every
+        if not every:
+            return lambda _: [table.offset] * 4
+        if every == 1:
+            place = table.shares + warp.wide(chunk * (self.config.tokens * 4) + self.g * 4)
+
+            def each(tile: int) -> list:
+                at = [(tile * TILE + 8 * w) * 4 for w in range(4)]
+                return [warp.load_written(place, x, kind="f")[0] + table.offset for x in at]
+
+            return each
+        lead = mosaic_gpu_products.LEAD * 4
+        own = self.g // every if every < 8 else warp.integer(0)
+        place = table.shares + warp.wide(chunk * (self.config.tokens // every * 4) + own * 4)
+        since = warp.to_float(self.g % every if every < 8 else self.g)
+        read: dict[int, Any] = {}
+
+        def knot(i: int) -> Any:
+            if i not in read:
+                (read[i],) = warp.load_written(place, lead + i * 4, kind="f")
+            return read[i]
+
+        def between(tile: int) -> list:
+            found = []
+            for w in range(4):
+                i, rest = divmod(tile * TILE + 8 * w, every)
+                gain = (knot(i + 1) - knot(i)) * (1 / every)
+                here = since + float(rest) if rest else since
+                found.append(warp.fma(gain, here, knot(i) + table.offset))
+            return found
+
+        return between
+
+    def _probabilities(self, scores: list[list], most: Any) -> tuple[list, Any]:
+        """Right operands of byte products, two words a tile, and the sum of the lane's tokens.
+
+        Columns are the upper bytes of the four rows, then the lower ones. A lane's four tokens of a
+        tile are the four bytes of a word. Cost, a tile: 4 × (FADD, EX2, FFMA), 4 PRMT, 4 SHFL.
+        """
+        warp = self.warp
+        source = (self.t << 2) + (self.g & 3)
+        upper_columns = warp.less(self.g, 4)
+        sums = [warp.integer(0)] * 2
+        operands = []
+        most_bits, large = warp.floating(2.0**PROBABILITY_BITS - 1), warp.floating(LARGE)
+        for tile in scores:
+            p = [warp.bits_of(warp.fma(warp.exp2(x - most), most_bits, large)) for x in tile]
+            a, b = (warp.choose_bytes(*p[i : i + 2], 0x5140) for i in (0, 2))
+            both = [warp.choose_bytes(a, b, x) for x in (0x5410, 0x7632)]
+            sums = [warp.sum_bytes(x, so_far) for x, so_far in zip(both, sums, strict=True)]
+            operand = []
+            for lane in (source, source + 16):
+                low, high = (warp.from_lane(x, lane) for x in both)
+                operand.append(warp.select(upper_columns, high, low))
+            operands.append(operand)
+        return operands, warp.to_float(sums[0] + (sums[1] << 8))
+
+    def _bits(self, values: Any, span: int, columns: list) -> list:
+        """Sums of probabilities where bits are set, of 64 stages: float32 from `LARGE` on, as bits.
+
+        Each four of the result are a product's: classes 2 i and 2 i + 1 of stages, whose bits stand
+        at another place of a byte, and which are 2 to this place times what they should be. Cost,
+        four tiles: 16 products, 64 LOP3, 4 LDS of 8 bytes.
+        """
+        warp, p = self.warp, self.problem
+        whole = p.value_stages - span * SPAN >= SPAN
+        products = 4 if whole else 2
+        sums = [[warp.bits_of(warp.floating(LARGE))] * 4 for _ in range(products)]
+        for tile, operand in enumerate(columns):
+            at = tile * p.value_stages * 4 + span * SPAN * 4
+            if whole:
+                first, second = warp.load_shared(values + warp.lane * 8, at, 2)
+            else:
+                (first,) = warp.load_shared(values + warp.lane * 4, at)
+                second = first >> 4
+            for i in range(products):
+                masks = [0x01010101 << (2 * i + j) for j in range(2)]
+                left = [word & mask for word in (first, second) for mask in masks]
+                sums[i] = warp.byte_product(left, operand, sums[i])
+        return [x for product in sums for x in product]
+
+    # The end.
+
+    def _together(self, top: Any, total: Any, sums: list) -> None:
+        """The sum of all warps, out to global memory."""
+        warp, config, memory = self.warp, self.config, self.memory
         for mask in (4, 8, 16):
             total = total + warp.from_lane_xor(total, mask)
-        warp.sync_block()  # nobody reads codes any more
-        tops = self.base + warps * p.sum_bytes
-        totals = tops + warps * ROWS * 4
-        mine = (warp.index * ROWS + self.t) * 4
-        leads = warp.less(warp.lane, ROWS)
-        warp.store_shared(tops + mine, [top], where=leads)
-        warp.store_shared(totals + mine, [total], where=leads)
-        own = self.base + warp.index * p.sum_bytes + self.g * (ROWS * 4) + self.t * 8
-        is_high = warp.less(self.t, 2)
-        for i in range(p.row_tiles):
-            for row in range(2):
-                # A bit's place in its byte has been a weight.
-                weight = 2.0 ** -(2 * (i % (SPAN // 16)) + row)
-                pair = []
-                for column in range(2):
-                    part = sums[4 * i + 2 * row + column]
-                    low = warp.from_lane_xor(part, 2)
-                    both = warp.fma(part, warp.floating(256.0), low)
-                    pair.append(both * weight)
-                stage = 16 * i + 8 * row
-                warp.store_shared(own, pair, stage * ROWS * 4, where=is_high)
+        facts = self.base + config.warps * (ROWS * memory.sums)
+        own = facts + warp.index * (2 * ROWS * 4) + self.t * 4
+        first = warp.equal(self.g, 0)
+        warp.store_shared(own, [top], where=first)
+        warp.store_shared(own, [total], ROWS * 4, where=first)
+        # Columns of upper bytes, in lanes t < 2, and those of lower ones.
+        place = self.base + warp.index * (ROWS * memory.sums) + self.g * 4
+        place = place + self.t * (2 * memory.sums)
+        upper = warp.less(self.t, 2)
+        for i, x in enumerate(sums):
+            product, (row, column) = i // 4, divmod(i % 4, 2)
+            bit = product % 4 * 2 + row
+            both = warp.fma(x, warp.floating(256.0), warp.from_lane_xor(x, 2)) * 2.0**-bit
+            stage = product // 4 * SPAN + 8 * bit
+            warp.store_shared(place, [both], column * memory.sums + stage * 4, where=upper)
         warp.sync_block()
+        # Lane 4 w + q: warps w, w + 8, row q.
+        tops, totals = [], []
+        for start in range(0, config.warps, 8):
+            at = facts + (self.g + start) * (2 * ROWS * 4) + self.t * 4
+            tops += warp.load_shared(at, kind="f")
+            totals += warp.load_shared(at, ROWS * 4, kind="f")
+        most = functools.reduce(warp.fmax, tops)
+        for mask in (4, 8, 16):
+            most = warp.fmax(most, warp.from_lane_xor(most, mask))
+        scale = warp.signed_max(warp.floor(most) + 1, warp.integer(EMPTY))
+        less = warp.to_float(scale)
+        weights = [warp.exp2(x - less) for x in tops]
+        total = warp.floating(0.0)
+        for x, weight in zip(totals, weights, strict=True):
+            total = warp.fma(x, weight, total)
+        for mask in (4, 8, 16):
+            total = total + warp.from_lane_xor(total, mask)
+        out = warp.less(warp.index * 32 + warp.lane, ROWS)
+        place = self.at.scale + warp.wide(warp.block * (ROWS * 4) + self.t * 4)
+        warp.store_global(place, [scale], where=out)
+        self._write(weights, total)
 
-        row = warp.lane & 3
-        found = [warp.load_shared(tops + row * 4, w * ROWS * 4, kind="f")[0] for w in range(warps)]
-        most = found[0]
-        for x in found[1:]:
-            most = warp.fmax(most, x)
-        shares = [warp.exp2(x - most) for x in found]
-        part = warp.wide(warp.block)
-        thread = warp.index * 32 + warp.lane
-        for begin in range(0, p.value_stages * ROWS, warps * 32):
-            element = thread + begin
-            inside = warp.less(element, p.value_stages * ROWS)
-            where = self.base + warp.unsigned_min(element, p.value_stages * ROWS - 1) * 4
-            value = warp.floating(0.0)
-            for w, share in enumerate(shares):
-                (x,) = warp.load_shared(where, w * p.sum_bytes, kind="f")
-                value = warp.fma(x, share, value)
-            to = self.at.sums + part * p.sum_bytes + warp.wide(element) * 4
-            warp.store_global(to, [value], where=inside)
-        all_total = warp.floating(0.0)
-        for w, share in enumerate(shares):
-            (x,) = warp.load_shared(totals + row * 4, w * ROWS * 4, kind="f")
-            all_total = warp.fma(x, share, all_total)
-        leads = leads & warp.equal(warp.index, 0)
-        to = part * (ROWS * 4) + warp.wide(row) * 4
-        warp.store_global(self.at.total + to, [all_total], where=leads)
-        warp.store_global(self.at.top + to, [most], where=leads)
+    def _write(self, weights: list, total: Any) -> None:
+        """Probability that has either bit, of 32 stages of a row at a time.
+
+        Args:
+            weights: of warps ``lane // 4 + 8 i`` and row ``lane % 4``.
+            total: of row ``lane % 4``.
+        """
+        warp, p, config, memory = self.warp, self.problem, self.config, self.memory
+        units = p.value_stages // 32
+        index = warp.integer(config.warps - 1) - warp.index
+        rounds = (warp.integer(ROWS * units + config.warps - 1) - index) // config.warps
+
+        def unit(i: Any, _: list) -> list:
+            number = i * config.warps + index
+            row, stage = number // units, number % units * 32 + warp.lane
+            place = self.base + row * memory.sums + stage * 4
+            mass = warp.floating(0.0)
+            for w in range(config.warps):
+                (x,) = warp.load_shared(place, w * ROWS * memory.sums, kind="f")
+                weight = warp.from_lane(weights[w // 8], row + 4 * (w % 8))
+                mass = warp.fma(x, weight, mass)
+            of_row = warp.from_lane(total, row)
+            out = self.at.histogram + warp.wide(warp.block * ROWS + row) * (p.value_stages * 8)
+            both = [(of_row - mass) * MASS, mass * MASS]
+            warp.store_global(out + warp.wide(stage * 8), both)
+            return []
+
+        warp.loop(rounds, [], unit)

@@ -224,9 +224,9 @@ class Warp:
             return self._ptx("prmt.b32 $0, $1, $2, $3;", "r", a, b, selector)
         return self._ptx(f"prmt.b32 $0, $1, $2, {selector};", "r", a, b)
 
-    def add_bytes(self, x: Value, total: Value) -> Value:
-        """The four bytes of ``x`` and ``total`` added up, unsigned."""
-        return self._ptx(f"dp4a.u32.u32 $0, $1, {0x01010101}, $2;", "r", x, total)
+    def sum_bytes(self, x: Value, c: Value) -> Value:
+        """The sum of the four bytes of a word, and ``c``."""
+        return self._ptx(f"dp4a.u32.u32 $0, $1, {0x01010101}, $2;", "r", x, c)
 
     def rotate_left(self, x: Value, n: Value) -> Value:
         """The word turned by ``n`` bits."""
@@ -284,7 +284,7 @@ class Warp:
         return self._ptx(code, x.kind, x, effects=True)
 
     def from_lane(self, x: Value, lane: Value) -> Value:
-        """The value of another lane, which each lane names."""
+        """The value of the lane of this number."""
         code = f"shfl.sync.idx.b32 $0, $1, $2, 0x1f, {FULL};"
         return self._ptx(code, x.kind, x, lane, effects=True)
 
@@ -360,30 +360,26 @@ class Warp:
         )
         return self._ptx(code, "rrrr", *a, *b, *(c or [self.integer(0)] * 4))
 
-    def narrow_binary_product(
-        self, a: Sequence[Value], b: Value, c: Sequence[Value] | None = None
-    ) -> list[Value]:
-        """Counts of common bits, ``[16, 8]`` = ``[16, 128] × [128, 8]`` bits, added to ``c``.
+    def short_binary_product(self, a: Sequence[Value], b: Value) -> list[Value]:
+        """`binary_product` of half as many bits: ``[16, 8]`` = ``[16, 128] × [128, 8]``.
 
-        Operands and result lie in registers as PTX lays out ``m16n8k128``: with ``g = lane // 4``
-        and ``t = lane % 4``, ``a`` holds 32 bits of row g and of row g + 8 at 32 t; ``b`` 32 bits
-        of column g at 32 t; the result rows g and g + 8, columns 2 t and 2 t + 1 each.
+        ``a`` holds 32 bits of row g and of row g + 8 at 32 t, ``b`` of column g.
         """
         code = (
             "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
-            "{$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};"
+            "{$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$7,$7,$7};"
         )
-        return self._ptx(code, "rrrr", *a, b, *(c or [self.integer(0)] * 4))
+        return self._ptx(code, "rrrr", *a, b, self.integer(0))
 
     def byte_product(
         self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value]
     ) -> list[Value]:
-        """``[16, 8]`` = ``[16, 32] × [32, 8]`` unsigned bytes, added to ``c`` as integers.
+        """``[16, 8]`` = ``[16, 32] × [32, 8]`` bytes without sign, added to ``c`` in 32 bits.
 
-        Operands and result lie in registers as PTX lays out ``m16n8k32``, four bytes a word,
-        lowest first: with ``g = lane // 4`` and ``t = lane % 4``, ``a`` holds rows g and g + 8 at
-        4 t to 4 t + 3, then the same at 4 t + 16; ``b`` column g at 4 t, then at 4 t + 16; the
-        result rows g and g + 8, columns 2 t and 2 t + 1 each.
+        Operands and result lie in registers as PTX lays out ``m16n8k32``, four bytes a word, lower
+        bits first: with ``g = lane // 4`` and ``t = lane % 4``, ``a`` holds row g and row g + 8 at
+        4 t …, then the same at 4 t + 16 …; ``b`` column g at 4 t …, then at 4 t + 16 …; the result
+        rows g and g + 8, columns 2 t and 2 t + 1 each.
         """
         code = (
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 "

@@ -133,8 +133,8 @@ class Lanes:
             out |= np.where(pick & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
         return out
 
-    def add_bytes(self, x, total):
-        return total + sum((x >> np.uint32(8 * i)) & np.uint32(255) for i in range(4))
+    def sum_bytes(self, x, c):
+        return c + x.view(np.uint8).reshape(32, 4).sum(axis=1).astype(np.uint32)
 
     def rotate_left(self, x, n):
         n = n.astype(np.uint64) % 32
@@ -254,23 +254,22 @@ class Lanes:
         new = [counts[r, s] for r, s in zip(rows, columns, strict=True)]
         return new if c is None else [x + y for x, y in zip(new, c, strict=True)]
 
-    def narrow_binary_product(self, a, b, c=None):
-        zero = np.zeros(32, np.uint32)
-        return self.binary_product([*a, zero, zero], [b, zero], c)
+    def short_binary_product(self, a, b):
+        none = self.integer(0)
+        return self.binary_product([*a, none, none], [b, none])
 
     def byte_product(self, a, b, c):
         self._all()
-        g, t = LANES // 4, LANES % 4
+        g, t, byte = LANES // 4, LANES % 4, np.arange(4)
         left, right = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
-        for j in range(4):
-            for i in range(4):  # (row g or g + 8, first or second half)
-                number = a[i] >> np.uint32(8 * j) & np.uint32(255)
-                left[g + 8 * (i % 2), i // 2 * 16 + 4 * t + j] = number
-            for i in range(2):
-                right[i * 16 + 4 * t + j, g] = b[i] >> np.uint32(8 * j) & np.uint32(255)
+        for i in range(4):
+            columns = i // 2 * 16 + 4 * t[:, None] + byte
+            left[g[:, None] + 8 * (i % 2), columns] = a[i].view(np.uint8).reshape(32, 4)
+        for i in range(2):
+            right[i * 16 + 4 * t[:, None] + byte, g[:, None]] = b[i].view(np.uint8).reshape(32, 4)
         sums = (left @ right).astype(np.uint32)
-        places = [(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]
-        return [sums[place] + x for place, x in zip(places, c, strict=True)]
+        rows, columns = (g, g, g + 8, g + 8), (2 * t, 2 * t + 1, 2 * t, 2 * t + 1)
+        return [sums[r, s] + x for r, s, x in zip(rows, columns, c, strict=True)]
 
     def bfloat16_product(self, a, b, c=None):
         return self._product(a, b, c, lambda bits: (bits << np.uint32(16)).view(np.float32))

@@ -3,8 +3,7 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `operation`) prints what ptxas says about the
 kernel, ``nearest``, ``sums`` or ``cluster`` what about those of k-means,
-``planes`` what about that of bit planes (of `planes_module`), ``recent`` what about that of exact
-tokens, ``finish`` what about that after attention, ``greedy``
+``recent`` what about that of exact tokens, ``planes`` what about that of bit planes, ``finish`` what about that after attention, ``greedy``
 what about that which encodes,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
@@ -110,24 +109,35 @@ def sums_module(P=2, n=4096, d=128, K=256, kinds=1, **given):
     return only_module(add, points, code, *(s((P, i, n), jnp.float32) for i in (kinds, 2)))
 
 
-def planes_arguments(B=8, T=1, H=8, q=4, N=4, b=1024, d=128, R=128, S=128, share=1):
-    """Shapes of `mosaic_gpu_planes.attend_planes`."""
-    s = jax.ShapeDtypeStruct
-    return (
-        s((B, T, H, q, d), jnp.float32),
-        s((H, d), jnp.float32),
-        s((d // 2,), jnp.float32),
-        s((B, H // share, N, b // 32, R), jnp.uint32),
-        s((B, H // share, N, b // 32, S), jnp.uint32),
-        s((H, 1, R, 2, d), jnp.bfloat16),
-        s((H, 1, S, 2, d), jnp.bfloat16),
-        s((B,), jnp.int32),
-    )
+def planes_shapes(B=2, T=1, H=8, s=1, q=4, N=16, b=1024, d=128, R=128, S=128):
+    """Arguments of attend_planes, without numbers."""
+    a = jax.ShapeDtypeStruct
+    return {
+        "query": a((B, T, H, q, d), jnp.float32),
+        "mean": a((H, d), jnp.float32),
+        "inv_freq": a((d // 2,), jnp.float32),
+        "key_planes": a((B, H // s, N, b // 32, R), jnp.uint32),
+        "value_planes": a((B, H // s, N, b // 32, S), jnp.uint32),
+        "key_codewords": a((H, 1, R, 2, d), jnp.bfloat16),
+        "value_codewords": a((H, 1, S, 2, d), jnp.bfloat16),
+        "blocks": a((B,), jnp.int32),
+    }
 
 
-def planes_module(every=16, fills=4, **sizes):
-    attend = functools.partial(mosaic_gpu_planes.attend_planes, every=every, fills=fills)
-    return only_module(attend, *planes_arguments(**sizes))
+def planes_operation(sizes):
+    """`attend_planes` as a function of its arguments, and these; ``recent=1`` as `operation`."""
+    sizes = dict(sizes)
+    how = {name: sizes.pop(name) for name in HOW if name in sizes}
+    arguments = planes_shapes(**sizes)
+    if how.pop("recent", 0):
+        arguments["recent"] = exact(**sizes)
+    attend = functools.partial(mosaic_gpu_planes.attend_planes, **how)
+    return lambda x: attend(**x), arguments
+
+
+def planes_module(**sizes):
+    """Module of the kernel of a `planes_operation`."""
+    return max(modules(*planes_operation(sizes)), key=len)
 
 
 def recent_module(B=2, H=8, q=4, d=128, S=4, C=640):
@@ -316,7 +326,7 @@ if __name__ == "__main__":
     what, *sizes = sys.argv[1:]
     numbers = {name: int(value) for name, value in (a.split("=") for a in sizes)}
     library = str(plugin._get_library_path())
-    if what in ("nearest", "sums", "planes", "recent", "finish", "greedy"):
+    if what in ("nearest", "sums", "recent", "finish", "greedy", "planes"):
         make = {
             "planes": planes_module,
             "nearest": nearest_module,

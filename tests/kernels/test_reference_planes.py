@@ -59,7 +59,7 @@ def make(case, seed=0):
 
     bits = [rng.integers(0, 2, (c.B, c.H // c.s, c.N, c.b, n)).astype(np.uint8) for n in (c.R, c.S)]
     arrays = {
-        "query": c.scale * normal(c.B, c.T, c.H, c.q, c.d) / np.sqrt(c.R),
+        "query": normal(c.B, c.T, c.H, c.q, c.d) * np.float32(c.scale / np.sqrt(c.R)),
         "mean": normal(c.H, c.d) if c.mean else None,
         "inv_freq": 10.0 ** -np.linspace(0, 3, c.d // 2, dtype=np.float32),
         "key_planes": planes.keys_to_planes(bits[0]),
