@@ -331,8 +331,8 @@ def problem_of(
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
     sizes = batch, tokens, heads, group, heads // shared, n, block, dim
-    stages = key_codewords.shape[2], value_codewords.shape[2]
-    problem = Problem(*sizes, *stages, 0 if mean is None else every, stride, fills)
+    of_sides = key_codewords.shape[2], value_codewords.shape[2]
+    problem = Problem(*sizes, *of_sides, 0 if mean is None else every, stride, fills)
     if n:
         choose_config(problem)
     return problem
