@@ -72,6 +72,63 @@ def attend_tiles(
     )
 
 
+def attend_planes(
+    query: Float[Array, "B T H q d"],
+    mean: Float[Array, "H d"] | None,
+    inv_freq: Float[Array, " d/2"],
+    key_planes: UInt32[Array, "B H/s N tiles R"],
+    value_planes: UInt32[Array, "B H/s N tiles S"],
+    key_codewords: Float[Array, "H 1 R 2 d"],
+    value_codewords: Float[Array, "H 1 S 2 d"],
+    blocks: Int[Array, " B"],
+    *,
+    first: int | Int[Array, ""] = 0,
+    stride: int = 1,
+    every: int = 1,
+    fills: int = 1,
+    recent: Recent | None = None,
+    dtype: DTypeLike = jnp.float32,
+    implementation: Implementation | None = None,
+) -> Part:
+    """Attend as `gsrq_jax.kernels.reference.attend_planes` does, by one implementation or another.
+
+    Args:
+        query: scaled queries, rotated at their own positions, float32.
+        mean: mean key before RoPE; None is one of zeros.
+        inv_freq: rotary frequencies.
+        key_planes: see `gsrq_jax.kernels.planes.keys_to_planes`.
+        value_planes: see `gsrq_jax.kernels.planes.values_to_planes`.
+        key_codewords: of this layer.
+        value_codewords: of this layer.
+        blocks: valid blocks of each sequence; the others are not read.
+        first: position of the first token of block 0.
+        stride: blocks of the sequence from one of these to the next.
+        every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`.
+        fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
+        recent: exact tokens in the same softmax; what is returned is all of it.
+        dtype: of the values that are returned.
+        implementation: ``fused``, the GPU kernel, or ``reference``, plain jnp. None takes the
+            kernel where it is supported, and else the reference with a warning that says why,
+            once for each reason.
+
+    Returns:
+        The softmax-weighted values (0 where there are none) and the log-sum-exp of the scores
+        (-inf there).
+
+    Raises:
+        InputError: if the implementation asked for is unknown or does not support this.
+    """
+    arrays = query, mean, inv_freq, key_planes, value_planes, key_codewords, value_codewords, blocks
+    how = {"stride": stride, "every": every, "fills": fills}
+    return _by(
+        implementation,
+        functools.partial(mosaic_gpu_planes.check_supported, *arrays, **how),
+        functools.partial(mosaic_gpu_planes.attend_planes, *arrays, recent=recent, dtype=dtype),
+        _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays)),
+        {"first": first, **how},
+    )
+
+
 def attend_words(
     query: Float[Array, "B T H q d"],
     mean: Float[Array, "H d"] | None,
@@ -99,42 +156,6 @@ def attend_words(
         _with(query, recent, dtype, functools.partial(mosaic_tpu.attend_words, *arrays)),
         _with(query, recent, dtype, functools.partial(reference.attend_words, *arrays)),
         {"first": first, "stride": stride, "every": every},
-    )
-
-
-def attend_planes(
-    query: Float[Array, "B T H q d"],
-    mean: Float[Array, "H d"] | None,
-    inv_freq: Float[Array, " d/2"],
-    key_planes: UInt32[Array, "B H/s N tiles R"],
-    value_planes: UInt32[Array, "B H/s N tiles S"],
-    key_codewords: Float[Array, "H 1 R 2 d"],
-    value_codewords: Float[Array, "H 1 S 2 d"],
-    blocks: Int[Array, " B"],
-    *,
-    first: int | Int[Array, ""] = 0,
-    stride: int = 1,
-    every: int = 1,
-    fills: int = 1,
-    recent: Recent | None = None,
-    dtype: DTypeLike = jnp.float32,
-    implementation: Implementation | None = None,
-) -> Part:
-    """`gsrq_jax.kernels.reference.attend_planes`, by the implementation of that name.
-
-    Arguments and errors are those of `attend_tiles`.
-    """
-    codes, books = (key_planes, value_planes), (key_codewords, value_codewords)
-    arrays = (query, mean, inv_freq, *codes, *books, blocks)
-    check = functools.partial(
-        mosaic_gpu_planes.check_supported, *arrays, stride=stride, every=every, fills=fills
-    )
-    return _by(
-        implementation,
-        check,
-        functools.partial(mosaic_gpu_planes.attend_planes, *arrays, recent=recent, dtype=dtype),
-        _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays)),
-        {"first": first, "stride": stride, "every": every, "fills": fills},
     )
 
 

@@ -47,8 +47,8 @@ ENTRY_MOST = 2.0 ** (BITS - 1) - 1
 COLUMNS = BITS // 2
 """Right operands of binary products: two bits of four rows are the eight columns of one."""
 COUNT = 2.0 ** (128 - BITS)
-"""What the float32 with the bits of a count, ``count · 2**-149``, is multiplied by for the lowest bit: such
-that the product for the highest one is a number of float32."""
+"""The lowest bit's weight, by which the float32 with the bits of a count is multiplied. That of the
+highest one is still a number of float32."""
 UNIT_OF_SUM = COUNT * 2.0**-149
 LARGE = 2.0**23
 """Its bits and an integer below it, added, are those of their sum as float32."""
@@ -331,8 +331,8 @@ def problem_of(
     if blocks.shape != (batch,) or not jnp.issubdtype(blocks.dtype, jnp.integer):
         refuse("blocks", f"{blocks.dtype} {blocks.shape}", f"integers ({batch},)")
     sizes = batch, tokens, heads, group, heads // shared, n, block, dim
-    stages = key_codewords.shape[2], value_codewords.shape[2]
-    problem = Problem(*sizes, *stages, 0 if mean is None else every, stride, fills)
+    of_sides = key_codewords.shape[2], value_codewords.shape[2]
+    problem = Problem(*sizes, *of_sides, 0 if mean is None else every, stride, fills)
     if n:
         choose_config(problem)
     return problem

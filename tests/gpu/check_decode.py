@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -231,20 +230,7 @@ def exact_of(r: reference.Recent) -> tuple[Any, Any, Any]:
     return *arrays, mask
 
 
-def tile_codes(coded: dict[str, Any]) -> tuple[Any, Any]:
-    """Codeword indices ``[B, H, N, b, R]`` of keys and values in tiles."""
-    key_words, value_words = coded["key_codewords"], coded["value_codewords"]
-    keys = tiles.keys_from_tiles(coded["key_tiles"], *key_words.shape[2:4])
-    return keys, tiles.values_from_tiles(coded["value_tiles"], value_words.shape[2])
-
-
-def in_float64(
-    coded: dict[str, Any],
-    *,
-    every: int,
-    fills: int,
-    codes_of: Callable[[dict[str, Any]], tuple[Any, Any]] = tile_codes,
-) -> tuple[Any, Any]:
+def in_float64(coded: dict[str, Any], *, every: int, fills: int) -> tuple[Any, Any]:
     """Softmax attention over decoded keys and values, all of it in float64."""
 
     def written_out(codes: Any, codewords: Any) -> Any:  # [B H N b R], [H 1 R K d]
@@ -260,7 +246,8 @@ def in_float64(
     @jax.jit
     def run(coded: dict[str, Any]) -> tuple[Any, Any]:
         key_words, value_words = coded["key_codewords"], coded["value_codewords"]
-        keys, values = codes_of(coded)
+        keys = tiles.keys_from_tiles(coded["key_tiles"], *key_words.shape[2:4])
+        values = tiles.values_from_tiles(coded["value_tiles"], value_words.shape[2])
         keys = written_out(keys, key_words)
         n, b = keys.shape[2:4]
         if coded["mean"] is not None:

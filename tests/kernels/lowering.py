@@ -3,7 +3,8 @@
 As a program, with a libcuda, fake or not, on the library path:
 ``python lowering.py assemble NAME=NUMBER …`` (of `operation`) prints what ptxas says about the
 kernel, ``nearest``, ``sums`` or ``cluster`` what about those of k-means,
-``recent`` what about that of exact tokens, ``planes`` what about that of bit planes, ``finish`` what about that after attention, ``greedy``
+``recent`` what about that of exact tokens, ``planes`` what about that of bit planes,
+``finish`` what about that after attention, ``greedy``
 what about that which encodes,
 ``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
 lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
