@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and docs/kernels.md from results: ``python tools/make_tables.py``.
+"""Fill the tables of README.md and docs/ from results: ``python tools/make_tables.py``.
 
 With ``--check`` nothing is written; the exit code says whether the tables are those of the files.
 """
@@ -116,6 +116,39 @@ def presets() -> str:
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     sources = [x for x in MEASURED.values() if (ROOT / f"results/training/{x}.json").exists()]
     return "\n".join([*lines, "", *(f"- {source(f'training/{x}')}" for x in sources)])
+
+
+PLANES = ("planes-1", "gsrq-kernel-1", "gsrq-windows-1", "planes-heads-1", "gsrq-trained-1")
+"""Trained codebooks at 1 bit: planes beside the codes that each is to replace."""
+
+
+def planes() -> str:
+    """A line a set of codebooks: its code, its training, and what it costs with a beam of 8."""
+    texts = {"fidelity": (128, 32, 0), "second-domain": (128,)}
+    cells: dict[str, list[str]] = {name: [] for name in PLANES}
+    for folder, windows in texts.items():
+        found = make_results.fidelity_rows(make_results.files(f"{folder}/2048/*-w*.json"))
+        rises = {(r["method"], r["window"]): r["rise"] for r in found}
+        for name, window in ((name, w) for name in PLANES for w in windows):
+            cells[name].append(f"{rises[f'{name}/codebooks+beam8', window]:+.2%}")
+    lines = [
+        "| codebooks | codewords a stage | heads a code | stages by | steps of distillation | "
+        "W = 128 | W = 32 | W = 0 | Python source, W = 128 |",
+        "| --- " * 9 + "|",
+    ]
+    for name in PLANES:
+        config = load(f"training/{name}")["config"]
+        code = (
+            config["codewords"],
+            config.get("heads", 1),
+            config["allocate"],
+            config["distill"]["steps"],
+        )
+        lines.append(f"| {name} | {' | '.join(map(str, code))} | {' | '.join(cells[name])} |")
+    sources = [
+        f"- {source(f'training/{x}')}".replace("(results/", "(../results/") for x in PLANES[::3]
+    ]
+    return "\n".join([*lines, "", *sources])
 
 
 def heads() -> str:
@@ -291,6 +324,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "peers": peers,
         "speed": speed,
     },
+    "docs/planes.md": {"planes": planes},
     "docs/kernels.md": {
         "layer": layer,
         "loops now": functools.partial(loops, NOW),

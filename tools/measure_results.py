@@ -200,6 +200,11 @@ def ablations(inputs: Inputs) -> Iterator[Job]:
                 )
 
 
+PLANES = (
+    *("--codewords", "2", "--beam", "8", "--fit.iterations", "24", "--distill.beam", "4"),
+    *("--block", "256", "--frame-blocks", "4", "--mean-every", "16"),
+    *("--distill.steps", "140", "--distill.check-every", "35"),
+)
 TRAINED: dict[str, tuple[str, ...]] = {
     "gsrq-fast-1": ("--preset", "fast", "--bits", "1"),
     "gsrq-windows-1": ("--preset", "balanced", "--bits", "1"),
@@ -239,6 +244,9 @@ TRAINED: dict[str, tuple[str, ...]] = {
         *("--preset", "balanced", "--bits", "1", "--allocate", "uniform"),
         *("--codewords", "16", "--block", "256", "--mean-every", "16"),
     ),
+    # Two codewords a stage.
+    "planes-1": ("--preset", "balanced", "--bits", "1", *PLANES),
+    "planes-heads-1": ("--preset", "best", "--bits", "1", *PLANES),
     "gsrq-trained-1-window0": (
         *("--preset", "best", "--bits", "1", "--allocate", "uniform", "--window", "0"),
         *("--distill.windows", "0"),
