@@ -40,6 +40,7 @@ from gsrq_jax.calibration import (
 )
 from gsrq_jax.codebook import Codebooks
 from gsrq_jax.errors import InputError, at_least
+from gsrq_jax.kernels.planes import UNIT
 from gsrq_jax.models import (
     distillation,
     evaluation,
@@ -330,7 +331,7 @@ def _run(config: TrainConfig) -> None:
             )
         codebook.save(
             config.out / "codebooks",
-            codebooks,
+            _as_kept(codebooks),
             model=model.fingerprint,
             extra={"config": plain(config), "tokens": tokens.size},
         )
@@ -359,6 +360,16 @@ def _run(config: TrainConfig) -> None:
             seconds=None if resumed else time.monotonic() - began,
         )
         processes.once(finish)
+
+
+def _as_kept(codebooks: Codebooks) -> Codebooks:
+    """The codebooks in the layout that attention reads fastest: `planes` where it takes them."""
+    if codebooks.spec.key.codewords > 2 or codebooks.spec.value.codewords > 2:
+        return codebooks
+    try:
+        return codec.respec(codebooks, layout="planes")
+    except InputError:  # such as outliers, or blocks of a few tokens
+        return codebooks
 
 
 def _share(sequences: int) -> tuple[slice, str]:
@@ -994,7 +1005,7 @@ def _allocate(
 def _granularity(spec: QuantSpec) -> int:
     """Stages that are given together: those of a byte, or of two codewords those of a word, which
     the kernels read; fewer if the stages to give are no multiple."""
-    unit = 32 if spec.key.codewords == 2 else max(1, 8 // spec.key.code_bits)
+    unit = UNIT if spec.key.codewords == 2 else max(1, 8 // spec.key.code_bits)
     return math.gcd(spec.key.stages, unit)
 
 

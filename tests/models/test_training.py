@@ -548,15 +548,21 @@ def test_sides_alone_of_heads_together(tiny_model, tmp_path, model):
     assert spec.bits == spec.stored_bits == 2
 
 
+def test_planes_that_their_layout_does_not_take_stay_packed(tiny_model, tmp_path):
+    flags = ["--model", str(tiny_model), "--out", str(tmp_path / "run"), *tiny.FLAGS]
+    commands.train([*flags, "--codewords", "2"])  # 8 stages, and blocks of 8 tokens
+    assert codebook.load(tmp_path / "run" / "codebooks").spec.layout == "packed"
+
+
 def test_two_codewords_a_stage_are_fitted_for_each_number_of_stages(tmp_path):
     """Bit planes: 64 stages for two heads of 32 channels together, given a word at a time."""
     folder = tiny.make_model_folder(tmp_path / "model", head_dim=32)
     flags = ["--model", str(folder), "--out", str(tmp_path / "run"), *tiny.FLAGS, "--heads", "2"]
-    flags += ["--codewords", "2", "--allocate", "layers", "--beam", "2"]
+    flags += ["--codewords", "2", "--allocate", "layers", "--beam", "2", "--block", "32"]
     commands.train([*flags, "--distill.steps", "2", "--distill.batch", "1"])
     books = codebook.load(tmp_path / "run" / "codebooks")
     spec = books.spec
-    assert (spec.bits, spec.code_heads, spec.beam) == (1, (2, 2), 2)
+    assert (spec.bits, spec.code_heads, spec.beam, spec.layout) == (1, (2, 2), 2, "planes")
     given = np.array([spec.key_stages, spec.value_stages])
     assert (given % 32 == 0).all()
     assert given.sum() == 4 * 64
