@@ -12,7 +12,7 @@ What limits it: histograms and codewords come from the second-level cache, one a
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from gsrq_jax.kernels.devices import PROCESSORS
 from gsrq_jax.kernels.mosaic_gpu import MOST_QUERY
 from gsrq_jax.kernels.mosaic_gpu_products import Rows
 from gsrq_jax.kernels.pieces import LN2, ROWS
+
+if TYPE_CHECKING:
+    from gsrq_jax.kernels import mosaic_gpu_planes
 
 WARPS = 16
 AHEAD = 8
@@ -40,7 +43,7 @@ NOTHING = -1e30
 class Problem:
     """The shapes of a call."""
 
-    of: mosaic_gpu.Problem
+    of: "mosaic_gpu.Problem | mosaic_gpu_planes.Problem"
     parts: int  # of the histogram
     beside: int  # other parts of the softmax
     short: bool = False  # whether the output is in bfloat16
@@ -81,7 +84,7 @@ def supports(words: Any) -> bool:
 
 
 def finish(
-    problem: mosaic_gpu.Problem,
+    problem: "mosaic_gpu.Problem | mosaic_gpu_planes.Problem",
     query: Float[Array, "B T H q d"],
     blocks: Int[Array, " B"],
     histogram: Float[Array, "pairs parts 4 S 16"],

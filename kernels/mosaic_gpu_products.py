@@ -29,7 +29,7 @@ from gsrq_jax.kernels.pieces import LN2, ROWS
 from gsrq_jax.kernels.precision import in_pieces
 
 if TYPE_CHECKING:
-    from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent
+    from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_planes, mosaic_gpu_recent
 
 FRAMES = 4
 """Blocks of a left operand: with `ROWS` each its 16 rows."""
@@ -102,7 +102,10 @@ class Rows:
     """Four query rows of a KV head and a sequence, said to a warp."""
 
     def __init__(
-        self, problem: "mosaic_gpu.Problem | mosaic_gpu_recent.Problem", warp: Any, pair: Any
+        self,
+        problem: "mosaic_gpu.Problem | mosaic_gpu_planes.Problem | mosaic_gpu_recent.Problem",
+        warp: Any,
+        pair: Any,
     ):
         self.problem, self.warp, self.pair = problem, warp, pair
         self.head = pair // (problem.batch * problem.row_groups)

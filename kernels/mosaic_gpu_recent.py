@@ -35,7 +35,7 @@ from gsrq_jax.kernels.pieces import LN2, ROWS
 from gsrq_jax.kernels.reference import Recent
 
 if TYPE_CHECKING:
-    from gsrq_jax.kernels import mosaic_gpu
+    from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_planes
 
 WARPS = 4
 AHEAD = 2
@@ -227,7 +227,7 @@ class RecentTokens:
         self,
         problem: Problem,
         warp: Any,
-        at: "Addresses | mosaic_gpu.Addresses",
+        at: "Addresses | mosaic_gpu.Addresses | mosaic_gpu_planes.Addresses",
         rows: Rows,
         base: Any,
         *,
