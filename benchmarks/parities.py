@@ -183,4 +183,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    commands.run(Config, main)
+    commands.run(Config, main, None)
