@@ -24,6 +24,7 @@ from gsrq_jax.kmeans import AxisName
 POINTS = 512
 """Points for each stage that are enough for a fit."""
 _RIDGE = 1e-4  # of the equations, relative to their mean diagonal: halves of a stage may be rare
+_LEAST = 1e-6  # the smallest multiple of the Gram matrix's mean diagonal that is added to it
 _BLOCK = 8  # stages between two products with all signs so far
 _EXACT = lax.Precision.HIGHEST
 Summed = Callable[[Array], Array]  # over all devices that have a share of the points
@@ -95,14 +96,16 @@ def _triangular(vectors: Float[Array, "R d"]) -> tuple[Float[Array, "R R"], Floa
     """
     back = vectors[::-1]
     gram = jnp.matmul(back, back.T, precision=_EXACT)
-    pull = jnp.maximum(_noise(vectors), jnp.finfo(jnp.float32).tiny)
-    upper = lax.linalg.cholesky(gram + pull * jnp.eye(len(back), dtype=gram.dtype))
-    whiten = lax.linalg.triangular_solve(upper, back, left_side=True, lower=True)
-    return upper.T[::-1, ::-1], whiten[::-1]
+    # At many stages a channel the estimate would leave float32 too few digits.
+    least = _LEAST * jnp.mean(jnp.diagonal(gram)) + jnp.finfo(jnp.float32).tiny
+    pull = jnp.maximum(_noise(vectors), least)
+    factor = lax.linalg.cholesky(gram + pull * jnp.eye(len(back), dtype=gram.dtype))
+    whiten = lax.linalg.triangular_solve(factor, back, left_side=True, lower=True)
+    return factor.T[::-1, ::-1], whiten[::-1]
 
 
 def _noise(vectors: Float[Array, "R d"]) -> Float[Array, ""]:
-    """Estimate the mean squared error a channel, as of white vectors at this rate."""
+    """Estimate the mean squared error a channel: that of white vectors at this rate."""
     stages, dim = vectors.shape
     left = 4.0 ** (-stages / dim)
     return jnp.sum(jnp.square(vectors)) / dim * left / (1 - left)
@@ -114,9 +117,6 @@ def _signs(
     """Find signs, as bits, of small ``‖target − lower · signs‖²`` for each column."""
     stages, n = target.shape
     slots = jnp.arange(beam)
-
-    def select(error: Array, parent: Array, of: Array) -> Array:
-        return jnp.take_along_axis(of, parent[(slice(None), *(None,) * (of.ndim - 2))], axis=0)
 
     def block(state: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], None]:
         error, signs = state

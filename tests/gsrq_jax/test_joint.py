@@ -149,9 +149,9 @@ def test_more_stages_than_channels_and_fewer():
     x = correlated(1000, 6)
     errs = [
         fit(KEY, x, ResidualSpec(6, 6, stages=n, codewords=2), iterations=4, beam=2)[1].error[0, -1]
-        for n in (2, 6, 24)
+        for n in (2, 6, 24, 48)
     ]
-    assert errs[0] > 2 * errs[1] > 8 * errs[2]
+    assert errs[0] > 2 * errs[1] > 8 * errs[2] > 40 * errs[3] > 0
 
 
 def test_the_least_squares_are_weighted_and_what_weighs_nothing_is_not_read():
