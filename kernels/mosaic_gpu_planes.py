@@ -1,19 +1,19 @@
 """Decode attention over bit planes, fused, on Hopper GPUs: Pallas Mosaic GPU (ours).
 
 A code has one bit a stage, so that a key is ``b + Σ_r bit_r v_r``. A score is then ``q·b`` plus the
-sum of ``q·v_r`` where a bit is set: a binary product of the code's words, as they are stored, with
-the bits of a table of R integers. An output is ``b`` plus the sum of ``v_r`` times the mean of bit
-r: a product of bits with probabilities of 16 bits, as bytes.
+sum of ``q·v_r`` over the bits that are set: a binary product of the code's words, as they are
+stored, with the bits of a table of R integers. An output is ``b`` plus the sum of ``v_r`` times the
+mean of bit r: a product of bits with probabilities of 16 bits, as bytes.
 
 One thread block takes four query rows of one KV head and one part of the tokens of a sequence.
 First all its warps make products of these rows with codewords and mean key
 (`mosaic_gpu_products`), and attend to what is exact (`mosaic_gpu_recent`). Then each warp goes
-through chunks of its own and does all there is to do with them: copy codes to a ring of its own,
-score, weigh, add up. At the end the thread block adds up what its warps have. Another kernel
+through chunks of its own and does everything for them: it copies codes to a ring of its own,
+scores, weighs and adds up. At the end the thread block adds up what its warps have. Another kernel
 (`mosaic_gpu_finish`) puts thread blocks and exact tokens together.
 
-Below, lane ``4 g + t`` is the one of a warp (g < 8, t < 4) of whose registers is spoken. In scores
-it has query row t and tokens g, g + 8 … of a tile.
+Below, lane ``4 g + t`` (g < 8, t < 4) is the lane of a warp whose registers are described. In
+scores it has query row t and tokens g, g + 8 … of a tile.
 """
 
 import dataclasses
@@ -38,27 +38,29 @@ from gsrq_jax.kernels.reference import Recent, with_beside
 
 MOST_STAGES = 512
 CHUNK = 128
-"""Tokens that a block, or a part of one that is valid by itself, is a multiple of."""
+"""A block has a multiple of this many tokens, and so has a part of one that is valid by itself."""
 KNOTS = (1, 4, 8, 16, 32, 64)
 """Tokens between knots of the mean key's share."""
 BITS = 14
-"""Of an entry of a table, even, the highest of them its sign."""
+"""Bits of an entry of a table: an even number. The highest bit is the sign."""
 ENTRY_MOST = 2.0 ** (BITS - 1) - 1
+"""The largest entry."""
 COLUMNS = BITS // 2
-"""Right operands of binary products: two bits of four rows are the eight columns of one."""
+"""Right operands of the binary products of a tile: one has eight columns, two bits of four rows."""
 COUNT = 2.0 ** (128 - BITS)
-"""The lowest bit's weight, by which the float32 with the bits of a count is multiplied. That of the
-highest one is still a number of float32."""
+"""Weight of an entry's lowest bit. The bits of a count, read as a float32, are multiplied by it.
+The weight of the highest bit is still finite."""
 UNIT_OF_SUM = COUNT * 2.0**-149
+"""What an entry of 1 adds to a sum."""
 LARGE = 2.0**23
-"""Its bits and an integer below it, added, are those of their sum as float32."""
+"""Its bits, plus a smaller integer, are the bits of the sum of both as a float32."""
 MASS = LAST_BIT * 2.0 ** (PROBABILITY_BITS - HEADROOM) / (2.0**PROBABILITY_BITS - 1)
-"""What a probability's last bit is in the histogram, so that the end is that of codes with tables:
-see `mosaic_gpu_finish`."""
+"""What the last bit of a probability adds to the histogram: the unit in which `mosaic_gpu_finish`
+takes histograms of codes with tables, too."""
 LEAST = 0.4
-"""Time of a chunk that few warps take, in those of chunks that all take at once."""
+"""Time of a chunk that few warps take. The unit is the time of chunks that all take at once."""
 START = 3.0
-"""Time of starting and ending a thread block, likewise; estimated."""
+"""Time of starting and ending a thread block, in the same unit; estimated, not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +133,17 @@ class Problem:
 
     @property
     def frame_knots(self) -> int:
-        """Of a block; the first of the next one is its last."""
+        """Knots of a block, without its last one, which is the next block's first."""
         return self.block // self.every if self.every else 0
 
     @property
     def unit_knots(self) -> int:
-        """Numbers of a row and block among the mean key's shares."""
+        """Numbers that the mean key's shares have for a row and block."""
         return self.frame_knots + (mosaic_gpu_products.LEAD + 1) * (self.every > 1)
 
     @property
     def share_units(self) -> int:
-        """Blocks among the mean key's shares."""
+        """Blocks that the mean key's shares have."""
         return self.blocks
 
     @property
@@ -162,7 +164,7 @@ class Config:
     Attributes:
         warps: 8 or 16.
         depth: slots of each warp's ring.
-        tiles: of a chunk, 2 or 4.
+        tiles: tiles of a chunk, 2 or 4.
         splits: thread blocks that share the tokens of a sequence.
     """
 
@@ -173,7 +175,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Of a chunk."""
+        """Tokens of a chunk."""
         return self.tiles * TILE
 
 
@@ -184,9 +186,9 @@ class Memory:
     Attributes:
         slot: bytes of a chunk's codes, those of keys first.
         ring: bytes from a slot of the warps to their next one.
-        rest: where what is made before lies, over the last slots.
+        rest: start of the last slots. Exact tokens and products use them before codes do.
         sums: bytes of a warp's sums of one row, at the end.
-        nbytes: all of it, with what alignment may take.
+        nbytes: bytes of all of it, with what alignment may take.
     """
 
     slot: int
@@ -197,7 +199,7 @@ class Memory:
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> "Memory":
-        """Slots, the first of all warps first."""
+        """Lay out the slots: the first one of every warp, then the second ones, and so on."""
         p, warps = problem, config.warps
         slot = config.tokens * (p.key_stages + p.value_stages) // 8
         ring = warps * slot

@@ -26,6 +26,7 @@ from gsrq_jax.kernels import (
     mosaic_gpu_finish,
     mosaic_gpu_planes,
     mosaic_gpu_recent,
+    planes,
     reference,
 )
 from gsrq_jax.kernels.errors import InputError
@@ -157,6 +158,38 @@ def test_exact_tokens_on_lanes(config):
     got = on_lanes(x, config, recent=recent, **how)
     part = reference.attend_planes(**x, **how)
     check(got, reference.with_beside(part, reference.attend_recent(x["query"], recent)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of(B=2, q=1, b=128, N=3, blocks=(1, 2)),
+        case_of(B=2, q=1, b=512, fills=2, blocks=(1, 3)),
+    ],
+)
+def test_nothing_of_the_invalid_is_read(case):
+    """Codes that are not valid have no part in any bit of the result."""
+    x, _, how = arguments(case)
+    x |= {name: np.array(x[name]) for name in ("key_planes", "value_planes")}
+    y = {name: np.copy(x[name]) for name in ("key_planes", "value_planes")}
+    for row, n in enumerate(case.blocks):
+        for name in y:
+            of_tiles = y[name].reshape(*y[name].shape[:2], -1, y[name].shape[-1])  # a view
+            of_tiles[row, :, n * case.b // case.fills // planes.TILE :] ^= 0xFFFFFFFF
+    assert (y["key_planes"] != x["key_planes"]).any()
+    for a, b in zip(on_lanes(x, **how), on_lanes(x | y, **how), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_query_that_is_not_finite_shows():
+    x, _, how = arguments(case_of(B=3, q=2, N=1, blocks=(1, 1, 0)))
+    for row, bad in enumerate((np.nan, 1e6, np.inf)):
+        x["query"][row, 0, 0, 1, 5] = bad
+    with np.errstate(all="ignore"):
+        out, lse = on_lanes(x, **how)
+    fine = [True, False, True, False, True, True]  # the third sequence has nothing coded
+    assert np.isfinite(out).all(axis=-1).ravel().tolist() == fine
+    assert (~np.isnan(lse)).ravel().tolist() == fine
 
 
 # --- which layout is chosen -----------------------------------------------------------------------
