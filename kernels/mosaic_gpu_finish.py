@@ -89,7 +89,7 @@ def finish(
     blocks: Int[Array, " B"],
     histogram: Float[Array, "pairs parts 4 S 16"],
     scale: Int[Array, "pairs parts 4"],
-    value_codewords: Float[Array, "H 1 S 16 d"],
+    value_codewords: Float[Array, "H 1 S K d"],
     beside: tuple[Float[Array, "P B T H q d"], Float[Array, "P B T H q"]] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T H q d"], Float[Array, "B T H q"]]:

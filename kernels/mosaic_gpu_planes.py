@@ -1,19 +1,19 @@
 """Decode attention over bit planes, fused, on Hopper GPUs: Pallas Mosaic GPU (ours).
 
 A code has one bit a stage, so that a key is ``b + Σ_r bit_r v_r``. A score is then ``q·b`` plus the
-sum of ``q·v_r`` where a bit is set: a binary product of the code's words, as they are stored, with
-the bits of a table of R integers. An output is ``b`` plus the sum of ``v_r`` times the mean of bit
-r: a product of bits with probabilities of 16 bits, as bytes.
+sum of ``q·v_r`` over the bits that are set: a binary product of the code's words, as they are
+stored, with the bits of a table of R integers. An output is ``b`` plus the sum of ``v_r`` times the
+mean of bit r: a product of bits with probabilities of 16 bits, as bytes.
 
 One thread block takes four query rows of one KV head and one part of the tokens of a sequence.
 First all its warps make products of these rows with codewords and mean key
 (`mosaic_gpu_products`), and attend to what is exact (`mosaic_gpu_recent`). Then each warp goes
-through chunks of its own and does all there is to do with them: copy codes to a ring of its own,
-score, weigh, add up. At the end the thread block adds up what its warps have. Another kernel
+through chunks of its own and does everything for them: it copies codes to a ring of its own,
+scores, weighs and adds up. At the end the thread block adds up what its warps have. Another kernel
 (`mosaic_gpu_finish`) puts thread blocks and exact tokens together.
 
-Below, lane ``4 g + t`` is the one of a warp (g < 8, t < 4) of whose registers is spoken. In scores
-it has query row t and tokens g, g + 8 … of a tile.
+Below, lane ``4 g + t`` (g < 8, t < 4) is the lane of a warp whose registers are described. In
+scores it has query row t and tokens g, g + 8 … of a tile.
 """
 
 import dataclasses
@@ -38,35 +38,37 @@ from gsrq_jax.kernels.reference import Recent, with_beside
 
 MOST_STAGES = 512
 CHUNK = 128
-"""Tokens that a block, or a part of one that is valid by itself, is a multiple of."""
+"""A block has a multiple of this many tokens, and so has a part of one that is valid by itself."""
 KNOTS = (1, 4, 8, 16, 32, 64)
 """Tokens between knots of the mean key's share."""
 BITS = 14
-"""Of an entry of a table, even, the highest of them its sign."""
+"""Bits of an entry of a table: an even number. The highest bit is the sign."""
 ENTRY_MOST = 2.0 ** (BITS - 1) - 1
+"""The largest entry."""
 COLUMNS = BITS // 2
-"""Right operands of binary products: two bits of four rows are the eight columns of one."""
+"""Right operands of the binary products of a tile: one has eight columns, two bits of four rows."""
 COUNT = 2.0 ** (128 - BITS)
-"""The lowest bit's weight, by which the float32 with the bits of a count is multiplied. That of the
-highest one is still a number of float32."""
+"""Weight of an entry's lowest bit. The bits of a count, read as a float32, are multiplied by it.
+The weight of the highest bit is still finite."""
 UNIT_OF_SUM = COUNT * 2.0**-149
+"""What an entry of 1 adds to a sum."""
 LARGE = 2.0**23
-"""Its bits and an integer below it, added, are those of their sum as float32."""
+"""Its bits, plus a smaller integer, are the bits of the sum of both as a float32."""
 MASS = LAST_BIT * 2.0 ** (PROBABILITY_BITS - HEADROOM) / (2.0**PROBABILITY_BITS - 1)
-"""What a probability's last bit is in the histogram, so that the end is that of codes with tables:
-see `mosaic_gpu_finish`."""
+"""What the last bit of a probability adds to the histogram: the unit in which `mosaic_gpu_finish`
+takes histograms of codes with tables, too."""
 LEAST = 0.4
-"""Time of a chunk that few warps take, in those of chunks that all take at once."""
+"""Time of a chunk that few warps take. The unit is the time of chunks that all take at once."""
 START = 3.0
-"""Time of starting and ending a thread block, likewise; estimated."""
+"""Time of starting and ending a thread block, in the same unit; estimated, not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Codewords of keys as `mosaic_gpu_products` takes them: 16 a stage, which 8 stages here are.
+    """Codewords of keys as `mosaic_gpu_products` takes them: it sees 8 stages of two as one of 16.
 
     Attributes:
-        stages: of 16 codewords.
+        stages: stages of 16 codewords.
     """
 
     stages: int
@@ -86,13 +88,13 @@ class Problem:
         blocks: that a sequence can hold.
         block: tokens of one.
         dim: channels of a head.
-        key_stages: of the keys' codes.
-        value_stages: of the values' codes.
+        key_stages: stages of the keys' codes.
+        value_stages: stages of the values' codes.
         every: tokens between knots of the mean key's share, 0 if there is no mean key.
         stride: blocks of the sequence from one of these to the next.
         fills: equal parts of a block that are valid one by one.
         short_words: whether codewords of keys are bfloat16; else they become float16.
-        recent: exact tokens that the kernel has, too.
+        recent: sizes of the exact tokens, if the kernel attends to them.
     """
 
     batch: int
@@ -131,17 +133,17 @@ class Problem:
 
     @property
     def frame_knots(self) -> int:
-        """Of a block; the first of the next one is its last."""
+        """Knots of a block, without its last one, which is the next block's first."""
         return self.block // self.every if self.every else 0
 
     @property
     def unit_knots(self) -> int:
-        """Numbers of a row and block among the mean key's shares."""
+        """Numbers that the mean key's shares have for a row and block."""
         return self.frame_knots + (mosaic_gpu_products.LEAD + 1) * (self.every > 1)
 
     @property
     def share_units(self) -> int:
-        """Blocks among the mean key's shares."""
+        """Blocks that the mean key's shares have."""
         return self.blocks
 
     @property
@@ -162,7 +164,7 @@ class Config:
     Attributes:
         warps: 8 or 16.
         depth: slots of each warp's ring.
-        tiles: of a chunk, 2 or 4.
+        tiles: tiles of a chunk, 2 or 4.
         splits: thread blocks that share the tokens of a sequence.
     """
 
@@ -173,7 +175,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Of a chunk."""
+        """Tokens of a chunk."""
         return self.tiles * TILE
 
 
@@ -184,9 +186,9 @@ class Memory:
     Attributes:
         slot: bytes of a chunk's codes, those of keys first.
         ring: bytes from a slot of the warps to their next one.
-        rest: where what is made before lies, over the last slots.
+        rest: start of the last slots. Exact tokens and products use them before codes do.
         sums: bytes of a warp's sums of one row, at the end.
-        nbytes: all of it, with what alignment may take.
+        nbytes: bytes of all of it, with what alignment may take.
     """
 
     slot: int
@@ -197,7 +199,7 @@ class Memory:
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> "Memory":
-        """Slots, the first of all warps first."""
+        """Lay out the slots: the first one of every warp, then the second ones, and so on."""
         p, warps = problem, config.warps
         slot = config.tokens * (p.key_stages + p.value_stages) // 8
         ring = warps * slot
@@ -211,7 +213,7 @@ class Memory:
 
 
 def choose_config(problem: Problem) -> Config:
-    """The quickest split by estimate, in the first layout that fits shared memory.
+    """Choose the quickest split by estimate, in the first layout that fits shared memory.
 
     Args:
         problem: the shapes.
@@ -237,11 +239,38 @@ def choose_config(problem: Problem) -> Config:
 
 
 def time(problem: Problem, config: Config) -> float:
-    """What the busiest multiprocessor does one after the other, in chunks that all warps take."""
+    """Estimate how long the busiest multiprocessor works, in chunks that all warps take at once.
+
+    Args:
+        problem: the shapes.
+        config: of a thread block.
+    """
     chunks = problem.blocks * problem.block // config.tokens
     rounds, rest = divmod(math.ceil(chunks / config.splits), config.warps)
     each = rounds + max(LEAST, rest / config.warps) * (rest > 0)
     return math.ceil(problem.pairs * config.splits / PROCESSORS) * (each + START)
+
+
+def check_config(problem: Problem, config: Config) -> None:
+    """Refuse a layout that the kernel cannot have.
+
+    Args:
+        problem: the shapes.
+        config: of a thread block.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    if config.warps not in (8, 16) or config.tiles not in (2, 4):
+        raise InputError(f"{config} must have 8 or 16 warps, and chunks of 2 or 4 tiles")
+    if config.depth < 2 or config.splits < 1:
+        raise InputError(f"{config} must have a depth of at least 2 and splits of at least 1")
+    nbytes = Memory.of(problem, config).nbytes
+    if nbytes > SHARED_BYTES:
+        raise InputError(
+            f"{config} takes {nbytes} bytes of shared memory, and there are {SHARED_BYTES}; "
+            "use fewer warps, tiles or slots"
+        )
 
 
 # --- what is supported ----------------------------------------------------------------------------
@@ -264,17 +293,17 @@ def problem_of(
     """Check a call, and give its shapes.
 
     Args:
-        query: as `attend_planes` takes it, and so are the others.
-        mean: mean key.
+        query: queries. All arguments are as `attend_planes` takes them.
+        mean: mean key, or None.
         inv_freq: rotary frequencies.
         key_planes: codes of the keys.
         value_planes: codes of the values.
-        key_codewords: of this layer.
-        value_codewords: of this layer.
-        blocks: valid blocks.
-        every: tokens between knots.
-        stride: blocks from one to the next.
-        fills: parts of a block.
+        key_codewords: codewords of the keys.
+        value_codewords: codewords of the values.
+        blocks: numbers of valid blocks.
+        every: tokens between knots of the mean key's share.
+        stride: blocks of the sequence from one of these to the next.
+        fills: equal parts of a block that are valid one by one.
 
     Raises:
         InputError: naming what was given and what is supported.
@@ -295,13 +324,12 @@ def problem_of(
     if not 1 <= tokens <= 8:
         refuse("query tokens", tokens, "1 to 8")
     if not shared or heads % shared or heads // shared not in (1, 2, 4):
-        refuse(
-            "KV heads that share their codes", f"{heads} with {shared}", "1, 2 or 4 KV heads of one"
-        )
+        given = f"{heads} KV heads and codes of {shared}"
+        refuse("KV heads that share a code", given, "1, 2 or 4")
     if fills < 1 or block % fills or block // fills % CHUNK:
         refuse(
             "tokens of a block, or of the parts of it",
-            block // max(fills, 1),
+            f"{block} in {fills}",
             f"a multiple of {CHUNK}",
         )
     if mean is not None and mean.shape != (heads, dim):
@@ -339,13 +367,13 @@ def problem_of(
 
 
 def check_supported(*arrays: Any, every: int = 1, stride: int = 1, fills: int = 1) -> Problem:
-    """Check a call as `problem_of` does, and whether it can be made here.
+    """Check a call as `problem_of` does, and that the device and the version of jax can run it.
 
     Args:
-        arrays: as `problem_of` takes them.
-        every: tokens between knots.
-        stride: blocks from one to the next.
-        fills: parts of a block.
+        arrays: arguments of `problem_of`, in its order.
+        every: tokens between knots of the mean key's share.
+        stride: blocks of the sequence from one of these to the next.
+        fills: equal parts of a block that are valid one by one.
 
     Raises:
         InputError: naming what was given and what is supported.
@@ -387,25 +415,26 @@ def attend_planes(
         inv_freq: rotary frequencies.
         key_planes: see `gsrq_jax.kernels.planes.keys_to_planes`; s is 1, 2 or 4.
         value_planes: see `gsrq_jax.kernels.planes.values_to_planes`.
-        key_codewords: of this layer, bfloat16.
-        value_codewords: of this layer, bfloat16.
+        key_codewords: codewords of this layer's keys, bfloat16.
+        value_codewords: codewords of this layer's values, bfloat16.
         blocks: valid blocks of each sequence; the others are not read.
         first: position of the first token of block 0.
         stride: blocks of the sequence from one of these to the next: block n starts at ``first + n
             stride b``.
         every: tokens between the knots of `gsrq_jax.kernels.rotary.shift`, one of `KNOTS`.
         fills: equal parts of a block that are valid one by one; ``blocks`` counts these.
-        recent: exact tokens in the same softmax. The kernel has them, too, where
-            `gsrq_jax.kernels.mosaic_gpu_recent` has them; else plain jnp.
+        recent: exact tokens in the same softmax. The kernel attends to them where
+            `gsrq_jax.kernels.mosaic_gpu_recent` supports them and they fit; else plain jnp does.
         dtype: of the values that are returned.
-        config: instead of the one chosen.
+        config: layout of a thread block, instead of the one that `choose_config` gives.
 
     Returns:
         The softmax-weighted values (0 where there are none) and the log-sum-exp of the scores
         (-inf there), NaN where a query is not finite or too large for float16.
 
     Raises:
-        InputError: if the shapes, dtypes, the device or the version of jax are not supported.
+        InputError: if the shapes, dtypes, the device, the version of jax or the layout are not
+            supported.
     """
     from gsrq_jax.kernels import mosaic_gpu_finish
 
@@ -415,6 +444,7 @@ def attend_planes(
         nothing = jnp.zeros_like(query), jnp.full(query.shape[:4], -jnp.inf)
         return with_beside(nothing, recent and reference.attend_recent(query, recent), dtype)
     config = config or choose_config(problem)
+    check_config(problem, config)
     exact = mosaic_gpu_recent.supported(query, recent) if recent else None
     with_exact = dataclasses.replace(problem, recent=exact)
     if exact and Memory.of(with_exact, config).nbytes <= SHARED_BYTES:
@@ -450,7 +480,7 @@ def score_inputs(
         query: scaled queries, rotated at their own positions.
         mean: mean key before RoPE, if there is one.
         inv_freq: rotary frequencies.
-        key_codewords: of this layer.
+        key_codewords: codewords of this layer's keys.
         first: position of the first token of block 0.
     """
     p = problem
@@ -633,7 +663,7 @@ class PlanesKernel:
     # Copies.
 
     def _fetch(self, round_: Any, slot: Any) -> None:
-        """Begin to copy the codes of one of the warp's chunks, if it has so many."""
+        """Begin to copy the codes of one of the warp's chunks, if there is such a chunk."""
         warp = self.warp
         there = warp.less(round_, self.rounds)
         own = warp.lane * 16
@@ -673,7 +703,7 @@ class PlanesKernel:
         warp.when(warp.less(part, parts), recent)
 
     def _products(self) -> None:
-        """Of all blocks that the thread block has chunks of."""
+        """Products of all blocks in which the thread block has chunks."""
         warp, per = self.warp, self.chunks_of_block
         first = self.first // per
         end = (self.first + self.count + (per - 1)) // per
@@ -698,7 +728,7 @@ class PlanesKernel:
 
         Lane (g, t) has 16 stages of row ``g // 2``, as many as its neighbour ``g ^ 1`` has of the
         same word: it turns their bits, keeps the planes that are its column's, and gives the
-        neighbour the others. Cost, 128 stages: some 220 instructions, 9 SHFL and 4 loads of 16
+        neighbour the others. Cost, 128 stages: some 240 instructions, 12 SHFL and 4 loads of 16
         bytes among them.
         """
         warp, p = self.warp, self.problem
@@ -828,7 +858,7 @@ class PlanesKernel:
     def _scores(self, table: Table, chunk: Any, slot: Any) -> list[list]:
         """``[tiles][4]`` scores of the lane's row, in powers of 2: tokens g, g + 8, g + 16, g + 24.
 
-        Cost, a tile and 128 stages: 12 binary products, 48 FFMA.
+        Cost, a tile and 128 stages: 14 binary products, 56 FFMA.
         """
         warp, p = self.warp, self.problem
         shares = self._shares(table, chunk)

@@ -140,9 +140,9 @@ class GenerateConfig:
         context: text file to put before the prompt.
         model: folder with config.json and safetensors, .gguf file, hub id, or ``demo``.
         codebooks: folder that training wrote; without it the cache is exact.
-        layout: of the codes: ``packed``, or ``tiles`` for the fused GPU kernel, ``words`` for the
-            TPU's, ``planes`` for two codewords a stage, also the quickest on a CPU; by default as
-            the codebooks have it.
+        layout: of the codes: ``packed``; ``tiles`` for the fused GPU kernel of 16 codewords a
+            stage, ``planes`` for that of two, also the quickest on a CPU; ``words`` for the TPU's;
+            by default as the codebooks have it.
         compare: write with the exact cache, too.
         max_new_tokens: at most so many tokens.
         max_length: tokens that the cache must hold; by default what is needed.

@@ -84,7 +84,7 @@ class TrainConfig:
         group: channels quantised together; whole heads if not given.
         heads: adjacent KV heads that share every code: fewer errors at the same bits, and so many
             times more work in decoding; ``auto`` is as many as divide the model's, at most four.
-            The layouts of the fused kernels take 1.
+            Of the layouts of fused kernels only ``planes`` takes more than 1, its kernel 2 or 4.
         frame: rotary frame of the keys: ``block``, ``pre`` (before RoPE) or ``post``.
         block: tokens that are encoded together.
         frame_blocks: blocks that share a rotary frame, see `QuantSpec`.

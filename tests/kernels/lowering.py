@@ -6,10 +6,11 @@ kernel, ``nearest``, ``sums`` or ``cluster`` what about those of k-means,
 ``recent`` what about that of exact tokens, ``planes`` what about that of bit planes,
 ``finish`` what about that after attention, ``greedy``
 what about that which encodes,
-``python lowering.py compile …`` the whole operation as XLA compiles it for an H100, ``python
-lowering.py loop`` a model's decode loop, ``python lowering.py int8`` a step through the layers of
-one whose weights have 8 bits, ``python lowering.py encode`` greedy encoding by XLA, ``python
-lowering.py pieces`` numbers of float32 in pieces.
+``python lowering.py compile …`` the whole operation as XLA compiles it for an H100,
+``compile_planes`` that over bit planes, ``python lowering.py loop`` a model's decode loop,
+``python lowering.py int8`` a step through the layers of one whose weights have 8 bits, ``python
+lowering.py encode`` greedy encoding by XLA, ``python lowering.py pieces`` numbers of float32 in
+pieces.
 """
 
 import ctypes
@@ -343,8 +344,8 @@ if __name__ == "__main__":
     elif what == "cluster":
         assemble(nearest_module(), library)
         assemble(sums_module(kinds=2), library)
-    elif what == "compile":
-        attend, arguments = operation(numbers)
+    elif what in ("compile", "compile_planes"):
+        attend, arguments = (planes_operation if what == "compile_planes" else operation)(numbers)
         print(compiled(attend, (arguments,), library))
     elif what == "pieces":
         from gsrq_jax.kernels.precision import in_pieces
