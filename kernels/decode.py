@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_recent, reference
+from gsrq_jax.kernels import devices, mosaic_gpu, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.reference import Recent
 
@@ -122,21 +122,32 @@ def attend_planes(
 ) -> Part:
     """`gsrq_jax.kernels.reference.attend_planes`, by the implementation of that name.
 
-    Arguments and errors are those of `attend_tiles`.
+    Arguments and errors are those of `attend_tiles`. The kernel is that for TPUs.
     """
     codes, books = (key_planes, value_planes), (key_codewords, value_codewords)
     arrays = (query, mean, inv_freq, *codes, *books, blocks)
+    where = {"first": first, "stride": stride, "every": every, "fills": fills}
+    plain = _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays))
+    if devices.on_tpu():
+        from gsrq_jax.kernels import mosaic_tpu_planes  # see attend_words
 
-    def no_kernel(**where: Any) -> Part:
-        raise InputError("there is no kernel for codes in planes; use implementation 'codes'")
+        return _by(
+            implementation,
+            functools.partial(mosaic_tpu_planes.check_supported, query, *codes),
+            _with(
+                query, recent, dtype, functools.partial(mosaic_tpu_planes.attend_planes, *arrays)
+            ),
+            plain,
+            where,
+        )
 
-    return _by(
-        implementation or "reference",
-        lambda: None,
-        no_kernel,
-        _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays)),
-        {"first": first, "stride": stride, "every": every, "fills": fills},
-    )
+    def no_kernel(**_: Any) -> Part:
+        raise InputError(
+            f"the kernel for codes in planes is for TPUs, this is {devices.device().device_kind}; "
+            "use implementation 'codes'"
+        )
+
+    return _by(implementation or "reference", lambda: None, no_kernel, plain, where)
 
 
 def attend_recent(
