@@ -197,8 +197,7 @@ def bit_planes(
         ),
         chip,
     )
-    step = found[1] + found.get(2, 0) * (tiling.chunk // tiling.group)
-    tokens = tiling.chunk * block
+    step, tokens = found[1], tiling.chunk * block
     nbytes = programs * (2 * stages / 8 + 4 * rows * DIM / block)  # a token, all heads
     return {
         "implementation": "kernels/mosaic_tpu_planes.py",

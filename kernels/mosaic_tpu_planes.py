@@ -42,7 +42,6 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from gsrq_jax.kernels import planes, reference, rotary
 from gsrq_jax.kernels.mosaic_tpu import (
-    CHUNK_TOKENS,
     EXACT,
     MANTISSA,
     MANTISSA_BITS,
@@ -73,8 +72,10 @@ SHIFTED = 4
 """Places of a byte that masks leave before all are shifted down by that."""
 STAGES = 512
 """At most."""
-GROUP_UNITS = 4
-"""Units whose instructions are scheduled together, at most."""
+CHUNK_TOKENS = 8192
+"""Tokens of a grid step, about; their instructions are scheduled together."""
+BLOCK_TOKENS = 4096
+"""Of a block, at most."""
 
 
 # --- where words and stages go --------------------------------------------------------------------
@@ -165,7 +166,6 @@ class Tiling:
         parts: runs that share a register of scores: 2 for 4 query rows in all, 1 for 8.
         units: of a block.
         chunk: blocks of a grid step.
-        group: blocks whose instructions are scheduled together.
         steps: grid steps.
     """
 
@@ -174,7 +174,6 @@ class Tiling:
     parts: int
     units: int
     chunk: int
-    group: int
     steps: int
 
     @property
@@ -205,18 +204,15 @@ def tiling_of(rows: int, share: int, blocks: int, block: int) -> Tiling:
     if block < TOKENS or block % TOKENS:
         raise _refused("tokens of a block", block, f"a multiple of {TOKENS}")
     units = block // TOKENS
-    if block > CHUNK_TOKENS:
-        raise _refused("tokens of a block", block, f"at most {CHUNK_TOKENS}")
+    if block > BLOCK_TOKENS:
+        raise _refused("tokens of a block", block, f"at most {BLOCK_TOKENS}")
     heads = max(n for n in (1, 2, 4, 8) if share % n == 0 and n * rows <= SUBLANES)
     all_rows = 4 if heads * rows <= 4 else SUBLANES
     chunk = max(1, min(CHUNK_TOKENS // block, blocks))
     # What a grid step reads of queries fills whole registers.
     least = SUBLANES // math.gcd(SUBLANES, all_rows)
     chunk = chunk if chunk == blocks else max(chunk // least * least, least)
-    group = max(n for n in range(1, max(GROUP_UNITS // units, 1) + 1) if chunk % n == 0)
-    return Tiling(
-        heads, all_rows // heads, SUBLANES // all_rows, units, chunk, group, -(-blocks // chunk)
-    )
+    return Tiling(heads, all_rows // heads, SUBLANES // all_rows, units, chunk, -(-blocks // chunk))
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -282,7 +278,7 @@ def _kernel(
     scale_ref,  # [chunk·8, 128]
     shared_ref,  # [chunk·units·registers·8, 128]
     score_ref,  # [chunk·units·registers, 8, 128]
-    digit_ref,  # [group·units, registers·32, 128] int32
+    digit_ref,  # [chunk·units, registers·32, 128] int32
     count_ref,  # [parts, V, 32, 128] int32
     *,
     tiling: Tiling,
@@ -334,17 +330,17 @@ def _kernel(
                     [shared[at, run * LANES : (run + 1) * LANES] for run in runs]
                 )
 
-    def score(i, unit):
-        block, register = jax.lax.div(unit, t.units), unit * registers
+    def score(unit):
+        block, register = unit // t.units, unit * registers
         size = registers * 4 * SUBLANES
-        digits = pl.ds(pl.multiple_of(block * size, size), size)
-        digit_ref[i] = jax.lax.dot_general(
+        digits = pl.ds(block * size, size)
+        digit_ref[unit] = jax.lax.dot_general(
             table_ref[digits, :],
             _key_bits(key_refs, lanes_ref, unit),
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.int32,
         )
-        scale = scale_ref[pl.ds(pl.multiple_of(block * SUBLANES, SUBLANES), SUBLANES), :]
+        scale = scale_ref[pl.ds(block * SUBLANES, SUBLANES), :]
         sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), a) for a in (0, 1))
         # Tokens of a tile by lanes, see `token_of_lane`.
         token = (lane & -32) | (lane & 3) << 3 | (lane & 4) | (lane >> 3 & 3)
@@ -352,11 +348,11 @@ def _kernel(
         scores = []
         for r in range(registers):
             found = sum(
-                digit_ref[i, pl.ds(r * 4 * SUBLANES + k, SUBLANES, 4), :].astype(jnp.float32)
+                digit_ref[unit, pl.ds(r * 4 * SUBLANES + k, SUBLANES, 4), :].astype(jnp.float32)
                 * 256.0**k
                 for k in range(3)
             )
-            at = pl.ds(pl.multiple_of((register + r) * SUBLANES, SUBLANES), SUBLANES)
+            at = pl.ds((register + r) * SUBLANES, SUBLANES)
             x = shared_ref[at, :] + found * scale
             left = held - first * t.block - unit * TOKENS - r * t.parts * LANES
             scores.append(jnp.where(token < left, x, -jnp.inf))
@@ -377,30 +373,23 @@ def _kernel(
             )
             for group in range(groups):
                 lanes = slice(group * LANES, (group + 1) * LANES)
-                count_ref[p, group] += products[:, lanes]
+                count_ref[p, group] = products[:, lanes]
 
     # Scores of this step's chunk beside masses of the one before, which do not wait for each other.
     @pl.when((first - jnp.minimum(step, 1) * t.chunk) * t.block < held)
     def _chunk():
         _tables()
-        count_ref[...] = jnp.zeros(count_ref.shape, jnp.int32)
         before = top_ref[...]
         base = jnp.where(before > -jnp.inf, before, 0)
-
-        def blocks(group, carry):
-            best, total = carry
-            units = [group * t.group * t.units + i for i in range(t.group * t.units)]
-            at = [unit * registers + i for unit in units for i in range(registers)]
-            before = [score_ref[i] for i in at]
-            after = [x for i, unit in enumerate(units) for x in score(i, unit)]
-            weights = [jnp.exp(x - base) for x in before]
-            count(units, weights)
-            for i, x in zip(at, after, strict=True):
-                score_ref[i] = x
-                best = jnp.maximum(best, x)
-            return best, sum(weights, total)
-
-        best, total = jax.lax.fori_loop(0, t.chunk // t.group, blocks, (before, total_ref[...]))
+        units = range(t.chunk * t.units)
+        earlier = [score_ref[i] for i in range(len(units) * registers)]
+        scores = [x for unit in units for x in score(unit)]
+        weights = [jnp.exp(x - base) for x in earlier]
+        count(units, weights)
+        for i, x in enumerate(scores):
+            score_ref[i] = x
+        best = functools.reduce(jnp.maximum, scores, before)
+        total = sum(weights, total_ref[...])
         top = jnp.broadcast_to(jnp.max(best, axis=1, keepdims=True), best.shape)
         shrink = jnp.exp(base - jnp.where(top > -jnp.inf, top, 0))
         top_ref[...] = top
@@ -501,7 +490,7 @@ def fused_kernel(
                 pltpu.VMEM((t.chunk * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * t.units * registers * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * t.units * registers, SUBLANES, LANES), jnp.float32),
-                pltpu.VMEM((t.group * t.units, registers * 4 * SUBLANES, LANES), jnp.int32),
+                pltpu.VMEM((t.chunk * t.units, registers * 4 * SUBLANES, LANES), jnp.int32),
                 pltpu.VMEM((t.parts, groups, 4 * SUBLANES, LANES), jnp.int32),
             ],
         ),
