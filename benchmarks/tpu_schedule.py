@@ -181,7 +181,8 @@ def bit_planes(
     tiling = mosaic_tpu_planes.tiling_of(GROUP, together, blocks, block)
     programs, rows = HEADS // tiling.heads, tiling.heads * tiling.rows
     wide = tiling.heads * DIM
-    contracted = len(mosaic_tpu_planes.key_rows(stages)[0])
+    pairs = mosaic_tpu_planes.paired(stages, tiling.parts)
+    contracted = len(mosaic_tpu_planes.key_rows(stages, pairs)[0])
     codes = of((1, HEADS // together, config.context // 32, stages), jnp.int32)
     found = schedule(
         dump,

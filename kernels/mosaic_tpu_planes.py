@@ -103,15 +103,34 @@ def key_lanes(stages: int) -> Int[np.ndarray, "steps 8 128"]:
     return np.stack(steps)
 
 
-def key_rows(stages: int) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+def paired(stages: int, parts: int) -> bool:
+    """Tell whether sublanes have the words of two steps of a run, not those of a step of two runs.
+
+    Then no row of a table is 0; it needs an even number of whole steps and a register for each run.
+
+    Args:
+        stages: of keys.
+        parts: of a `Tiling`.
+    """
+    return stages % (2 * planes.STEP) == 0 and parts == 1
+
+
+def key_rows(
+    stages: int, pairs: bool = False
+) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, " K"]]:
     """Stage of each contracted row of a unit's bits, and what the bit there is as a number.
 
     Rows go by step, place in a byte, sublane (run and word of a token) and byte.
+
+    Args:
+        stages: of keys.
+        pairs: whether sublanes have the words of two steps, see `paired`.
     """
-    steps = -(-stages // planes.STEP)
-    step, place, _, word, byte = np.unravel_index(
+    steps = -(-stages // planes.STEP) // (2 if pairs else 1)
+    step, place, half, word, byte = np.unravel_index(
         np.arange(steps * CONTRACTED), (steps, 8, RUNS, WORDS, 4)
     )
+    step = 2 * step + half if pairs else step
     stage = planes.STEP * step + planes.UNIT * word + 8 * byte + place
     there = stage < stages
     return np.where(there, stage, 0), np.where(there, 2.0 ** (place % SHIFTED), np.inf)
@@ -231,16 +250,20 @@ def _gathered(x: Int32[Array, "8 128"], lanes: Int32[Array, "8 128"]) -> Int32[A
     return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
 
 
-def _key_bits(refs, lanes_ref, unit) -> Int[Array, "K 128"]:
-    """Bits of a unit's keys as int8 numbers, in the rows of `key_rows`; tokens in lanes."""
+def _key_bits(rows: list[list[tuple[Array, Array]]], lanes_ref) -> Int[Array, "K 128"]:
+    """Bits of keys as int8 numbers, in the rows of `key_rows`; tokens in lanes.
+
+    Args:
+        rows: for each step and tile, the words of the upper sublanes and of the lower ones.
+        lanes_ref: `key_lanes`.
+    """
     sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), i) for i in (0, 1))
     columns = []
-    for step, ref in enumerate(refs):
+    for step, tiles in enumerate(rows):
         words = jnp.zeros((SUBLANES, LANES), jnp.int32)
-        for tile in range(TILES):
-            first, second = (_row(ref, (unit * RUNS + run) * TILES + tile) for run in range(RUNS))
-            both = _gathered(jnp.where(sublane < WORDS, first, second), lanes_ref[step])
-            words = jnp.where(lane >= planes.TILE * tile, both, words) if tile else both
+        for tile, (upper, lower) in enumerate(tiles):
+            found = _gathered(jnp.where(sublane < WORDS, upper, lower), lanes_ref[step])
+            words = jnp.where(lane >= planes.TILE * tile, found, words) if tile else found
         for x in (words, jax.lax.shift_right_logical(words, SHIFTED)):
             for place in range(SHIFTED):
                 columns.append(pltpu.bitcast(x & jnp.int32(0x01010101 << place), jnp.int8))
@@ -283,12 +306,14 @@ def _kernel(
     *,
     tiling: Tiling,
     shifted: bool,
+    pairs: bool,
 ):
     t = tiling
     step = pl.program_id(2)
     first = step * t.chunk
     held = held_ref[pl.program_id(0)]
     registers, rows = t.registers, t.heads * t.rows
+    size = (1 if pairs else registers) * 4 * SUBLANES
     groups = place_ref.shape[1]
 
     @pl.when(step == 0)
@@ -310,16 +335,17 @@ def _kernel(
         # Rounded by an addition that leaves an integer in the mantissa.
         tables = tables * jnp.where(scale > 0, 1 / scale, 0) + MANTISSA
         tables = jax.lax.bitcast_convert_type(tables, jnp.int32) - MANTISSA_BITS
-        # A run's rows meet its bits alone.
+        # A run's rows meet its bits alone, where a product has those of both.
         shape = (RUNS * rows, tables.shape[1])
         run_of_row = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 0), rows)
         row = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         ours = run_of_row == jax.lax.rem(jax.lax.div(row, planes.TILE // RUNS), RUNS)
-        size = registers * 4 * SUBLANES
         for c in range(t.chunk):
             at = slice(c * rows, (c + 1) * rows)
-            both = jnp.where(ours, jnp.concatenate([tables[at]] * RUNS), 0)
-            table_ref[pl.ds(c * size, size), :] = _digits(both)
+            table = tables[at]
+            if not pairs:
+                table = jnp.where(ours, jnp.concatenate([table] * RUNS), 0)
+            table_ref[pl.ds(c * size, size), :] = _digits(table)
             scale_ref[pl.ds(c * SUBLANES, SUBLANES), :] = jnp.broadcast_to(
                 jnp.concatenate([scale[at]] * t.parts), (SUBLANES, LANES)
             )
@@ -330,16 +356,24 @@ def _kernel(
                     [shared[at, run * LANES : (run + 1) * LANES] for run in runs]
                 )
 
+    def key_words(unit, run):
+        first = unit * RUNS * TILES
+        if pairs:
+            tiles = [first + run * TILES + i for i in range(TILES)]
+            steps = zip(key_refs[::2], key_refs[1::2], strict=True)
+            return [[(_row(a, tile), _row(b, tile)) for tile in tiles] for a, b in steps]
+        tiles = [first + i for i in range(TILES)]
+        return [[(_row(a, tile), _row(a, tile + TILES)) for tile in tiles] for a in key_refs]
+
     def score(unit):
         block, register = unit // t.units, unit * registers
-        size = registers * 4 * SUBLANES
-        digits = pl.ds(block * size, size)
-        digit_ref[unit] = jax.lax.dot_general(
-            table_ref[digits, :],
-            _key_bits(key_refs, lanes_ref, unit),
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.int32,
-        )
+        for r in range(RUNS if pairs else 1):
+            digit_ref[unit, pl.ds(r * size, size), :] = jax.lax.dot_general(
+                table_ref[pl.ds(block * size, size), :],
+                _key_bits(key_words(unit, r), lanes_ref),
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.int32,
+            )
         scale = scale_ref[pl.ds(block * SUBLANES, SUBLANES), :]
         sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), a) for a in (0, 1))
         # Tokens of a tile by lanes, see `token_of_lane`.
@@ -428,7 +462,7 @@ def fused_kernel(
         shift: what all keys of a block have in common, tokens in the order of lanes.
         key_planes: of `gsrq_jax.kernels.planes`, all blocks after each other.
         value_planes: the same.
-        key_steps: differences of codewords in the rows of `key_rows`.
+        key_steps: differences of codewords in the rows of `key_rows`, `paired` or not.
         held: tokens of each sequence.
         tiling: of `tiling_of`.
         pieces: bfloat16 pieces that stand for a float32 number where tables are made, 2 or 3.
@@ -441,6 +475,7 @@ def fused_kernel(
     t = tiling
     B, G, _, d = query.shape
     rows, registers = t.heads * t.rows, t.registers
+    pairs = paired(key_planes.shape[-1], t.parts)
     stages = value_planes.shape[-1]
     lanes = jnp.asarray(key_lanes(key_planes.shape[-1]), jnp.int32)
     place = jnp.asarray(np.stack(value_lanes(stages)), jnp.uint32).astype(jnp.int32)
@@ -471,7 +506,7 @@ def fused_kernel(
 
     varies = varying(query, shift, key_planes, value_planes, key_steps, held)
     mass, total, top = pl.pallas_call(
-        functools.partial(_kernel, tiling=t, shifted=stages % planes.SPAN != 0),
+        functools.partial(_kernel, tiling=t, shifted=stages % planes.SPAN != 0, pairs=pairs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, G, t.steps + 1),
@@ -486,7 +521,9 @@ def fused_kernel(
             ],
             out_specs=[out(SUBLANES, groups * LANES), out(SUBLANES, LANES), out(SUBLANES, LANES)],
             scratch_shapes=[
-                pltpu.VMEM((t.chunk * registers * 4 * SUBLANES, contracted), jnp.int8),
+                pltpu.VMEM(
+                    (t.chunk * (1 if pairs else registers) * 4 * SUBLANES, contracted), jnp.int8
+                ),
                 pltpu.VMEM((t.chunk * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * t.units * registers * SUBLANES, LANES), jnp.float32),
                 pltpu.VMEM((t.chunk * t.units * registers, SUBLANES, LANES), jnp.float32),
@@ -646,7 +683,8 @@ def _some_rows(
         return jnp.swapaxes(x.reshape(G, t.heads, -1, d), 1, 2).reshape(G, -1, t.heads * d)
 
     order = (np.arange(0, b, LANES)[:, None] + token_of_lane()).reshape(-1)
-    stage, unit = key_rows(key_steps.shape[1])
+    stages = key_steps.shape[1]
+    stage, unit = key_rows(stages, paired(stages, t.parts))
     keys, values = (
         jax.lax.bitcast_convert_type(x, jnp.int32).reshape(B, x.shape[1], -1, x.shape[-1])
         for x in codes

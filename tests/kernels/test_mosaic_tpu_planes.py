@@ -44,6 +44,8 @@ SHAPES = {
     "rows twice, heads together": Shape(q=3, T=3, H=4, shared=(2, 4), R=224, S=320),
     "four heads together": Shape(q=2, H=4, shared=(4, 4), R=512, S=512, N=1, blocks=(1, 1)),
     "three heads together": Shape(B=1, q=1, H=3, shared=(3, 3), R=64, S=160, blocks=(2,)),
+    "two steps of words, apart": Shape(B=1, H=1, N=1, R=256, S=256, blocks=(1,)),
+    "two steps of words, side by side": Shape(B=1, H=1, q=8, N=1, R=256, blocks=(1,)),
     "eight query tokens": Shape(B=1, T=8, q=2, H=2, shared=(2, 2), blocks=(3,)),
 }
 
