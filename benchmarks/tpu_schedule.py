@@ -1,11 +1,14 @@
 """What TPU's own compiler says that attention over codes and encoding cost, without a TPU.
 
     python benchmarks/tpu_schedule.py
+    python benchmarks/tpu_schedule.py --planes
 
 Needs `libtpu`. Compiles the decode kernel for LLaMA-3-8B's shapes, and JAX's own paged and ragged
 paged attention in bfloat16 beside it, counts the instruction bundles of the compiler's static
 schedule, one a cycle; the same for the encoding kernel, beside the estimates that XLA gives of the
-operations of our encoder in plain jnp. Writes `results/tpu-schedule.json`. These are estimates:
+operations of our encoder in plain jnp. Writes `results/tpu-schedule.json`; with ``--planes`` only
+the kernel over bit planes, beside the one over words of as many bits, and
+`results/tpu-schedule-planes.json`. These are estimates:
 waiting for memory is not in them; what memory takes is the column beside them, bytes by bandwidth.
 Nothing here ran on a TPU.
 """
@@ -20,7 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -33,7 +36,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gsrq_jax import residual
-from gsrq_jax.kernels import devices, mosaic_tpu, mosaic_tpu_encode
+from gsrq_jax.kernels import devices, mosaic_tpu, mosaic_tpu_encode, mosaic_tpu_planes
 from gsrq_jax.kernels.words import words_of
 from gsrq_jax.results import write_result
 
@@ -81,6 +84,8 @@ class Config:
         span: tokens that the baseline takes at a time.
         codes: stages and codewords of what is encoded; each is one bit.
         vectors: of a KV head that are encoded.
+        planes: whether bit planes are looked at, and nothing else.
+        together: KV heads that share planes, each number in turn.
         out: folder under which ``results`` lies.
     """
 
@@ -92,6 +97,8 @@ class Config:
     span: int = 2048
     codes: tuple[tuple[int, int], ...] = ((32, 16), (16, 256))
     vectors: int = 8192
+    planes: bool = False
+    together: tuple[int, ...] = (1, 2)
     out: pathlib.Path = ROOT
 
 
@@ -163,6 +170,43 @@ def ours(dump: pathlib.Path, chip: Chip, config: Config, block: int, stages: int
         "block": block,
         **{"bundles_a_step": step, "tokens_a_step": tiling.chunk * block},
         **times(chip, step / (tiling.chunk * block), 2 * 4 * words + query_bytes),
+    }
+
+
+def bit_planes(
+    dump: pathlib.Path, chip: Chip, config: Config, block: int, bits: float, together: int
+) -> dict[str, Any]:
+    """One row: the kernel over planes of heads that share them."""
+    of, blocks, stages = jax.ShapeDtypeStruct, config.context // block, int(bits * DIM * together)
+    tiling = mosaic_tpu_planes.tiling_of(GROUP, together, blocks, block)
+    programs, rows = HEADS // tiling.heads, tiling.heads * tiling.rows
+    wide = tiling.heads * DIM
+    pairs = mosaic_tpu_planes.paired(stages, tiling.parts)
+    contracted = len(mosaic_tpu_planes.key_rows(stages, pairs)[0])
+    codes = of((1, HEADS // together, config.context // 32, stages), jnp.int32)
+    found = schedule(
+        dump,
+        "attend_planes",
+        functools.partial(mosaic_tpu_planes.fused_kernel, tiling=tiling),
+        (
+            of((1, programs, blocks * rows, DIM), jnp.float32),
+            of((programs, block, wide), jnp.float32),
+            codes,
+            codes,
+            of((programs, contracted, wide), jnp.float32),
+            of((1,), jnp.int32),
+        ),
+        chip,
+    )
+    step, tokens = found[1], tiling.chunk * block
+    nbytes = programs * (2 * stages / 8 + 4 * rows * DIM / block)  # a token, all heads
+    return {
+        "implementation": "kernels/mosaic_tpu_planes.py",
+        "bits": bits,
+        "block": block,
+        "heads_together": together,
+        **{"bundles_a_step": step, "tokens_a_step": tokens},
+        **times(chip, step / tokens * programs / HEADS, nbytes / HEADS),
     }
 
 
@@ -285,6 +329,29 @@ def times(chip: Chip, cycles: float, nbytes: float) -> Mapping[str, float]:
     }
 
 
+def planes_beside_words(dump: pathlib.Path, chip: Chip, config: Config) -> Iterator[dict[str, Any]]:
+    """Rows at each rate and size of blocks: words, then planes by heads together."""
+    for stages in config.stages:
+        for block in config.blocks:
+            row = ours(dump, chip, config, block, stages)
+            yield {"what": DECODING, "heads_together": 1} | row
+            for together in config.together:
+                row = bit_planes(dump, chip, config, block, 4 * stages / DIM, together)
+                yield {"what": DECODING} | row
+
+
+def say(chip: str, row: Mapping[str, Any]) -> None:
+    """Print a row."""
+    size = f"{row['block']} tokens a block" if "block" in row else row["codewords"]
+    together = f"  {row['heads_together']} together" if "heads_together" in row else ""
+    print(
+        f"{chip}  {row['what']}  {row['bits']:>5g} bits  {size}{together}  "
+        f"{row['cycles']:5.2f} cycles  {row['hbm_cycles']:5.2f} of memory  "
+        f"{row['implementation']}",
+        flush=True,
+    )
+
+
 def main(config: Config) -> None:
     if importlib.util.find_spec("libtpu") is None:
         print("error: libtpu, TPU's compiler, is missing; install jax[tpu]", file=sys.stderr)
@@ -297,6 +364,11 @@ def main(config: Config) -> None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
         for name in config.chips:
             chip = CHIPS[name]
+            if config.planes:
+                for row in planes_beside_words(dump, chip, config):
+                    rows.append({"chip": name} | row)
+                    say(name, row)
+                continue
             found = [bfloat16(dump, chip, config), ragged(dump, chip, config)]
             found += [
                 ours(dump, chip, config, block, stages)
@@ -311,17 +383,11 @@ def main(config: Config) -> None:
             ]
             for row in found:
                 rows.append({"chip": name} | row)
-                size = f"{row['block']} tokens a block" if "block" in row else row["codewords"]
-                print(
-                    f"{name}  {row['what']}  {row['bits']:>5g} bits  {size}  "
-                    f"{row['cycles']:5.2f} cycles  {row['hbm_cycles']:5.2f} of memory  "
-                    f"{row['implementation']}",
-                    flush=True,
-                )
+                say(name, row)
     write_result(
-        config.out / "results" / "tpu-schedule.json",
+        config.out / "results" / f"tpu-schedule{'-planes' if config.planes else ''}.json",
         rows,
-        command="python benchmarks/tpu_schedule.py",
+        command="python benchmarks/tpu_schedule.py" + (" --planes" if config.planes else ""),
         compiler=f"libtpu {importlib.metadata.version('libtpu')}",
         estimate="bundles of the compiler's static schedule, one a cycle; nothing ran on a TPU",
         model="LLaMA-3-8B: 8 KV heads, 32 query heads, head_dim 128",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from gsrq_jax.kernels import mosaic_gpu, mosaic_gpu_planes, mosaic_gpu_recent, reference
+from gsrq_jax.kernels import devices, mosaic_gpu, mosaic_gpu_planes, mosaic_gpu_recent, reference
 from gsrq_jax.kernels.errors import InputError
 from gsrq_jax.kernels.reference import Recent
 
@@ -120,11 +120,26 @@ def attend_planes(
     """
     arrays = query, mean, inv_freq, key_planes, value_planes, key_codewords, value_codewords, blocks
     how = {"stride": stride, "every": every, "fills": fills}
+    plain = _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays))
+    if devices.on_tpu():
+        from gsrq_jax.kernels import mosaic_tpu_planes  # takes as long to import as all the rest
+
+        check = functools.partial(
+            mosaic_tpu_planes.check_supported, query, key_planes, value_planes
+        )
+        kernel = functools.partial(mosaic_tpu_planes.attend_planes, *arrays)
+        return _by(
+            implementation,
+            check,
+            _with(query, recent, dtype, kernel),
+            plain,
+            {"first": first, **how},
+        )
     return _by(
         implementation,
         functools.partial(mosaic_gpu_planes.check_supported, *arrays, **how),
         functools.partial(mosaic_gpu_planes.attend_planes, *arrays, recent=recent, dtype=dtype),
-        _with(query, recent, dtype, functools.partial(reference.attend_planes, *arrays)),
+        plain,
         {"first": first, **how},
     )
 

@@ -96,3 +96,19 @@ def test_the_docs_have_the_results(command):
         for kernel, plain in zip(encoding[::2], encoding[1::2], strict=True):
             assert kernel["codewords"] == plain["codewords"]
             assert kernel["cycles"] < plain["cycles"]
+
+
+def test_the_docs_have_the_results_of_planes(command):
+    rows = json.loads((ROOT / "results" / "tpu-schedule-planes.json").read_text())["rows"]
+    text = (ROOT / "docs" / "kernels-tpu.md").read_text()
+    names = {"v5e": "v5e", "v5p": "v5p (two cores)", "v6e": "v6e"}
+    for chip, name in names.items():
+        for bits in (1, 0.5):
+            of_both = [
+                [row["cycles"] for row in rows if (row["chip"], row["bits"], row["block"]) == at]
+                for at in ((chip, bits, 256), (chip, bits, 512))
+            ]
+            cells = " | ".join(f"{x:.2f}" for found in of_both for x in found)
+            assert f"| {name}, {bits} bit | {cells} |" in text
+            for words, *planes in of_both:  # the aim: fewer cycles than words of as many bits
+                assert max(planes) < words
