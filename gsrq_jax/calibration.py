@@ -41,11 +41,11 @@ class FitOptions:
     """How codebooks are learned.
 
     Attributes:
-        rule: centroid rule: ``gskm`` (the paper's), ``kmeans`` or ``spherical`` for comparison; or
-            ``joint`` for two codewords a stage (ours). None is ``joint`` for these, else ``gskm``.
+        rule: centroid rule: ``gskm`` (the paper's), ``kmeans`` or ``spherical`` for comparison.
+            Stages of two codewords are fitted jointly instead (ours).
         shape_update: ``unit`` (paper) or ``raw`` (the authors' figure code), for ``gskm``.
-        iterations: Lloyd iterations of the rule, each stage; with ``joint`` rounds of encoding and
-            fitting all stages.
+        iterations: Lloyd iterations of the rule, each stage; of two codewords rounds of encoding
+            and fitting all stages.
         warmup: spherical iterations before them, for ``gskm``.
         center: subtract the mean key of each head (before RoPE) before quantising keys.
         refits: times that all stages are fitted anew together, by weighted least squares, to the
@@ -60,7 +60,7 @@ class FitOptions:
             kernels where they can be had, see `gsrq_jax.kmeans.kmeans`.
     """
 
-    rule: residual.Rule | None = None
+    rule: residual.Rule = "gskm"
     shape_update: residual.ShapeUpdate = "unit"
     iterations: int = 10
     warmup: int = 5

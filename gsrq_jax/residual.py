@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, UInt
 
-from gsrq_jax import joint, kmeans
+from gsrq_jax import joint
 from gsrq_jax.errors import InputError, at_least
 from gsrq_jax.kernels import cluster as kernels
 from gsrq_jax.kernels import devices, mosaic_gpu_encode
 from gsrq_jax.kmeans import (
     AxisName,
     Implementation,
+    Rule,
     ShapeUpdate,
     assign,
     cell_sums,
@@ -35,7 +36,6 @@ from gsrq_jax.kmeans import (
 from gsrq_jax.packing import code_dtype
 from gsrq_jax.spec import ResidualSpec, check_beam
 
-Rule = kmeans.Rule | Literal["joint"]
 RIDGE = 0.1  # the best of 0.01, 0.1 and 1 on held-out keys and values, 16 points a cell
 CODES = "codes"  # name by which a rematerialisation policy can save what `encode` returns
 MOST_UNKNOWNS = 16384  # of a refit, whose equations then take a gibibyte
@@ -85,7 +85,7 @@ def fit(
     spec: ResidualSpec,
     weights: Float[Array, "*lead n"] | Float[Array, "*lead n groups"] | None = None,
     *,
-    rule: Rule | None = None,
+    rule: Rule = "gskm",
     shape_update: ShapeUpdate = "unit",
     iterations: int = 10,
     warmup: int = 5,
@@ -111,13 +111,12 @@ def fit(
         spec: the code; ``spec.dim`` is ``d``.
         weights: ``[*lead, n]``, or ``[*lead, n, groups]`` where each group of a point has its own;
             not negative. What has weight 0 may hold anything.
-        rule: ``gskm`` (paper), ``kmeans`` or ``spherical``, see `gsrq_jax.kmeans`; or ``joint`` for
-            two codewords a stage, see `gsrq_jax.joint`, which makes no use of ``rng``,
-            ``shape_update``, ``warmup``, ``ridge`` and ``implementation``. None is ``joint`` where
-            a stage has two codewords, else ``gskm``.
+        rule: ``gskm`` (paper), ``kmeans`` or ``spherical``; see `gsrq_jax.kmeans`. Stages of two
+            codewords are fitted jointly instead, by `gsrq_jax.joint`, which makes no use of
+            ``rng``, ``rule``, ``shape_update``, ``warmup``, ``ridge`` and ``implementation``.
         shape_update: for ``gskm``.
-        iterations: passes over the points in each stage, after the spherical start; with ``joint``
-            rounds of encoding and least squares.
+        iterations: passes over the points in each stage, after the spherical start; of two
+            codewords rounds of encoding and least squares.
         warmup: passes of the spherical start; other rules than ``gskm`` spend them on their own.
         beam: of the encoder that the codewords are for, see `encode`.
         refits: times that points are coded and all stages fitted anew by `refit`. The codewords
@@ -144,8 +143,7 @@ def fit(
         raise InputError(f"the spec is for {spec.dim} channels, but the points have {d}")
     check_beam(beam)
     at_least(1, iterations=iterations)
-    rule = rule or ("joint" if spec.codewords == 2 else "gskm")
-    if rule == "joint":
+    if spec.codewords == 2:
         _check_joint(spec, n, refits)
     start = 1 if rule == "gskm" else 0
     at_least(start, warmup=warmup)
@@ -153,7 +151,7 @@ def fit(
     if refits:
         _check_refit(spec.stages, spec.codewords, ridge)
     weights = _of_groups(weights, points, spec.groups).reshape(-1, n, spec.groups)
-    if rule == "joint":
+    if spec.codewords == 2:
         problem: Callable = functools.partial(
             _fit_jointly,
             spec=spec,
@@ -366,20 +364,17 @@ def _joint_chunk(problems: int, stages: int, beam: int) -> int:
 
 
 def _check_joint(spec: ResidualSpec, points: int, refits: int) -> None:
-    if spec.codewords != 2:
-        raise InputError(
-            f"rule joint is for 2 codewords a stage, got {spec.codewords}; choose another rule, or "
-            "2 codewords"
-        )
     if refits:
-        raise InputError("rule joint fits all stages together in every round; leave out refits")
+        raise InputError(
+            "stages of 2 codewords are fitted together in every round; leave out refits"
+        )
     if spec.stages > joint.MOST_BITS * spec.group:
         raise InputError(
-            f"rule joint takes at most {joint.MOST_BITS} stages a channel, got {spec.stages} for "
-            f"{spec.group} channels"
+            f"of 2 codewords there are at most {joint.MOST_BITS} stages a channel, got "
+            f"{spec.stages} for {spec.group} channels"
         )
     if points < 2:
-        raise InputError("rule joint needs two points or more")
+        raise InputError("a fit of 2 codewords a stage needs two points or more")
 
 
 @functools.partial(jax.jit, static_argnames=("ridge", "chunk", "axis_name"))

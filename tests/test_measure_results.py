@@ -102,7 +102,10 @@ def asked(flags):
 def kept(path):
     """The flags of a result file, and its config with the defaults of those that came later."""
     data, default = json.loads(path.read_text()), plain(training.TrainConfig())
-    nested = {part: default[part] | data["config"][part] for part in ("fit", "distill")}
+    nested = {
+        part: default[part] | {k: v for k, v in data["config"][part].items() if v is not None}
+        for part in ("fit", "distill")
+    }
     return shlex.split(data["command"])[2:], default | data["config"] | nested
 
 

@@ -199,7 +199,6 @@ def test_devices_that_share_the_points_fit_the_same():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"codewords": 4}, "rule joint is for 2 codewords a stage, got 4"),
         ({"refits": 1}, "leave out refits"),
         ({"stages": 49}, "at most 8 stages a channel, got 49 for 6 channels"),
         ({"n": 1}, "two points or more"),
@@ -208,18 +207,9 @@ def test_devices_that_share_the_points_fit_the_same():
 def test_what_cannot_be_fitted_jointly(given, said):
     x = jnp.ones((given.pop("n", 20), 6))
     refits = given.pop("refits", 0)
-    spec = ResidualSpec(6, 6, **({"stages": 4, "codewords": 2} | given))
+    spec = ResidualSpec(6, 6, **({"stages": 4} | given), codewords=2)
     with pytest.raises(InputError, match=said):
-        fit(KEY, x, spec, rule="joint", refits=refits)
-
-
-def test_two_codewords_may_still_be_learned_stage_by_stage():
-    x = correlated(500, 6)
-    spec = ResidualSpec(6, 6, stages=6, codewords=2)
-    together, alone = (
-        fit(KEY, x, spec, rule=rule, beam=4)[1].error[0, -1] for rule in (None, "kmeans")
-    )
-    assert together < 0.9 * alone
+        fit(KEY, x, spec, refits=refits)
 
 
 def test_the_mean_of_a_stage_moves_in_the_first_alone():
