@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import tempfile
 
 _flags = [
@@ -37,3 +38,18 @@ gc.set_threshold(100_000, 20, 50)
 
 def pytest_collection_finish():
     gc.freeze()  # modules and tests stay
+
+
+_MOST_MAPS = 30_000  # of a process; Linux allows 65530, and at that XLA crashes
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget compiled programs between modules before they take all memory maps there are."""
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > _MOST_MAPS:
+        import jax  # after the flags above
+
+        jax.clear_caches()
+        gc.collect()
