@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from gsrq_jax.kernels import decode, devices, mosaic_tpu_planes, planes, reference
 from gsrq_jax.kernels.errors import InputError
@@ -256,3 +257,28 @@ def test_compiles_for_tpus(chip, share, T, R, S):
     assert "tpu_custom_call" in compiled.as_text()
     # Nothing of the size context × head_dim is there beside the codes.
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * H * N * b * d
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, TPU's compiler, is not installed"
+)
+def test_compiles_on_a_mesh():
+    """KV heads over four chips, each with the kernel for its own."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh(np.array(devices).reshape(4), ("heads",))
+    x, _ = make(Shape(B=1, H=8, N=2, d=128, R=128, S=128, blocks=(2,)))
+    axis = {"query": 2, "mean": 0, "key_planes": 1, "value_planes": 1}
+    axis |= {"key_codewords": 0, "value_codewords": 0}
+    specs = {name: P(*(None,) * axis[name], "heads") if name in axis else P() for name in x}
+    shapes = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, specs[name]))
+        for name, a in x.items()
+    }
+    out = P(None, None, "heads")
+    attend = jax.shard_map(
+        lambda x: decode.attend_planes(**x, implementation="fused"),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=(out, out),
+    )
+    assert "tpu_custom_call" in jax.jit(attend).lower(shapes).compile().as_text()
