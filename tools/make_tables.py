@@ -151,6 +151,23 @@ def planes() -> str:
     return "\n".join([*lines, "", *sources])
 
 
+def parities() -> str:
+    """A line a layer and side: what is left with one, two and four planes a stage."""
+    found: dict[tuple[Any, ...], dict[tuple[float, int], float]] = {}
+    for row in load("parities")["rows"]:
+        key = row["part"], row["layer"]
+        found.setdefault(key, {})[row["bits"], row["planes"]] = row["left"]
+    columns = list(next(iter(found.values())))
+    names = [f"{bits:g} bit, {n} plane{'s' * (n > 1)}" for bits, n in columns]
+    lines = [f"| vectors | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    layers = {0: "first", 1: "middle", 2: "last"}
+    for (part, layer), left in found.items():
+        cells = " | ".join(f"{left[column]:.3f}" for column in columns)
+        lines.append(f"| {part}s, {layers[layer]} layer | {cells} |")
+    where = source("parities").replace("(results/", "(../results/")
+    return "\n".join([*lines, "", f"- {where}"])
+
+
 def heads() -> str:
     """KV heads that share codes, beside the recipe, as docs/results.md has them."""
     changed = make_results.fidelity_rows(make_results.files("ablation/2048/*heads3*-w*.json"))
@@ -324,7 +341,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "peers": peers,
         "speed": speed,
     },
-    "docs/planes.md": {"planes": planes},
+    "docs/planes.md": {"planes": planes, "parities": parities},
     "docs/kernels.md": {
         "layer": layer,
         "loops now": functools.partial(loops, NOW),
