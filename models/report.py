@@ -51,12 +51,16 @@ def cache_rows(codebooks: Codebooks) -> list[dict[str, Any]]:
 
 
 def fit_rows(layers: LayerReport) -> list[dict[str, Any]]:
-    """Distortion and cosine of every layer and stage on the calibration samples, mean of heads."""
+    """Distortion and cosine of every layer and stage on the calibration samples, mean of heads.
+
+    Of hundreds of stages some `_LISTED`, evenly spaced, the last among them.
+    """
     rows = []
     for part, found in (("key", layers.key), ("value", layers.value)):
         error, cosine, dead = (np.asarray(x) for x in (found.error, found.cosine, found.dead))
+        step = -(-error.shape[-1] // _LISTED)
         for layer in range(len(error)):
-            for stage in range(error.shape[-1]):
+            for stage in range(error.shape[-1])[::-step][::-1]:
                 rows.append(
                     {
                         "part": part,
@@ -68,6 +72,9 @@ def fit_rows(layers: LayerReport) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+_LISTED = 32  # stages of a code at most
 
 
 def write(
@@ -191,7 +198,6 @@ def table(data: dict[str, Any]) -> str:
 
 def markdown(data: dict[str, Any]) -> str:
     """`report.md` from what `report.json` holds."""
-    stages = max(row["stage"] for row in data["fit"])
     texts = " and ".join(
         f"{row['perplexity']['n']:,} predictions ({dataset})"
         for dataset, row in datasets(data).items()
@@ -245,7 +251,7 @@ def markdown(data: dict[str, Any]) -> str:
         "| stages | key distortion | key cosine | value distortion | value cosine | dead cells |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for stage in range(1, stages + 1):
+    for stage in sorted({row["stage"] for row in data["fit"]}):
         cells = []
         rows = [r for r in data["fit"] if r["stage"] == stage]
         for part in ("key", "value"):
@@ -284,7 +290,7 @@ def picture(data: dict[str, Any]) -> Figure:
     stages = max(row["stage"] for row in data["fit"])
     colour = matplotlib.colormaps["viridis_r"]
     for column, part in enumerate(("key", "value")):
-        for stage in range(1, stages + 1):
+        for stage in sorted({row["stage"] for row in data["fit"] if row["part"] == part}):
             rows = [r for r in data["fit"] if r["part"] == part and r["stage"] == stage]
             at = [r["layer"] for r in rows]
             label = f"{stage}" if stage in (1, stages) or stages <= 8 else None
@@ -305,6 +311,8 @@ def picture(data: dict[str, Any]) -> Figure:
 
 def _method(config: dict[str, Any]) -> str:
     rule, weights = config["fit"]["rule"], config["weights"]
+    if config["codewords"] == 2:
+        rule = "joint"
     if (rule, weights) == ("gskm", "gradient"):
         return "GSRQ"
     return f"{rule} residual codes, {'gradient' if weights == 'gradient' else 'no'} weights"

@@ -36,6 +36,13 @@ def test_rows_by_layer_and_stage_are_means_of_heads():
     assert (value["distortion"], value["cosine"], value["dead"]) == (102.0, 98.0, 306)
 
 
+def test_of_hundreds_of_stages_some_are_listed():
+    error = jnp.arange(2.0 * 3 * 384).reshape(2, 3, 1, 384)
+    half = FitReport(error=error, cosine=-error, dead=error.astype(jnp.int32))
+    stages = [r["stage"] for r in report.fit_rows(LayerReport(half, half)) if r["layer"] == 0]
+    assert stages == 2 * list(range(12, 385, 12))
+
+
 def test_bytes_are_those_of_arrays(tiny_run):
     books = load(tiny_run / "codebooks")
     found = {row["context"]: row for row in report.cache_rows(books)}
@@ -109,12 +116,14 @@ def test_tables_hold_what_the_json_holds(tiny_run):
 
 
 def test_methods_have_their_names():
-    def name(rule, weights):
-        return report._method({"fit": {"rule": rule}, "weights": weights})
+    def name(rule, weights, codewords=256):
+        config = {"fit": {"rule": rule}, "weights": weights, "codewords": codewords}
+        return report._method(config)
 
     assert name("gskm", "gradient") == "GSRQ"
     assert name("kmeans", "gradient") == "kmeans residual codes, gradient weights"
     assert name("gskm", "none") == "gskm residual codes, no weights"
+    assert name("gskm", "gradient", 2) == "joint residual codes, gradient weights"
 
 
 def test_flags_of_the_run_are_in_the_report(tiny_run, tiny_model):
