@@ -175,13 +175,13 @@ class Config:
         return dataclasses.replace(sizes, layers=self.layers) if self.layers else sizes
 
     def blocks(self, context: int) -> tuple[int, int]:
-        """Tokens of a block in a cache for so many tokens, and blocks of a frame."""
+        """Tokens of a block in a cache of this length, and blocks of a frame."""
         frame = self.block or (1024 if context >= 32768 else 512)
         block = min(self.unit or frame, frame)
         return block, frame // block
 
     def spec(self, bits: float, context: int) -> QuantSpec:
-        """Of a cache at this rate for so many tokens."""
+        """Of a cache at this rate and of this length."""
         block, frame_blocks = self.blocks(context)
         layout: Any = self.layout
         return QuantSpec.from_bits(

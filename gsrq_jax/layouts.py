@@ -455,7 +455,7 @@ class Planes(Layout):
 
 
 def _of_stages(bits: Array, stages: int) -> Array:
-    """Bits of so many stages, those that there are not 0."""
+    """Cut bits to this number of stages, or add stages of zeros."""
     more = max(0, stages - bits.shape[-1])
     return jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, more)])[..., :stages]
 

@@ -825,7 +825,7 @@ def _tried(base: int) -> tuple[int, int]:
 
 
 def _with_stages(spec: QuantSpec, stages: int) -> QuantSpec:
-    """The spec with so many stages of keys and of values."""
+    """The spec with this number of stages for keys and for values."""
     key, value = (dataclasses.replace(code, stages=stages) for code in (spec.key, spec.value))
     return dataclasses.replace(spec, key=key, value=value)
 

@@ -31,10 +31,10 @@ from gsrq_jax.kernels import mosaic_gpu_planes, planes
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """B sequences, T queries, H KV heads of which s share codes, q query heads each, N blocks of b.
+    """B sequences, T queries, H KV heads (each s share codes), q query heads each, N blocks of b.
 
     R stages of keys and S of values. ``scale`` is about the spread of the scores in nats; ``kind``
-    is "random", "one" (a coded token with nearly all the mass), "flat" (all scores alike) or "mean"
+    is "random", "one" (a coded token with nearly all the mass), "flat" (equal scores) or "mean"
     (a mean key with a few large channels). ``lengths`` are cycled over the sequences, sinks not
     counted.
     """
@@ -53,7 +53,7 @@ class Case:
     kind: str = "random"
     lengths: tuple[int, ...] = ()
     every: int | None = 16  # tokens between the knots of the mean key; None: there is none
-    fills: int = 4  # parts of a block, each of which is coded once it has filled
+    fills: int = 4  # parts of a block; each is coded once it has filled
     stride: int = 1
 
     @property
@@ -288,7 +288,7 @@ def attend_exact(query: Any, key: Any, value: Any) -> Any:
 
 
 def program(attend: Callable[..., Any], count: int) -> Any:
-    """`OPERATIONS` of them, one after the other, so many rounds; ``count`` layers in turn."""
+    """`OPERATIONS` of them, one after the other, in ``rounds`` rounds; ``count`` layers in turn."""
 
     def run(query: Any, layers: Sequence[Any], rounds: Any) -> Any:
         made = jax.eval_shape(attend, query, *layers[0])
@@ -350,7 +350,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="", metavar="I/N", help="every N-th case")
     parser.add_argument("--time", action="store_true", help="print times instead")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    parser.add_argument(
+        "--shapes", type=int, default=len(SHAPES), help="number of them, the first ones"
+    )
     parser.add_argument("--config", default="", help="warps,depth,tiles,splits instead of chosen")
     args = parser.parse_args()
     print(jax.__version__, jax.devices()[0].device_kind, flush=True)

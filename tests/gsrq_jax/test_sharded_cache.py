@@ -167,7 +167,7 @@ def test_codecs_without_arrays_and_full_precision():
 def test_codes_in_layouts_of_kernels(layout):
     """Over KV heads, over blocks of which one has one more, and over both."""
     code = SPEC.key
-    if layout == "planes":  # of which two heads share one
+    if layout == "planes":  # two heads share each code
         code = dataclasses.replace(code, stages=32, codewords=2, heads=2)
     spec = dataclasses.replace(
         SPEC, key=code, value=code, block=128, mean_every=16, layout=layout, sinks=3

@@ -14,7 +14,7 @@ from gsrq_jax.kernels.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """B sequences, T queries, H KV heads of which s share codes, q query heads, N blocks of b."""
+    """B sequences, T queries, H KV heads (each s share codes), q query heads, N blocks of b."""
 
     B: int = 2
     T: int = 1

@@ -41,7 +41,7 @@ def test_a_beam_that_holds_everything_finds_the_best(benchmark, planes):
     every = jnp.array(list(itertools.product((-1.0, 1.0), repeat=5)))
     sums = offset + benchmark.features(every, planes) @ vectors
     best = jnp.square(x[:, None] - sums).sum(-1).min(1)
-    # The search adds the noise times the planes that are not 0, of which all codes have as many.
+    # The search adds the noise times the number of planes that are not 0: the same for all codes.
     signs = benchmark.encode(x, offset, vectors, jnp.float32(1e-3), planes=planes, beam=32)
     found = offset + benchmark.features(signs, planes) @ vectors
     np.testing.assert_allclose(jnp.square(x - found).sum(-1), best, rtol=1e-3, atol=1e-4)
