@@ -99,9 +99,33 @@ def _triangular(vectors: Float[Array, "R d"]) -> tuple[Float[Array, "R R"], Floa
     # At many stages a channel the estimate would leave float32 too few digits.
     least = _LEAST * jnp.mean(jnp.diagonal(gram)) + jnp.finfo(jnp.float32).tiny
     pull = jnp.maximum(_noise(vectors), least)
-    factor = lax.linalg.cholesky(gram + pull * jnp.eye(len(back), dtype=gram.dtype))
-    whiten = lax.linalg.triangular_solve(factor, back, left_side=True, lower=True)
-    return factor.T[::-1, ::-1], whiten[::-1]
+    gram = gram + pull * jnp.eye(len(back), dtype=gram.dtype)
+    # LAPACK hangs or crashes where several devices of a CPU call it at once, as in decoding.
+    upper, whiten = lax.platform_dependent(gram, back, cpu=_eliminated, default=_by_lapack)
+    return upper[::-1, ::-1], whiten[::-1]
+
+
+def _by_lapack(
+    gram: Float[Array, "R R"], right: Float[Array, "R d"]
+) -> tuple[Float[Array, "R R"], Float[Array, "R d"]]:
+    """Factor ``G = Uᵀ U`` with an upper triangular ``U``, and make ``U⁻ᵀ B``."""
+    factor = lax.linalg.cholesky(gram)
+    return factor.T, lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+
+
+def _eliminated(
+    gram: Float[Array, "R R"], right: Float[Array, "R d"]
+) -> tuple[Float[Array, "R R"], Float[Array, "R d"]]:
+    """Do as `_by_lapack`, by elimination row by row."""
+    size = len(gram)
+
+    def row(left: Array, index: Array) -> tuple[Array, Array]:
+        own = lax.dynamic_index_in_dim(left, index, keepdims=False)
+        own = jnp.where(jnp.arange(left.shape[1]) < index, 0, own) / jnp.sqrt(own[index])
+        return left - own[:size, None] * own, own
+
+    _, rows = lax.scan(row, jnp.concatenate([gram, right], axis=1), jnp.arange(size))
+    return rows[:, :size], rows[:, size:]
 
 
 def _noise(vectors: Float[Array, "R d"]) -> Float[Array, ""]:

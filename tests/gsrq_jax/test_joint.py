@@ -93,6 +93,15 @@ def test_the_search_is_the_m_algorithm(stages, beam):
     np.testing.assert_allclose(ours.mean(), theirs.mean(), rtol=0.02)
 
 
+def test_elimination_is_the_factor_of_lapack():
+    vectors = jax.random.normal(KEY, (20, 12))
+    gram = vectors @ vectors.T + 0.1 * jnp.eye(20)
+    for ours, theirs in zip(
+        joint._eliminated(gram, vectors), joint._by_lapack(gram, vectors), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_a_wider_beam_errs_less_and_chunks_change_nothing():
     words, x = random_words(24, 12), correlated(301, 12)
     means = []
