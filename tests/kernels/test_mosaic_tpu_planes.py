@@ -168,7 +168,7 @@ def test_which_is_taken(monkeypatch):
     x, how = make(shape)
     decode._say.cache_clear()
     want = decode.attend_planes(**x, **how)
-    with pytest.raises(InputError, match="the kernel for codes in planes is for TPUs, this is cpu"):
+    with pytest.raises(InputError, match="the fused GPU kernel takes bfloat16"):  # not the TPU's
         decode.attend_planes(**x, **how, implementation="fused")
     with pytest.raises(InputError, match="fused TPU kernel is for TPUs, this is cpu; use"):
         mosaic_tpu_planes.attend_planes(**x, **how)
